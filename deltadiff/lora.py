@@ -1,0 +1,160 @@
+"""`LoraLinear`, the layer that `swap_` puts in, and `PendingDelta`, what Delta-LoRA adds to it.
+
+Delta-LoRA telescopes: with a constant update ratio, W_T - W_0 = lambda s (B_T A_T - B_k A_k), where
+A_k, B_k (the *anchors*) are the factors before the first step that updates W. So the layer can show
+the update in two ways: it is inside W ("inplace"), or the forward pass adds it as a rank-2r product
+and W is never written ("factored"):
+
+    y = x W_0^T + s [(1 + lambda) B, -lambda B_k] [A; A_k] x
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .checks import DTYPES
+from .ops import Path, choose_path, lora_linear
+
+
+@dataclass
+class Product:
+    """A finished part of W_T - W_0 as factors (N, rank) and (rank, K).
+
+    ``in_weight``: True where W holds it, False where the forward pass adds it.
+    """
+
+    B: Tensor
+    A: Tensor
+    in_weight: bool
+
+
+@dataclass
+class PendingDelta:
+    """The part of W_T - W_0 that the factors tell: lambda s (B A - B_k A_k), plus folded parts.
+
+    Attributes:
+        anchor_A, anchor_B: A_k and B_k, like lora_A and lora_B.
+        update_ratio: lambda.
+        gate: (2r,) on the device: 1 + lambda (r times), -lambda (r times) once the updates have
+            started, before that 1 and 0. A tensor, so that starting needs no host read.
+        in_weight: True where W holds the update, False where the forward pass adds it.
+        remainder: what a 16-bit W could not hold, for rounding="remainder".
+        folded: what earlier values of lambda and earlier runs left; None when there was too much
+            of it to keep.
+    """
+
+    anchor_A: Tensor
+    anchor_B: Tensor
+    update_ratio: float
+    gate: Tensor
+    in_weight: bool
+    remainder: Tensor | None = None
+    folded: list[Product] | None = field(default_factory=list)
+
+    @staticmethod
+    def make_gate(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        on = update_ratio if started else 0.0
+        return torch.tensor([1 + on] * r + [-on] * r, dtype=wide, device=like.device)
+
+    def started(self) -> bool:
+        """Whether W has been updated. Reads one value from the device."""
+        return bool(self.gate[-1] != 0)
+
+    def product(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Product:
+        """lambda s (B A - B_k A_k) as two factors of rank 2r, float32 (float64 stays)."""
+        wide, c = self.gate.dtype, self.update_ratio * scaling
+        b = torch.cat([c * lora_B.detach().to(wide), -c * self.anchor_B.to(wide)], dim=1)
+        a = torch.cat([lora_A.detach().to(wide), self.anchor_A.to(wide)])
+        return Product(b, a, self.in_weight)
+
+    def stack(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, ...]:
+        """(A, B, gate) of the one low-rank product that the forward pass needs."""
+        a, b, gate = lora_A, lora_B, None
+        if not self.in_weight:
+            a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.gate)
+            gate = self.gate
+        added = [p for p in self.folded or () if not p.in_weight]
+        if added:
+            gate = self.gate.new_ones(a.shape[0]) if gate is None else gate
+            b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
+            a = torch.cat([a, *(p.A.to(a.dtype) for p in added)])
+            gate = torch.cat([gate, gate.new_ones(a.shape[0] - gate.shape[0])])
+        return a, b, gate
+
+
+class _Stack(torch.autograd.Function):
+    """[A; A_k] and [B, B_k]. W is a constant to autograd, so the gradients leave 1 + lambda out."""
+
+    @staticmethod
+    def forward(ctx, lora_A, lora_B, anchor_A, anchor_B, gate):
+        ctx.save_for_backward(gate)
+        ctx.r = lora_A.shape[0]
+        return torch.cat([lora_A, anchor_A]), torch.cat([lora_B, anchor_B], dim=1)
+
+    @staticmethod
+    def backward(ctx, grad_A, grad_B):
+        (gate,) = ctx.saved_tensors
+        grad_A = grad_A[: ctx.r] / gate[0].to(grad_A.dtype)
+        grad_B = grad_B[:, : ctx.r] / gate[0].to(grad_B.dtype)
+        return grad_A, grad_B, None, None, None
+
+
+class LoraLinear(nn.Linear):
+    """Linear layer with a low-rank branch, y = x W^T + bias + s (x A^T) B^T, through `lora_linear`.
+
+    Made by `deltadiff.swap_`. Shares ``weight`` and ``bias`` with the layer that it stands for.
+
+    Attributes:
+        lora_A: (r, in_features); lora_B: (out_features, r).
+        r, lora_alpha, scaling: scaling is lora_alpha / r.
+        original: the layer that was here before.
+        delta: what Delta-LoRA has added so far, None for plain LoRA.
+        swapped_in: False after `unswap_` or `merge_` took the layer out.
+    """
+
+    def __init__(self, original: nn.Module, base: nn.Module, lora_A, lora_B, scaling, backend=None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend
+        self.lora_alpha = scaling * self.r
+        self.delta: PendingDelta | None = None
+        self.swapped_in = True
+        # Not registered as submodules: their parameters are this layer's.
+        self.__dict__["original"], self.__dict__["base"] = original, base
+
+    @property
+    def quantised(self) -> bool:
+        """Whether ``weight`` is stored in a form that only the base layer can multiply by."""
+        return self.weight.dtype not in DTYPES
+
+    @property
+    def path(self) -> Path:
+        """Which backend this layer takes, and why."""
+        if self.quantised:
+            return Path("reference", f"{self.weight.dtype} weight: the base layer's own product")
+        return choose_path(self.weight.device, self.weight.dtype, self.backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, gate = self.lora_A, self.lora_B, None
+        if self.delta is not None:
+            a, b, gate = self.delta.stack(a, b, self.scaling)
+        if self.quantised:
+            s = x @ a.to(x.dtype).T
+            s = s if gate is None else s * gate.to(x.dtype)
+            return self.base(x) + self.scaling * (s @ b.to(x.dtype).T)
+        return lora_linear(
+            x, self.weight, a, b,
+            scaling=self.scaling, gate=gate, bias=self.bias, backend=self.backend,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha:g}"
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """The LoraLinear layers of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}

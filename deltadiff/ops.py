@@ -1,0 +1,353 @@
+"""The public operations, and the only file that knows backends.
+
+An operation has up to three: ``triton`` (`deltadiff.kernels`), ``cpp`` (`csrc`) and ``reference``.
+`choose_path` picks one from device and dtype, and says why. All backends of an operation share one
+signature.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
+
+from . import reference
+from .checks import (
+    HALF_DTYPES,
+    check_adamw_step,
+    check_delta_update,
+    check_lora_linear,
+    check_matrix,
+    check_number,
+)
+from .errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+
+BACKENDS = ("triton", "cpp", "reference")
+
+try:
+    from . import _C  # noqa: F401  registers torch.ops.deltadiff
+
+    _CPP_MISSING = None
+except ImportError as error:
+    _CPP_MISSING = f"the C++ extension is not built ({error}); install with a C++ compiler present"
+
+try:
+    import triton
+
+    from .kernels import adamw_step as triton_adamw_step
+    from .kernels import delta_update as triton_delta_update
+    from .kernels import lora_linear as triton_lora_linear
+
+    _TRITON_MISSING = None
+except ImportError as error:
+    _TRITON_MISSING = f"Triton cannot be imported ({error})"
+
+
+# ------------------------------------------------------------------ choice of path
+
+
+@dataclass(frozen=True)
+class Path:
+    """Which backend runs, and why that one."""
+
+    backend: str
+    reason: str
+
+
+def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when ``backend`` can run ``dtype`` on ``device``, else the reason in words."""
+    if backend not in BACKENDS:
+        raise ArgumentError("backend", repr(backend), f"None or one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return None
+    if dtype == torch.float64:
+        return "float64 goes to the reference"
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"the C++ kernels run on the CPU, not on {device.type}"
+        return _CPP_MISSING
+    if _TRITON_MISSING:
+        return _TRITON_MISSING
+    if device.type == "cpu":
+        if not triton.knobs.runtime.interpret:
+            return "Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return "the Triton kernels are for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the Triton kernels need sm_80 or newer; {device} is sm_{major}{minor}"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def choose_path(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Path:
+    """The backend for tensors of ``dtype`` on ``device``; ``backend`` asks for one by name.
+
+    Raises:
+        BackendUnavailableError: ``backend`` was asked for and cannot run here.
+    """
+    if backend is not None:
+        reason = why_unavailable(backend, device, dtype)
+        if reason:
+            raise BackendUnavailableError(
+                "backend",
+                f"{backend!r} for {dtype} on {device}: {reason}",
+                "a backend that `deltadiff info` lists as there",
+            )
+        return Path(backend, "asked for")
+    native = "cpp" if device.type == "cpu" else "triton"
+    reason = why_unavailable(native, device, dtype)
+    if reason:
+        return Path("reference", reason)
+    if native == "cpp":
+        return Path("cpp", "CPU: native C++")
+    major, minor = torch.cuda.get_device_capability(device)
+    return Path("triton", f"sm_{major}{minor}: portable Triton kernels")
+
+
+# -------------------------------------------------------------------- lora_linear
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """y = x W^T + bias + s g (x A^T) B^T; W is a constant to autograd. Keeps x and S = x A^T."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, gate, bias, scaling, backend):
+        forward, _ = _lora_linear_impl(backend)
+        y, s = forward(x.reshape(-1, weight.shape[1]), weight, lora_A, lora_B, scaling, gate, bias)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, gate, s)
+        ctx.scaling, ctx.backend = scaling, backend
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, lora_A, lora_B, gate, s = ctx.saved_tensors
+        _, backward = _lora_linear_impl(ctx.backend)
+        need_x, _, need_A, need_B, need_gate, need_bias = ctx.needs_input_grad[:6]
+        needs = [need_x, need_A, need_B, need_gate]
+        dy2, x2 = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+        dx, da, db, dgate = backward(dy2, x2, weight, lora_A, lora_B, s, ctx.scaling, gate, needs)
+        return (
+            dx.view_as(x) if need_x else None,
+            None,
+            da if need_A else None,
+            db if need_B else None,
+            dgate if need_gate else None,
+            dy2.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None,
+            None,
+            None,
+        )
+
+
+def _lora_linear_impl(backend):
+    if backend == "cpp":
+        return torch.ops.deltadiff.lora_linear_fwd, torch.ops.deltadiff.lora_linear_bwd
+    return triton_lora_linear.lora_linear_fwd, triton_lora_linear.lora_linear_bwd
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear layer with a low-rank branch: y = x W^T + bias + s g (x A^T) B^T (DiffoRA eq. 10).
+
+    Differentiable in ``x``, ``lora_A``, ``lora_B``, ``gate`` and ``bias``. ``weight`` is a
+    constant: its gradient is never computed, also where it requires one.
+
+    Args:
+        x: (..., K), any leading shape and strides, also empty; float32, bfloat16, float16 or
+            float64.
+        weight: (N, K), the dtype of x (under autocast both are cast to the autocast dtype).
+        lora_A: (r, K), the dtype of x or float32 (the usual mixed case; its gradient is then
+            float32).
+        lora_B: (N, r), the dtype of lora_A.
+        scaling: s, ``lora_alpha / r``.
+        gate: g, a tensor on the device with one entry or r entries; None is 1.
+        bias: (N,), the dtype of x.
+        backend: None chooses (see `choose_path`); a name asks for one.
+
+    Returns:
+        (..., N) in the dtype of x.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: a dtype, device or shape that does not fit.
+        BackendUnavailableError: ``backend`` cannot run here.
+    """
+    check_matrix("weight", weight)
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError("x", type(x).__name__, "a torch.Tensor")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALF_DTYPES):
+        compute = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(compute), weight.detach().to(compute)
+        bias = None if bias is None else bias.to(compute)
+    check_matrix("lora_A", lora_A)
+    check_lora_linear(x, weight, lora_A, lora_B, gate, bias)
+    scaling = check_number("scaling", scaling)
+    backend = choose_path(x.device, x.dtype, backend).backend
+    if backend == "reference":
+        return reference.lora_linear_ref(
+            x, weight, lora_A, lora_B, scaling=scaling, gate=gate, bias=bias
+        )
+    return LoraLinearFunction.apply(
+        x, weight.detach(), lora_A, lora_B, gate, bias, scaling, backend
+    )
+
+
+# ------------------------------------------------------------------- delta_update
+
+
+def _as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def delta_update_(
+    weight: Tensor | Sequence[Tensor],
+    lora_A: Tensor | Sequence[Tensor],
+    lora_B: Tensor | Sequence[Tensor],
+    delta_A: Tensor | Sequence[Tensor],
+    delta_B: Tensor | Sequence[Tensor],
+    *,
+    scale: float | Sequence[float],
+    rounding: str | None = None,
+    remainder: Tensor | Sequence[Tensor] | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    apply: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | Sequence[Tensor]:
+    """W += scale (dB A' + B dA) in place: the Delta-LoRA update (Algorithm 1).
+
+    Equal to scale (B'A' - BA), in one pass over W with float32 accumulation and no temporary of its
+    size. Give one weight, or lists of equal length (one dtype, one device, any shapes) for one
+    launch over all of them.
+
+    Args:
+        weight: (N, K) float32, bfloat16, float16 (float64 goes to the reference).
+        lora_A, lora_B: A' (r, K) and B' (N, r), the values after the optimizer step; the dtype of
+            W or float32.
+        delta_A, delta_B: A' - A and B' - B as `adamw_step_` yields them; float32 (float64 with a
+            float64 W).
+        scale: ``update_ratio * scaling``, one number or one a weight.
+        rounding: for a 16-bit W (a wider one needs none, and it is ignored there):
+            "remainder" keeps the bits that W cannot hold in ``remainder``: float32 arithmetic;
+            "stochastic" is unbiased, its bits a function of seed, step, position in the list and
+            element;
+            "nearest" loses every change below half a unit in the last place.
+            None is "remainder" where one is given; else a 16-bit W is refused.
+        remainder: like W; int16 for bfloat16, float16 for float16; zeros at the start.
+        seed, step: of the random bits; ``step`` an int or a 0-dim int64 tensor on the device.
+        apply: 0-dim tensor on the device; where it is zero nothing is changed (no host read).
+        backend: None chooses (see `choose_path`); a name asks for one.
+
+    Returns:
+        ``weight``.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths that do not fit;
+            nothing was changed.
+        BackendUnavailableError: ``backend`` cannot run here.
+    """
+    single = isinstance(weight, Tensor)
+    lists = [_as_list(t) for t in (weight, lora_A, lora_B, delta_A, delta_B)]
+    n = len(lists[0])
+    scales = list(scale) if isinstance(scale, Sequence) else [scale] * n
+    remainders = [] if remainder is None else _as_list(remainder)
+    rounding = check_delta_update(lists, scales, rounding, remainders, seed, step, apply)
+    if n:
+        path = choose_path(lists[0][0].device, lists[0][0].dtype, backend)
+        if not isinstance(step, Tensor):
+            step = torch.tensor(step, dtype=torch.int64, device=lists[0][0].device)
+        run_delta_update(path.backend, *lists, scales, rounding, remainders, seed, step, apply)
+    return weight if single else lists[0]
+
+
+def run_delta_update(backend: str, *args) -> None:
+    """`delta_update_` without its checks, for callers that checked once."""
+    increment_version(args[0])  # a backward pass that still needs the old weight must say so
+    if backend == "triton":
+        triton_delta_update.delta_update_(*args)
+    elif backend == "cpp":
+        torch.ops.deltadiff.delta_update_(*args)
+    else:
+        reference.delta_update_list_ref_(*args)
+
+
+# --------------------------------------------------------------------- adamw_step
+
+
+def adamw_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    deltas: Sequence[Tensor | None] | None = None,
+    anchors: Sequence[Tensor | None] | None = None,
+    anchor_now: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """One AdamW step for many tensors in one launch, in place, as `torch.optim.AdamW` does it.
+
+    Also yields what the Delta-LoRA update needs (Algorithm 1): p' - p, without a second copy of p.
+
+    Args:
+        params: contiguous tensors of one device and one dtype (float32, bfloat16, float16; float64
+            goes to the reference).
+        grads: like params.
+        exp_avgs, exp_avg_sqs: the moments, the shape of params; float32 or the dtype of params.
+        steps: (n,) float32 on the device, steps done by each tensor; raised by one.
+        lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
+        deltas: receive p' - p, float32 (float64 for float64 params); None entries are left out.
+        anchors: receive p, the values before the step, where ``anchor_now`` is not zero; the dtype
+            of params; None entries are left out.
+        anchor_now: 0-dim tensor on the device; None is "not now".
+        grad_scale: 0-dim or (1,) float32 on the device: gradients are divided by it
+            (`torch.amp.GradScaler`).
+        found_inf: 0-dim or (1,) float32 on the device: where not zero, the step changes nothing
+            except that ``deltas`` are set to zero.
+        backend: None chooses (see `choose_path`); a name asks for one.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths that do not fit;
+            nothing was changed.
+        BackendUnavailableError: ``backend`` cannot run here.
+    """
+    n = len(params)
+    lists = [list(ts) for ts in (params, grads, exp_avgs, exp_avg_sqs)]
+    outputs = [[None] * n if ts is None else list(ts) for ts in (deltas, anchors)]
+    flags = (anchor_now, grad_scale, found_inf)
+    hyper = check_adamw_step(*lists, steps, lr, betas, eps, weight_decay, *outputs, *flags)
+    if n:
+        backend = choose_path(lists[0][0].device, lists[0][0].dtype, backend).backend
+        run_adamw_step(backend, *lists, steps, *hyper, *outputs, *flags)
+
+
+def run_adamw_step(backend: str, *args) -> None:
+    """`adamw_step_` without its checks, for callers that checked once."""
+    increment_version(args[0])
+    if backend == "triton":
+        triton_adamw_step.adamw_step_(*args)
+    elif backend == "cpp":
+        torch.ops.deltadiff.adamw_step_(*args)
+    else:
+        reference.adamw_step_list_ref_(*args)

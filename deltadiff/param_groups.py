@@ -1,0 +1,98 @@
+"""What an optimizer is given: param groups, their values, and weights that may be written."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from .checks import DTYPES, check_betas, check_number
+from .errors import ArgumentError, ArgumentTypeError
+from .lora import LoraLinear
+
+ACCEPTED = "a model, or an iterable of parameters, modules or param groups"
+
+
+def parse(model_or_params: object) -> tuple[list[dict], list[nn.Module]]:
+    """Param groups as `torch.optim` takes them, and the modules that they were made from."""
+    if isinstance(model_or_params, nn.Module):
+        return [{"params": trainable(model_or_params)}], [model_or_params]
+    if isinstance(model_or_params, (Tensor, str)) or not isinstance(model_or_params, Iterable):
+        raise ArgumentTypeError("model_or_params", type(model_or_params).__name__, ACCEPTED)
+    groups, modules, bare = [], [], []
+    for item in model_or_params:
+        if isinstance(item, nn.Module):
+            modules.append(item)
+            bare += trainable(item)
+        elif isinstance(item, Tensor):
+            bare.append(item)
+        elif isinstance(item, dict) and isinstance(item.get("params"), nn.Module):
+            modules.append(item["params"])
+            groups.append({**item, "params": trainable(item["params"])})
+        elif isinstance(item, dict) and "params" in item:
+            groups.append(dict(item))
+        else:
+            raise ArgumentTypeError("model_or_params", f"an item {item!r:.60}", ACCEPTED)
+    return ([{"params": bare}] if bare else []) + groups, modules
+
+
+def trainable(module: nn.Module) -> list[Tensor]:
+    found = [p for p in module.parameters() if p.requires_grad]
+    if not found:
+        given = f"{type(module).__name__} without trainable parameters"
+        raise ArgumentError("model_or_params", given, "a model that `swap_` changed")
+    return found
+
+
+def check_group(group: dict) -> None:
+    """Raise unless every value of a param group can be used; the group is not changed."""
+    check_number("lr", group["lr"], 0)
+    check_betas(group["betas"])
+    check_number("eps", group["eps"], 0)
+    check_number("weight_decay", group["weight_decay"], 0)
+    check_number("update_ratio", group["update_ratio"], 0)
+    k = group["start_step"]
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise ArgumentTypeError("start_step", f"{k!r} ({type(k).__name__})", "an int >= 0")
+    if k < 0:
+        raise ArgumentError("start_step", k, "an int >= 0")
+
+
+def check_parameter(p: Tensor) -> None:
+    if p.numel() == 0 or hasattr(p, "device_mesh"):
+        given = f"{type(p).__name__} of shape {tuple(p.shape)}"
+        raise ArgumentTypeError("model_or_params", given, "whole tensors (no DTensor, no shard)")
+    if p.dtype not in DTYPES or not p.is_contiguous():
+        given = f"a {p.dtype} tensor with strides {p.stride()}"
+        accepted = "contiguous tensors of " + " or ".join(map(str, DTYPES))
+        raise ArgumentTypeError("model_or_params", given, accepted)
+
+
+def check_writable(layers: dict[str, LoraLinear], models: list[nn.Module]) -> None:
+    """Raise unless W of every layer can be updated in place without changing anything else."""
+    holders: dict[int, dict[int, str]] = {}  # storage -> modules that hold a parameter in it
+    for model in models:
+        for name, module in model.named_modules():
+            for p in module.parameters(recurse=False):
+                holders.setdefault(_storage(p), {}).setdefault(id(module), name)
+    for name, layer in layers.items():
+        w, argument = layer.weight, f"weight of {name}"
+        if layer.quantised:
+            raise ArgumentTypeError(
+                argument,
+                f"{w.dtype} (quantised)",
+                "float weights in place; else w_update='factored'",
+            )
+        if hasattr(w, "device_mesh") or w.numel() == 0:
+            given = f"{type(w).__name__} of shape {tuple(w.shape)}"
+            raise ArgumentTypeError(argument, given, "a whole tensor (no DTensor, no shard)")
+        if 0 in w.stride():
+            raise ArgumentError(argument, f"strides {w.stride()}", "a weight with its own memory")
+        same = {**holders.get(_storage(w), {})}
+        same |= {id(m): n for n, m in layers.items() if _storage(m.weight) == _storage(w)}
+        if len(same) > 1:
+            given = f"shared by {', '.join(sorted(same.values()))}"
+            accepted = "a weight of its own in place; else w_update='factored'"
+            raise ArgumentError(argument, given, accepted)
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr() or id(t)

@@ -1,0 +1,311 @@
+"""`swap_` puts `LoraLinear` layers in the place of eager ones, `unswap_` takes them out."""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .checks import DTYPES, check_number
+from .errors import ArgumentError, ArgumentTypeError, SwapError
+from .lora import LoraLinear, lora_layers
+from .ops import choose_path
+
+Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why."""
+
+    module: str
+    shape: tuple[int, int]
+    r: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_` did; prints as a table."""
+
+    rows: tuple[SwapRow, ...]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        cells = [("module", "out x in", "r", "path", "reason")]
+        for row in self.rows:
+            shape = f"{row.shape[0]} x {row.shape[1]}"
+            cells.append((row.module, shape, str(row.r), row.path, row.reason))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
+        share = self.trainable / max(1, self.total)
+        lines.append(
+            f"{len(self.rows)} layers swapped; {self.trainable:,} of {self.total:,} parameters "
+            f"are trained ({share:.2%})"
+        )
+        return "\n".join(lines)
+
+
+def swap_report(model: nn.Module) -> SwapReport:
+    """The path that each swapped layer of ``model`` takes now, and why."""
+    rows = []
+    for name, layer in lora_layers(model).items():
+        shape = (layer.out_features, layer.in_features)
+        rows.append(SwapRow(name, shape, layer.r, layer.path.backend, layer.path.reason))
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters))
+
+
+def swap_(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    lora_alpha: float = 16,
+    target_modules: Targets = "all-linear",
+    lora_dropout: float = 0.0,
+    adapter_dtype: torch.dtype | None = None,
+    modules_to_save: Collection[str] = (),
+    backend: str | None = None,
+    seed: int | None = None,
+) -> SwapReport:
+    """Replace linear layers by fast LoRA layers, in place. Weights are shared, not copied.
+
+    ``nn.Linear`` gets a new low-rank pair: A by Kaiming's uniform rule, B = 0 (Delta-LoRA,
+    Algorithm 1). PEFT's ``lora.Linear`` keeps its pair and scaling; ``r``, ``lora_alpha`` and
+    ``adapter_dtype`` do not apply to it. Everything else is frozen, except ``modules_to_save``.
+
+    Args:
+        model: any module that contains linear layers.
+        r: rank, 1 to min(in, out) of every layer.
+        lora_alpha: the branch is scaled by lora_alpha / r.
+        target_modules: "all-linear" (all but the output head), a regular expression that matches
+            the whole name, a collection of names (or their last parts), or a function of name and
+            module.
+        lora_dropout: 0; the fused branch has none (Delta-LoRA forbids it).
+        adapter_dtype: of A and B: the dtype of the weight or float32. None is float32 for a 16-bit
+            weight, else the dtype of the weight.
+        modules_to_save: names (or last parts) of modules that stay trainable, such as a new head.
+        backend: None chooses a path for each layer (see `choose_path`); a name asks for one.
+        seed: for the initial values of A; None takes PyTorch's generator.
+
+    Returns:
+        A report of the layers, their paths and reasons; prints as a table.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: see above; nothing was changed. Targets that match
+            nothing list near names.
+        BackendUnavailableError: ``backend`` cannot run here.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
+    if not isinstance(r, int) or isinstance(r, bool):
+        raise ArgumentTypeError("r", repr(r), "an int of at least 1")
+    if r < 1:
+        raise ArgumentError("r", r, "an int of at least 1")
+    if check_number("lora_alpha", lora_alpha, 0) == 0:
+        raise ArgumentError("lora_alpha", lora_alpha, "a number above 0")
+    if lora_dropout != 0:
+        raise ArgumentError("lora_dropout", lora_dropout, "0 (Delta-LoRA has no dropout)")
+    candidates = _candidates(model)
+    chosen = _select(model, candidates, target_modules, modules_to_save)
+    kept = _match_names("modules_to_save", modules_to_save, [n for n, _ in model.named_modules()])
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    layers: dict[nn.Module, LoraLinear] = {}  # a module that stands in two places stays one
+    for name in chosen:
+        module = candidates[name]
+        if module not in layers:
+            make = _from_peft if _is_peft(module) else _from_linear
+            layers[module] = make(name, module, r, lora_alpha, adapter_dtype, backend, generator)
+
+    before = model.__dict__.setdefault("_deltadiff_required_grad", {})
+    earlier = {id(p) for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)}
+    for name, p in model.named_parameters():
+        before.setdefault(name, p.requires_grad)
+        saved = any(name.startswith(f"{k}.") for k in kept) and p.is_floating_point()
+        peft_saved = ".modules_to_save." in name and p.requires_grad
+        if id(p) not in earlier:
+            p.requires_grad_(saved or peft_saved)
+    for layer in layers.values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    _replace(model, layers)
+    return swap_report(model)
+
+
+def unswap_(model: nn.Module) -> nn.Module:
+    """Put the eager layers back and restore which parameters require gradients.
+
+    What in-place Delta-LoRA wrote into W stays there. The low-rank branch of a layer that was an
+    ``nn.Linear`` is dropped (`merge_` first keeps it); PEFT's layers keep their pair.
+
+    Raises:
+        SwapError: the model has no swapped layer, or a PEFT layer would lose a factored delta.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
+    for name, layer in layers.items():
+        delta = layer.delta
+        if layer.original is not layer.base and delta and not delta.in_weight and delta.started():
+            raise SwapError(
+                name, "a PEFT layer with a factored delta, which PEFT cannot hold",
+                "`merge_`, or DeltaLoRA(w_update='inplace')",
+            )  # fmt: skip
+    take_out(model, {layer: layer.original for layer in layers.values()})
+    for name, required in model.__dict__.pop("_deltadiff_required_grad", {}).items():
+        p = dict(model.named_parameters()).get(name)
+        if p is not None:
+            p.requires_grad_(required)
+    return model
+
+
+def take_out(model: nn.Module, replacements: dict[LoraLinear, nn.Module]) -> None:
+    """Put eager layers where swapped ones are, with the weights and biases of these."""
+    for layer, eager in replacements.items():
+        layer.base.weight, layer.base.bias = layer.weight, layer.bias
+        eager.train(layer.training)
+        layer.swapped_in = False
+    _replace(model, replacements)
+
+
+def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Replace modules wherever they stand."""
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module in new:
+                setattr(parent, child, new[module])
+
+
+# -------------------------------------------------------------------- selection
+
+
+def _is_peft(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers and PEFT LoRA layers by name, but nothing inside such a layer."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(prefix: str, module: nn.Module) -> None:
+        for child, m in module._modules.items():
+            name = f"{prefix}{child}"
+            if _is_peft(m) or (isinstance(m, nn.Linear) and not isinstance(m, LoraLinear)):
+                found[name] = m
+            elif m is not None and not isinstance(m, LoraLinear):
+                walk(f"{name}.", m)
+
+    walk("", model)
+    return found
+
+
+def _select(model, candidates, targets: Targets, modules_to_save) -> list[str]:
+    saved = tuple(modules_to_save) if not isinstance(modules_to_save, str) else (modules_to_save,)
+    names = [n for n in candidates if not any(_ends(n, s) or f".{s}." in f".{n}" for s in saved)]
+    peft = [n for n in names if _is_peft(candidates[n])]
+    if callable(targets) and not isinstance(targets, type):
+        chosen = [n for n in names if targets(n, candidates[n])]
+    elif targets == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = peft or [n for n in names if candidates[n] is not head]
+    elif isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ArgumentError(
+                "target_modules", repr(targets), f"a valid regex ({error})"
+            ) from None
+        chosen = [n for n in names if pattern.fullmatch(n)]
+    elif isinstance(targets, Collection) and all(isinstance(t, str) for t in targets):
+        matched = _match_names("target_modules", targets, names)
+        chosen = [n for n in names if n in matched]
+    else:
+        accepted = '"all-linear", a regex, a collection of names or a function of name and module'
+        raise ArgumentTypeError("target_modules", repr(targets), accepted)
+    if not chosen:
+        raise _no_match("target_modules", targets, names)
+    return chosen
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _match_names(argument: str, targets: Collection[str], names: list[str]) -> set[str]:
+    """All names that end in one of ``targets``; each target has to match at least one."""
+    matched: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        hits = {n for n in names if _ends(n, target)}
+        if not hits:
+            raise _no_match(argument, target, names)
+        matched |= hits
+    return matched
+
+
+def _no_match(argument: str, targets: object, names: list[str]) -> ArgumentError:
+    parts = sorted({n.rpartition(".")[2] for n in names})
+    near = difflib.get_close_matches(str(targets), parts + names, n=5, cutoff=0.5) or parts[:10]
+    accepted = f"names of linear layers; near ones: {', '.join(near)}" if near else "nothing here"
+    return ArgumentError(argument, f"{targets!r}, which matches no linear layer", accepted)
+
+
+# ----------------------------------------------------------------- construction
+
+
+def _from_linear(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLinear:
+    w = module.weight
+    n, k = module.out_features, module.in_features
+    if w.numel() == 0 or hasattr(w, "device_mesh"):
+        raise ArgumentTypeError(f"weight of {name}", _describe(w), "a whole tensor (gather it)")
+    if r > min(n, k):
+        raise ArgumentError("r", r, f"1 to {min(n, k)}, the smaller side of {name} {n} x {k}")
+    own = w.dtype if w.dtype in DTYPES else torch.float32
+    half = own in (torch.bfloat16, torch.float16)
+    dtype = dtype or (torch.float32 if half else own)
+    if dtype not in (own, torch.float32) or own == torch.float64 != dtype:
+        accepted = f"{own}" + (" or torch.float32" if half else "")
+        raise ArgumentTypeError("adapter_dtype", dtype, f"{accepted} for {name}")
+    if w.dtype in DTYPES:
+        choose_path(w.device, w.dtype, backend)  # raises where the backend cannot run
+    bound = math.sqrt(1 / k)  # Kaiming's uniform rule with a = sqrt(5)
+    a = torch.empty(r, k).uniform_(-bound, bound, generator=generator)
+    b = torch.zeros(n, r, dtype=dtype, device=w.device)
+    layer = LoraLinear(module, module, a.to(w.device, dtype), b, lora_alpha / r, backend)
+    return layer.train(module.training)
+
+
+def _from_peft(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLinear:
+    adapters = list(module.active_adapters)
+    if len(adapters) != 1 or module.merged or module.disable_adapters:
+        state = f"PEFT layer with active adapters {adapters}, merged={module.merged}"
+        raise ArgumentError(name, state, "one active adapter, not merged")
+    (adapter,) = adapters
+    base, dropout = module.get_base_layer(), module.lora_dropout[adapter]
+    if getattr(dropout, "p", 0.0) != 0:
+        raise ArgumentError(f"lora_dropout of {name}", dropout.p, "0 (Delta-LoRA has no dropout)")
+    if not isinstance(base, nn.Linear) or getattr(module, "use_dora", {}).get(adapter, False):
+        raise ArgumentTypeError(
+            name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear"
+        )
+    if base.weight.dtype in DTYPES:
+        choose_path(base.weight.device, base.weight.dtype, backend)
+    a, b = module.lora_A[adapter], module.lora_B[adapter]
+    if b.bias is not None:
+        raise ArgumentTypeError(name, "a PEFT layer with lora_bias", "lora_bias=False")
+    layer = LoraLinear(module, base, a.weight, b.weight, module.scaling[adapter], backend)
+    layer.lora_A, layer.lora_B = a.weight, b.weight  # the very parameters, so PEFT sees training
+    return layer.train(module.training)
+
+
+def _describe(t: Tensor) -> str:
+    return f"{type(t).__name__} of shape {tuple(t.shape)}"
