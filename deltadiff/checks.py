@@ -182,6 +182,10 @@ def check_adamw_step(
             check_tensor("deltas", deltas[i], shape, device, (wide,))
         if anchors[i] is not None:
             check_tensor("anchors", anchors[i], shape, device, (dtype,))
+        written = {"params": p, "exp_avgs": exp_avgs[i], "exp_avg_sqs": exp_avg_sqs[i]}
+        for name, t in {**written, "deltas": deltas[i], "anchors": anchors[i]}.items():
+            if t is not None and not t.is_contiguous():
+                raise ArgumentError(name, f"strides {t.stride()}", "contiguous tensors")
     check_tensor("steps", steps, (n,), device, (torch.float32,))
     for name, t in (
         ("anchor_now", anchor_now),

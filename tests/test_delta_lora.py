@@ -217,7 +217,7 @@ def snapshot(model, optimizer) -> list[torch.Tensor]:
 def test_a_skipped_step_changes_nothing(w_update, how):
     """A run with skipped steps equals the run without them, bit for bit."""
     results = []
-    for broken in (set(), {0, 1, 3, 7}):
+    for broken in (set(), {0, 1, 4, 7}):  # 4: the iteration that would update W first
         model = make_model(torch.float32)
         model[0].weight.data = model[0].weight.data.clone()
         optimizer = DeltaLoRA(
@@ -242,6 +242,22 @@ def test_a_skipped_step_changes_nothing(w_update, how):
             else:
                 done += 1
             t += 1
+        results.append(output(model))
+    assert torch.equal(*results)
+
+
+def test_a_skipped_step_is_remembered_when_skipping_ends():
+    """The host cannot know that the first step was skipped; W must still start at t > K."""
+    results = []
+    for broken in (False, True):
+        model = make_model()
+        optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=1.0, start_step=3, skip_nonfinite=broken)
+        if broken:
+            loss_of(model, 0).backward()
+            model[2].lora_A.grad[0, 0] = float("inf")
+            optimizer.step()
+            optimizer.skip_nonfinite = False
+        train(model, optimizer, 8)
         results.append(output(model))
     assert torch.equal(*results)
 
@@ -280,8 +296,9 @@ def test_anchors_are_taken_without_gradients_too(w_update):
     for t in range(6):
         optimizer.zero_grad()
         loss_of(model, t).backward()
-        if t == 2:
+        if t in (2, 4):
             model[0].lora_A.grad = model[0].lora_B.grad = None
+        if t == 2:
             at_start = (model[0].lora_B @ model[0].lora_A).detach()
         optimizer.step()
     layer = model[0]
@@ -514,6 +531,15 @@ def test_a_second_run_keeps_what_the_first_one_did(first, second):
     loss_of(model, 0).backward()
     optimizer.step()
     torch.testing.assert_close(output(model), before, atol=1e-6, rtol=0)
+
+
+def test_a_second_run_keeps_the_remainder_of_the_first():
+    model = make_model(torch.bfloat16)
+    train(model, DeltaLoRA(model, lr=1e-4, update_ratio=0.1), 5)
+    low = model[0].delta.remainder.clone()
+    optimizer = DeltaLoRA(model, lr=0.0, weight_decay=0, update_ratio=0.1)
+    train(model, optimizer, 3)
+    assert low.any() and torch.equal(optimizer.state[model[0].lora_B]["remainder"], low)
 
 
 def test_layers_that_join_later_are_anchored_where_they_join():
