@@ -1,0 +1,142 @@
+// adamw_step_: AdamW for a whole list of tensors in one parallel region, in place, that also yields
+// p' - p and, where asked, the p that was.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include "ops.h"
+
+namespace deltadiff {
+namespace {
+
+enum class KernelOption { wide_moments, moments_like_params };  // wide: float32
+
+// The numbers that one tensor's step needs; corrections taken in float64, as PyTorch does.
+struct Step {
+  float grad_scale, one_minus_beta1, beta2, one_minus_beta2, inverse_correction2, eps, decay;
+  float step_size;
+};
+
+// Elements [begin, begin + count) of a tensor. Pointers are to the start of the tensor.
+struct Chunk {
+  void *param, *exp_avg, *exp_avg_sq;
+  const void* grad;
+  float* delta;  // null: not wanted; likewise the anchor
+  void* anchor;
+  int64_t begin, count;
+};
+
+using Kernel = void (*)(const Chunk&, const Step&);
+
+}  // namespace
+}  // namespace deltadiff
+
+#define DELTADIFF_KERNEL "adamw_step_kernel.h"
+#include "each_isa.h"
+
+namespace deltadiff {
+namespace {
+
+constexpr int64_t kChunk = 8192;
+
+// Tensors are walked as flat memory; one that is not contiguous is worked on as a copy.
+class Flat {
+ public:
+  explicit Flat(const at::Tensor& t) : original_(t), flat_(t.contiguous()) {}
+  void* data() const { return flat_.data_ptr(); }
+  void write_back() const {
+    if (!flat_.is_same(original_)) original_.copy_(flat_);
+  }
+
+ private:
+  at::Tensor original_, flat_;
+};
+
+bool is_set(const OptionalTensor& flag) { return flag && flag->item().toDouble() != 0; }
+
+}  // namespace
+
+void adamw_step_(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+    at::TensorList exp_avg_sqs, const at::Tensor& steps, double lr, double beta1, double beta2,
+    double eps, double weight_decay, const OptionalTensorList& deltas,
+    const OptionalTensorList& anchors, const OptionalTensor& anchor_now,
+    const OptionalTensor& grad_scale, const OptionalTensor& found_inf) {
+  const PlainTensors plain;
+  const size_t n = params.size();
+  TORCH_CHECK(
+      grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && deltas.size() == n &&
+          anchors.size() == n && steps.numel() == static_cast<int64_t>(n) &&
+          steps.scalar_type() == at::kFloat,
+      "adamw_step_: the lists differ in length");
+  if (n == 0) return;
+  if (is_set(found_inf)) {
+    for (const OptionalTensor& delta : deltas) {
+      if (delta) delta->zero_();
+    }
+    return;
+  }
+
+  const auto dtype = params[0].scalar_type(), moment_dtype = exp_avgs[0].scalar_type();
+  TORCH_CHECK(
+      (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) &&
+          (moment_dtype == dtype || moment_dtype == at::kFloat),
+      "adamw_step_: no kernel for ", dtype, " with moments in ", moment_dtype);
+  const Kernel update = best_kernel(
+      dtype, moment_dtype == at::kFloat ? KernelOption::wide_moments
+                                        : KernelOption::moments_like_params);
+  const bool keep_anchors = is_set(anchor_now);
+  const float scale = grad_scale ? grad_scale->item<float>() : 1.f;
+
+  std::vector<Flat> written;
+  std::vector<at::Tensor> read;
+  std::vector<Step> numbers;
+  std::vector<std::pair<size_t, Chunk>> chunks;
+  written.reserve(5 * n);
+  read.reserve(n);
+  numbers.reserve(n);
+  const auto flat = [&](const at::Tensor& t, const at::Tensor& like, at::ScalarType expected) {
+    TORCH_CHECK(
+        t.scalar_type() == expected && t.sizes() == like.sizes(), "adamw_step_: a tensor of ",
+        t.scalar_type(), " ", t.sizes(), " beside a parameter of ", dtype, " ", like.sizes());
+    return written.emplace_back(t).data();
+  };
+  const at::Tensor step_counts = steps.contiguous();
+  const float* done = step_counts.const_data_ptr<float>();
+  for (size_t i = 0; i < n; ++i) {
+    const at::Tensor& p = params[i];
+    TORCH_CHECK(
+        grads[i].scalar_type() == dtype && grads[i].sizes() == p.sizes(),
+        "adamw_step_: a gradient does not fit its parameter");
+    const OptionalTensor delta = deltas[i], anchor = anchors[i];
+    Chunk chunk{};
+    chunk.param = flat(p, p, dtype);
+    chunk.exp_avg = flat(exp_avgs[i], p, moment_dtype);
+    chunk.exp_avg_sq = flat(exp_avg_sqs[i], p, moment_dtype);
+    chunk.grad = read.emplace_back(grads[i].contiguous()).const_data_ptr();
+    if (delta) chunk.delta = static_cast<float*>(flat(*delta, p, at::kFloat));
+    if (anchor && keep_anchors) chunk.anchor = flat(*anchor, p, dtype);
+    for (chunk.begin = 0; chunk.begin < p.numel(); chunk.begin += kChunk) {
+      chunk.count = std::min(kChunk, p.numel() - chunk.begin);
+      chunks.emplace_back(i, chunk);
+    }
+    const double step = done[i] + 1.;
+    const double correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step);
+    numbers.push_back({
+        scale, static_cast<float>(1 - beta1), static_cast<float>(beta2),
+        static_cast<float>(1 - beta2), static_cast<float>(1 / correction2),
+        static_cast<float>(eps), static_cast<float>(1 - lr * weight_decay),
+        static_cast<float>(lr / correction1)});
+  }
+  at::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) update(chunks[i].second, numbers[chunks[i].first]);
+  });
+  for (const Flat& t : written) t.write_back();
+  steps.add_(1);
+}
+
+}  // namespace deltadiff

@@ -1,0 +1,226 @@
+// W += scale (dB A' + (B' - dB) dA) on a block of rows: one read and one write of each element.
+// Included by each_isa.h, once for each instruction set.
+
+constexpr int kVectors = 2;
+constexpr int kTile = kVectors * kLanes;  // columns whose sums are held in registers...
+constexpr int kRows = kLanes == 16 ? 8 : 4;  // ...for this many rows
+constexpr int kPanel = 512;  // columns whose random bits are made at a time
+
+// ---- How an element is kept: its float32 value comes from, and goes to, weight and remainder.
+
+template <class Storage>
+struct Nearest {
+  using Weight = typename Storage::Item;
+  using Low = char;
+  static constexpr bool kRandom = false, kRemainder = false;
+  DELTADIFF_INLINE f32v read(const Weight* w, const Low*) { return Storage::read(w); }
+  DELTADIFF_INLINE void write(f32v wide, Weight* w, Low*, const uint16_t*) {
+    Storage::write(w, wide);
+  }
+};
+
+template <class Storage>
+struct Remainder;
+
+template <>
+struct Remainder<BFloat16> {
+  using Weight = uint16_t;
+  using Low = int16_t;
+  static constexpr bool kRandom = false, kRemainder = true;
+  DELTADIFF_INLINE f32v read(const Weight* w, const Low* low) {
+    typedef int16_t i16v __attribute__((vector_size(2 * kLanes)));
+    const i32v signed_low = __builtin_convertvector(load<i16v>(low), i32v);
+    return (f32v)((widen(load<u16v>(w)) << 16) + (u32v)signed_low);
+  }
+  DELTADIFF_INLINE void write(f32v wide, Weight* w, Low* low, const uint16_t*) {
+    const u32v bits = (u32v)wide;
+    // the carry must not turn a NaN into a number
+    const u32v high = wide == wide ? (bits + 0x8000) >> 16 : bits >> 16;
+    store(w, narrow(high));
+    store(low, narrow(wide == wide ? bits - (high << 16) : u32v{}));
+  }
+};
+
+template <>
+struct Remainder<Float16> {
+  using Weight = uint16_t;
+  using Low = uint16_t;
+  static constexpr bool kRandom = false, kRemainder = true;
+  DELTADIFF_INLINE f32v read(const Weight* w, const Low* low) {
+    return Float16::read(w) + Float16::read(low);
+  }
+  DELTADIFF_INLINE void write(f32v wide, Weight* w, Low* low, const uint16_t*) {
+    const u16v high = Float16::round(wide);
+    store(w, high);
+    Float16::write(low, wide - Float16::expand(high));
+  }
+};
+
+template <class Storage>
+struct Stochastic;
+
+template <>
+struct Stochastic<BFloat16> {
+  using Weight = uint16_t;
+  using Low = char;
+  static constexpr bool kRandom = true, kRemainder = false;
+  DELTADIFF_INLINE f32v read(const Weight* w, const Low*) { return BFloat16::read(w); }
+  DELTADIFF_INLINE void write(f32v wide, Weight* w, Low*, const uint16_t* random) {
+    // infinity stays what it is by itself; a NaN that arithmetic made has its top bit set
+    const u32v added = wide == wide ? widen(load<u16v>(random)) : u32v{};
+    store(w, narrow(((u32v)wide + added) >> 16));
+  }
+};
+
+template <>
+struct Stochastic<Float16> {
+  using Weight = uint16_t;
+  using Low = char;
+  static constexpr bool kRandom = true, kRemainder = false;
+  DELTADIFF_INLINE f32v read(const Weight* w, const Low*) { return Float16::read(w); }
+  DELTADIFF_INLINE void write(f32v wide, Weight* w, Low*, const uint16_t* random) {
+    const u32v bits = (u32v)wide, fraction = widen(load<u16v>(random)) >> 3;
+    const f32v size = (f32v)(bits & 0x7FFFFFFF);
+    f32v rounded = (f32v)((bits + fraction) & 0xFFFFE000);
+    const i32v small = size < 0x1p-14f;
+    if (any(small)) {  // there float16 has a fixed spacing of 2^-24
+      const f32v units = size * 0x1p24f + __builtin_convertvector((i32v)fraction, f32v) * 0x1p-13f;
+      const f32v whole = __builtin_convertvector(__builtin_convertvector(units, i32v), f32v);
+      rounded = small ? (f32v)((u32v)(whole * 0x1p-24f) | (bits & 0x80000000)) : rounded;
+    }
+    Float16::write(w, wide == wide ? rounded : wide);
+  }
+};
+
+// ---- Random bits: Philox4x32-7 with counter (element / 8, step, index) and key seed.
+
+// Puts the bits of elements [first, first + count) at out + the returned offset.
+static int random_bits(uint16_t* out, const Block& job, uint64_t first, int64_t count) {
+  constexpr int kBlocks = kLanes / 2;  // a word for each 64 bits; their high halves are noise
+  u64v keys[7][2], lane;
+  for (int round = 0; round < 7; ++round) {
+    keys[round][0] = u64v{} + ((uint32_t)job.seed + round * 0x9E3779B9u);
+    keys[round][1] = u64v{} + ((uint32_t)(job.seed >> 32) + round * 0xBB67AE85u);
+  }
+  for (int i = 0; i < kBlocks; ++i) lane[i] = i % 2 * (kBlocks / 2) + i / 2;  // as store_pairs
+  const u64v factor0 = u64v{} + 0xD2511F53, factor1 = u64v{} + 0xCD9E8D57;
+  const int offset = (int)(first % 8);
+  u64v block = lane + first / 8;
+  for (int64_t done = -offset; done < count; done += 8 * kBlocks, block += kBlocks) {
+    u64v c0 = block, c1 = high_halves(block), c2 = u64v{} + job.step, c3 = u64v{} + job.index;
+    for (const auto& key : keys) {
+      const u64v product0 = multiply_low(c0, factor0), product1 = multiply_low(c2, factor1);
+      c0 = high_halves(product1) ^ c1 ^ key[0];
+      c2 = high_halves(product0) ^ c3 ^ key[1];
+      c1 = product1;
+      c3 = product0;
+    }
+    const u64v low = u64v{} + 0xFFFFFFFF;
+    store_pairs((uint64_t*)out, (c0 & low) | (c1 << 32), (c2 & low) | (c3 << 32));
+    out += 8 * kBlocks;
+  }
+  return offset;
+}
+
+// ---- The update
+
+template <class Format>
+DELTADIFF_INLINE void update_elements(
+    typename Format::Weight* w, typename Format::Low* low, const f32v* sum, float scale,
+    const uint16_t* random) {
+  for (int v = 0; v < kVectors; ++v) {
+    f32v wide = Format::read(w + v * kLanes, low + v * kLanes);
+    wide += scale * sum[v];
+    Format::write(wide, w + v * kLanes, low + v * kLanes, random + v * kLanes);
+  }
+}
+
+// Where a tile does not lie as whole vectors (the end of a row, strided): the same on a copy.
+template <class Format>
+__attribute__((noinline)) static void update_copied(
+    typename Format::Weight* w, typename Format::Low* low, int64_t w_stride, int64_t low_stride,
+    int count, const f32v* sum, float scale, const uint16_t* random) {
+  typename Format::Weight whole_w[kTile] = {};
+  typename Format::Low whole_low[kTile] = {};
+  for (int j = 0; j < count; ++j) {
+    whole_w[j] = w[j * w_stride];
+    if (Format::kRemainder) whole_low[j] = low[j * low_stride];
+  }
+  update_elements<Format>(whole_w, whole_low, sum, scale, random);
+  for (int j = 0; j < count; ++j) {
+    w[j * w_stride] = whole_w[j];
+    if (Format::kRemainder) low[j * low_stride] = whole_low[j];
+  }
+}
+
+template <class Format>
+static void update(const Block& job) {
+  using Weight = typename Format::Weight;
+  using Low = typename Format::Low;
+  const int64_t rank = job.rank, terms = 2 * rank;
+  const int64_t w_pitch = job.weight_stride[0], w_stride = job.weight_stride[1];
+  const int64_t low_pitch = job.low_stride[0], low_stride = job.low_stride[1];
+  const float scale = job.scale;
+  uint16_t random[kRows][kPanel + 4 * kLanes + kTile];
+  for (int64_t row = 0; row < job.rows; row += kRows) {
+    const int rows = (int)(job.rows - row < kRows ? job.rows - row : kRows);
+    float* left = job.left;  // (terms, kRows): dB, then B' - dB = B
+    for (int i = 0; i < kRows; ++i) {
+      for (int64_t k = 0; k < rank; ++k) {
+        const int64_t at = (row + i) * rank + k;
+        const float delta = i < rows ? job.delta_B[at] : 0;
+        left[k * kRows + i] = delta;
+        left[(rank + k) * kRows + i] = i < rows ? job.lora_B[at] - delta : 0;
+      }
+    }
+    for (int64_t panel = 0; panel < job.columns; panel += kPanel) {
+      const int64_t end = panel + kPanel < job.columns ? panel + kPanel : job.columns;
+      const uint16_t* bits[kRows] = {};
+      for (int i = 0; Format::kRandom && i < rows; ++i) {
+        const uint64_t first = job.first + (row + i) * job.pitch + panel;
+        bits[i] = random[i] + random_bits(random[i], job, first, end - panel);
+      }
+      for (int64_t column = panel; column < end; column += kTile) {
+        f32v sum[kRows][kVectors] = {};
+        const float* right = job.right + column * terms;
+        for (int64_t k = 0; k < terms; ++k, right += kTile) {
+          for (int v = 0; v < kVectors; ++v) {
+            const f32v factor = load<f32v>(right + v * kLanes);
+            for (int i = 0; i < kRows; ++i) sum[i][v] += left[k * kRows + i] * factor;
+          }
+        }
+        Weight* const w = (Weight*)job.weight + row * w_pitch + column * w_stride;
+        Low* const low = (Low*)job.low + row * low_pitch + column * low_stride;
+        if (rows == kRows && end - column >= kTile && job.unit_stride) {
+          for (int i = 0; i < kRows; ++i) {
+            update_elements<Format>(
+                w + i * w_pitch, low + i * low_pitch, sum[i], scale, bits[i] + (column - panel));
+          }
+          continue;
+        }
+        const int count = (int)(end - column < kTile ? end - column : kTile);
+        f32v kept[kRows][kVectors];  // a copy, so that the sums themselves can stay in registers
+        memcpy(kept, sum, sizeof(sum));
+        for (int i = 0; i < rows; ++i) {
+          update_copied<Format>(
+              w + i * w_pitch, low + i * low_pitch, w_stride, low_stride, count, kept[i], scale,
+              bits[i] + (column - panel));
+        }
+      }
+    }
+  }
+}
+
+template <class Storage>
+static Kernel kernel_for(KernelOption rounding) {
+  const auto run = rounding == KernelOption::remainder    ? update<Remainder<Storage>>
+                   : rounding == KernelOption::stochastic ? update<Stochastic<Storage>>
+                                                          : update<Nearest<Storage>>;
+  return {run, kRows, kTile};
+}
+
+static Kernel kernel(at::ScalarType dtype, KernelOption rounding) {
+  if (dtype == at::kBFloat16) return kernel_for<BFloat16>(rounding);
+  if (dtype == at::kHalf) return kernel_for<Float16>(rounding);
+  return {update<Nearest<Float32>>, kRows, kTile};
+}

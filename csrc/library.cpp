@@ -1,0 +1,90 @@
+// Registers torch.ops.deltadiff.*: schemas, CPU kernels, and the shapes that torch.compile needs.
+
+#include <Python.h>
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace deltadiff {
+namespace {
+
+at::Tensor empty_for(const at::Tensor& like, c10::SymIntArrayRef sizes) {
+  return at::empty_symint(sizes, like.options());
+}
+
+std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_meta(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor&,
+    double, const OptionalTensor&, const OptionalTensor&) {
+  return {
+      empty_for(x, {x.sym_size(0), weight.sym_size(0)}),
+      empty_for(x, {x.sym_size(0), lora_A.sym_size(0)})};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_meta(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor&, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, const at::Tensor&, double, const OptionalTensor& gate,
+    std::array<bool, 4> needs) {
+  at::Tensor dx, dA, dB, dgate;
+  if (needs[0]) dx = empty_for(dy, x.sym_sizes());
+  if (needs[1]) dA = empty_for(lora_A, lora_A.sym_sizes());
+  if (needs[2]) dB = empty_for(lora_A, lora_B.sym_sizes());
+  if (needs[3] && gate) dgate = empty_for(*gate, gate->sym_sizes());
+  return {dx, dA, dB, dgate};
+}
+
+// The in-place operations return nothing, so that there is no shape to tell.
+void delta_update_meta_(
+    at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
+    at::ArrayRef<double>, std::string_view, at::TensorList, int64_t, const at::Tensor&,
+    const OptionalTensor&) {}
+
+void adamw_step_meta_(
+    at::TensorList, at::TensorList, at::TensorList, at::TensorList, const at::Tensor&, double,
+    double, double, double, double, const OptionalTensorList&, const OptionalTensorList&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&) {}
+
+}  // namespace
+
+TORCH_LIBRARY(deltadiff, m) {
+  m.def(
+      "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+      "Tensor? gate, Tensor? bias) -> (Tensor y, Tensor S)");
+  m.def(
+      "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, "
+      "float scaling, Tensor? gate, bool[4] needs) "
+      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
+  m.def(
+      "delta_update_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] delta_As, "
+      "Tensor[] delta_Bs, float[] scales, str rounding, Tensor(b!)[] remainders, int seed, "
+      "Tensor step, Tensor? apply) -> ()");
+  m.def(
+      "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!) steps, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, Tensor(e!)?[] deltas, Tensor(f!)?[] anchors, Tensor? anchor_now, "
+      "Tensor? grad_scale, Tensor? found_inf) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(deltadiff, CPU, m) {
+  m.impl("lora_linear_fwd", lora_linear_fwd);
+  m.impl("lora_linear_bwd", lora_linear_bwd);
+  m.impl("delta_update_", delta_update_);
+  m.impl("adamw_step_", adamw_step_);
+}
+
+TORCH_LIBRARY_IMPL(deltadiff, Meta, m) {
+  m.impl("lora_linear_fwd", lora_linear_fwd_meta);
+  m.impl("lora_linear_bwd", lora_linear_bwd_meta);
+  m.impl("delta_update_", delta_update_meta_);
+  m.impl("adamw_step_", adamw_step_meta_);
+}
+
+}  // namespace deltadiff
+
+// `from deltadiff import _C` loads this library, which registers the operations; there is no more
+// to the module.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

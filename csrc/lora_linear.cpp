@@ -1,0 +1,93 @@
+// lora_linear: y = x W^T + bias + s g (x A^T) B^T, forward and backward.
+//
+// Every product is one of ATen's (oneDNN or MKL underneath). The low-rank products are added into
+// the large one as they are computed, which spares eager's passes over y and dx.
+
+#include <algorithm>
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include "ops.h"
+
+namespace deltadiff {
+namespace {
+
+// A matrix that a GEMM reads where it lies; otherwise every product would copy it anew.
+at::Tensor readable(const at::Tensor& t) {
+  const bool by_rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
+  const bool by_columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
+  return by_rows || by_columns ? t : t.contiguous();
+}
+
+// t g, with one entry of g for each of t's columns (or for all)
+at::Tensor gated(const at::Tensor& t, const OptionalTensor& gate) {
+  return gate ? t.mul(gate->to(t.scalar_type())) : t;
+}
+
+// scale * (a @ b)
+at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scale) {
+  at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  return at::addmm_out(out, out, a, b, /*beta=*/0, /*alpha=*/scale);
+}
+
+// s * sum over tokens of T * S, an entry for each of the r columns. Terms of both signs cancel in
+// these few numbers, so they are computed in the next wider dtype, some rows at a time.
+at::Tensor column_sums(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora_A, const at::Tensor& lora_B,
+    double scaling) {
+  const auto wide = x.scalar_type() == at::kFloat ? at::kDouble : at::kFloat;
+  const at::Tensor A = lora_A.to(wide).t(), B = lora_B.to(wide);
+  at::Tensor sums = at::zeros({lora_A.size(0)}, x.options().dtype(at::kDouble));
+  constexpr int64_t kRows = 256;
+  for (int64_t row = 0; row < x.size(0); row += kRows) {
+    const int64_t rows = std::min(kRows, x.size(0) - row);
+    const at::Tensor T = at::mm(dy.narrow(0, row, rows).to(wide), B);
+    const at::Tensor S = at::mm(x.narrow(0, row, rows).to(wide), A);
+    sums.add_(T.mul(S).sum(0, /*keepdim=*/false, at::kDouble));
+  }
+  return sums.mul_(scaling);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
+    const OptionalTensor& bias) {
+  const PlainTensors plain;
+  const auto dtype = x.scalar_type();
+  const at::Tensor rows = readable(x);
+  at::Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
+  at::Tensor S = at::mm(rows, lora_A.to(dtype).t());
+  y.addmm_(gated(S, gate), lora_B.to(dtype).t(), /*beta=*/1, /*alpha=*/scaling);
+  return {y, S};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
+    std::array<bool, 4> needs) {
+  const PlainTensors plain;
+  const auto dtype = x.scalar_type();
+  const auto [need_x, need_A, need_B, need_gate] = needs;
+  const at::Tensor dy_rows = readable(dy);
+  at::Tensor dx, dA, dB, dgate, T;
+  if (need_x || need_A) T = at::mm(dy_rows, lora_B.to(dtype));
+  if (need_x) {
+    dx = at::mm(dy_rows, weight);
+    dx.addmm_(gated(T, gate), lora_A.to(dtype), /*beta=*/1, /*alpha=*/scaling);
+  }
+  if (need_A) dA = scaled_mm(gated(T, gate).t(), readable(x), scaling).to(lora_A.scalar_type());
+  if (need_B) dB = scaled_mm(dy_rows.t(), gated(S, gate), scaling).to(lora_B.scalar_type());
+  if (need_gate && gate) {
+    const at::Tensor sums = column_sums(dy, x, lora_A, lora_B, scaling);
+    dgate = (gate->numel() == 1 ? sums.sum() : sums).to(gate->scalar_type()).view(gate->sizes());
+  }
+  return {dx, dA, dB, dgate};
+}
+
+}  // namespace deltadiff

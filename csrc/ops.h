@@ -1,0 +1,50 @@
+// The native CPU operations. What each computes is written down in deltadiff/reference.py.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace deltadiff {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using OptionalTensorList = c10::List<OptionalTensor>;
+
+std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
+    const OptionalTensor& bias);
+
+// What `needs` (x, A, B, gate) leaves out comes back undefined, which Python sees as None.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
+    std::array<bool, 4> needs);
+
+void delta_update_(
+    at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs,
+    at::TensorList delta_As, at::TensorList delta_Bs, at::ArrayRef<double> scales,
+    std::string_view rounding, at::TensorList remainders, int64_t seed, const at::Tensor& step,
+    const OptionalTensor& apply);
+
+void adamw_step_(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+    at::TensorList exp_avg_sqs, const at::Tensor& steps, double lr, double beta1, double beta2,
+    double eps, double weight_decay, const OptionalTensorList& deltas,
+    const OptionalTensorList& anchors, const OptionalTensor& anchor_now,
+    const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
+
+// The caller decided on dtypes and computes gradients: inside an operation neither autocast nor
+// autograd has a say.
+struct PlainTensors {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
+};
+
+}  // namespace deltadiff

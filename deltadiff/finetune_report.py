@@ -1,0 +1,148 @@
+"""What `deltadiff finetune` writes down: result.json, predictions.csv and the closing lines."""
+
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .lora import lora_layers
+from .swap import swap_report
+from .training import Progress, Task
+
+
+def training(task: Task, model: nn.Module, progress: Progress, batch_size: int) -> dict:
+    """The course of a run and its cost.
+
+    Rates come from the median step: the first steps compile and warm up.
+    """
+    median = statistics.median(progress.step_seconds)
+    report = swap_report(model)
+    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {
+        "examples": {"train": len(task.train), "heldout": len(task.heldout)},
+        "labels": dict(sorted(Counter(e.label for e in task.heldout_examples if e.label).items())),
+        "parameters": sum(n for n, _ in parameters),
+        "trainable_parameters": sum(n for n, trained in parameters if trained),
+        "paths": dict(Counter(row.path for row in report.rows)),
+        "loss_curve": progress.losses,
+        "seconds": sum(progress.step_seconds),
+        "seconds_per_step": median,
+        "examples_per_second": batch_size / median,
+        "tokens_per_second": progress.tokens / progress.step / median,
+    }
+
+
+@torch.no_grad()
+def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
+    """Of what Delta-LoRA wanted to add, D = lambda s (B_T A_T - B_k A_k), the share that is in W.
+
+    share: <W_T - W_0, D> / <D, D> over all layers; size: |D| / |W_0|.
+    """
+    reached = wanted = before = 0.0
+    for name, layer in lora_layers(model).items():
+        delta = layer.delta
+        if delta is None or not delta.started():
+            continue
+        products = [p for p in delta.folded or () if p.in_weight]
+        products.append(delta.product(layer.lora_A, layer.lora_B, layer.scaling))
+        d = sum(p.B.float() @ p.A.float() for p in products).double().cpu()
+        w_0 = original.get_submodule(name).weight.double()
+        reached += ((layer.weight.detach().double().cpu() - w_0) * d).sum().item()
+        wanted += (d * d).sum().item()
+        before += (w_0 * w_0).sum().item()
+    if not wanted:
+        return None
+    return {"share": reached / wanted, "size": (wanted / before) ** 0.5}
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device and commit: what someone needs to get the same figures."""
+    packages = {}
+    for name in ("deltadiff", "torch", "triton", "transformers", "peft", "numpy"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    is_gpu = device.type == "cuda"
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if is_gpu else _processor(),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """Of the source that runs, with "+" where it was changed since; None where git has none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+" if state.stdout else "") if head.returncode == 0 else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def write_predictions(path: Path, rows: Tensor, task: Task) -> None:
+    """A line a held-out example: logits of each class, or (negative log-likelihood, tokens)."""
+    labels = task.model.labels
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        columns = [f"logit {name}" for name in labels] if labels else ["nll", "tokens"]
+        writer.writerow(["text", *(["label", "predicted"] if labels else []), *columns])
+        for example, row in zip(task.heldout_examples, rows.tolist(), strict=True):
+            names = [example.label, labels[row.index(max(row))]] if labels else []
+            writer.writerow([example.text, *names, *row])
+
+
+def describe(measured: dict[str, float]) -> str:
+    """Held-out figures in words."""
+    names = {"nll_per_token": "negative log-likelihood a token"}
+    return ", ".join(f"{names.get(k, k)} {v:.4g}" for k, v in measured.items()) + " (held out)"
+
+
+def summary(result: dict) -> str:
+    """The closing lines of a run."""
+    update, peak = result["weight_update"], result["peak_memory_mib"]
+    lines = [
+        f"after:  {describe(result['after'])}",
+        f"{result['settings']['steps']} steps in {result['seconds']:.1f} s: "
+        f"{result['examples_per_second']:.1f} examples/s, "
+        f"{result['tokens_per_second']:.0f} tokens/s; "
+        f"peak memory {'not known' if peak is None else f'{peak:.0f} MiB'} above the loaded model",
+    ]
+    if update:
+        lines.append(
+            f"{update['share']:.1%} of the wanted update is in W (a change by {update['size']:.2%})"
+        )
+    lines.append(
+        f"in {result['settings']['output']}: result.json, loss.png, predictions.csv, adapter"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""`deltadiff info`: versions, devices, and which backend runs what on this machine."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .checks import DTYPES
+from .ops import BACKENDS, choose_path, why_unavailable
+
+PACKAGES = ("triton", "transformers", "peft", "safetensors")
+
+
+def collect() -> dict:
+    """What `format_info` prints, as JSON takes it."""
+    return {"versions": _versions(), "devices": _devices(), "paths": _paths()}
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "deltadiff": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["CUDA of torch"] = torch.version.cuda
+    versions["NVIDIA driver"] = _driver()
+    return versions
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.partition("\n")[0].strip() or None
+
+
+def _devices() -> list[dict]:
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        gpus.append(
+            {
+                "device": f"cuda:{i}",
+                "name": gpu.name,
+                "capability": f"sm_{gpu.major}{gpu.minor}",
+                "multiprocessors": gpu.multi_processor_count,
+                "memory_gib": round(gpu.total_memory / 2**30, 1),
+            }
+        )
+    return [cpu, *gpus]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _paths() -> list[dict]:
+    """One entry for each device, backend and dtype; ``reason`` is None where it can run."""
+    paths = []
+    for entry in _devices():
+        device = torch.device(entry["device"])
+        for backend in BACKENDS:
+            for dtype in DTYPES:
+                paths.append(
+                    {
+                        "device": entry["device"],
+                        "backend": backend,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "chosen": choose_path(device, dtype).backend == backend,
+                        "reason": why_unavailable(backend, device, dtype),
+                    }
+                )
+    return paths
+
+
+def format_info(info: dict) -> str:
+    """What `collect` found, as text."""
+    versions = [(name, version or "-") for name, version in info["versions"].items()]
+    devices = [("device", "name", "", "memory", "")]
+    for d in info["devices"]:
+        units = f"{d['threads']} threads" if "threads" in d else f"{d['multiprocessors']} SMs"
+        row = (d["device"], d["name"], d["capability"], f"{d['memory_gib']} GiB", units)
+        devices.append(row)
+    if len(info["devices"]) == 1:
+        build = info["versions"]["CUDA of torch"]
+        why = "no NVIDIA GPU found" if build else "this torch is built without CUDA"
+        devices.append(("cuda", f"- ({why})", "", "", ""))
+
+    dtypes = list(dict.fromkeys(p["dtype"] for p in info["paths"]))
+    table = [("device", "backend", *dtypes, "why not")]
+    for device, backend in dict.fromkeys((p["device"], p["backend"]) for p in info["paths"]):
+        row = [p for p in info["paths"] if (p["device"], p["backend"]) == (device, backend)]
+        cells = ("-" if p["reason"] else "chosen" if p["chosen"] else "there" for p in row)
+        reasons = dict.fromkeys(p["reason"] for p in row if p["reason"])
+        table.append((device, backend, *cells, "; ".join(reasons)))
+    return "\n\n".join(_align(rows) for rows in (versions, devices, table))
+
+
+def _align(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

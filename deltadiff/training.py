@@ -1,0 +1,320 @@
+"""The loop of `deltadiff finetune`: steps, evaluation, checkpoints, and what they cost."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .data import IGNORED, Encoded, Example, batch_indices
+from .errors import ArgumentError, CheckpointError
+from .models import Model
+
+WARMUP_STEPS = 10
+READ_EVERY = 10  # steps between two looks at the loss of a GPU, each of which waits for it
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became inf or NaN; nothing was saved after the step that it names."""
+
+
+class Interrupted(Exception):
+    """The user stopped the run; what was done is saved."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; a checkpoint holds it as JSON."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    before: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains on and is measured on.
+
+    ``dtype`` is that of the frozen weights and of the products.
+    """
+
+    model: Model
+    train: Encoded
+    heldout: Encoded
+    heldout_examples: list[Example]
+    device: torch.device
+    dtype: torch.dtype
+
+
+# ------------------------------------------------------------------ loss and metric
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model with the device and the dtype that its products run in."""
+
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+    def loss(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, Tensor]:
+        """(loss, logits); the loss is of a class, or of every next token."""
+        labels = batch["labels"]
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits = out.logits.float()
+        if labels.dim() == 2:
+            logits, labels = logits[:, :-1].transpose(1, 2), labels[:, 1:]
+        return cross_entropy(logits, labels, reduction=reduction, ignore_index=IGNORED), logits
+
+
+@torch.no_grad()
+def predict(forward: Forward, data: Encoded, batch_size: int) -> Tensor:
+    """A row an example: logits of the classes, or (negative log-likelihood, tokens)."""
+    was_training = forward.model.training
+    forward.model.eval()
+    order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))  # little padding
+    rows = []
+    for start in range(0, len(order), batch_size):
+        batch = data.batch(order[start : start + batch_size], forward.device)
+        loss, logits = forward.loss(batch, reduction="none")
+        if loss.dim() == 2:
+            counted = batch["labels"][:, 1:] != IGNORED
+            rows.append(torch.stack([loss.sum(1), counted.sum(1)], dim=1).cpu())
+        else:
+            rows.append(logits.cpu())
+    forward.model.train(was_training)
+    return torch.cat(rows)[torch.tensor(order).argsort()]
+
+
+def metrics(rows: Tensor, data: Encoded) -> dict[str, float]:
+    """Accuracy and mean loss, or the negative log-likelihood of a token and its perplexity."""
+    if isinstance(data.labels[0], int):
+        labels = torch.tensor(data.labels)
+        accuracy = (rows.argmax(1) == labels).double().mean()
+        return {"accuracy": accuracy.item(), "loss": cross_entropy(rows, labels).item()}
+    nll = (rows[:, 0].double().sum() / rows[:, 1].sum()).item()
+    return {"nll_per_token": nll, "perplexity": math.exp(min(nll, 700))}
+
+
+# ------------------------------------------------------------------------- training
+
+
+def learning_rate(lr: float, step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to 0."""
+    warmup = min(WARMUP_STEPS, steps)
+    return lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
+
+
+def train(
+    forward: Forward,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    data: Encoded,
+    progress: Progress,
+    *,
+    lr: float,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    save_every: int,
+    save: Callable[[], object],
+) -> None:
+    """Train from ``progress.step`` to ``steps``; calls ``save`` now and then and when interrupted.
+
+    Raises:
+        NonFiniteLossError, Interrupted.
+    """
+    from tqdm import tqdm
+
+    on_terminal = sys.stderr.isatty()
+    read_every = 1 if forward.device.type == "cpu" else READ_EVERY
+    forward.model.train()
+    losses: list[Tensor] = []  # of the steps since the last look
+    with (
+        catch_interrupt() as interrupt,
+        tqdm(
+            total=steps, initial=progress.step, unit="step", mininterval=0.2 if on_terminal else 15
+        ) as bar,
+    ):
+        started = time.perf_counter()
+        while progress.step < steps and not interrupt:
+            indices = batch_indices(len(data), batch_size, seed, progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(lr, progress.step, steps)
+            loss, _ = forward.loss(data.batch(indices, forward.device))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            progress.step += 1
+            progress.tokens += sum(len(data.ids[i]) for i in indices)
+            saves = progress.step % save_every == 0 and progress.step < steps
+            if len(losses) == read_every or saves or interrupt or progress.step == steps:
+                _read_losses(losses, progress)
+                seconds = time.perf_counter() - started
+                progress.step_seconds += [seconds / len(losses)] * len(losses)
+                bar.set_postfix(loss=f"{progress.losses[-1]:.4f}", refresh=False)
+                bar.update(len(losses))
+                losses.clear()
+                if saves and not interrupt:
+                    save()
+                started = time.perf_counter()
+    if interrupt and progress.step < steps:
+        raise Interrupted(save())
+
+
+def _read_losses(losses: list[Tensor], progress: Progress) -> None:
+    values = torch.stack(losses).tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            step = progress.step - len(values) + i + 1
+            raise NonFiniteLossError(f"the loss is {value} at step {step}")
+    progress.losses += values
+
+
+@contextlib.contextmanager
+def catch_interrupt() -> Iterator[list]:
+    """A list that gets an entry with the first Ctrl-C (or SIGTERM); the second one ends at once."""
+    received: list[int] = []
+    earlier = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else earlier[number])
+
+    for number in earlier:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+class PeakMemory:
+    """Memory above what was in use at the start, in MiB: of the GPU, or resident on Linux."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.start = self._now()
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self) -> float | None:
+        """None where the system does not tell."""
+        if self.device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self.device) - self.start) / 2**20
+        peak = self._status("VmHWM")
+        return None if peak is None or self.start is None else (peak - self.start) / 2**20
+
+    def _now(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return self._status("VmRSS")
+
+    def _status(self, key: str) -> int | None:
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith(f"{key}:"):
+                    return int(line.split()[1]) * 1024
+        return None
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(
+    output: Path,
+    progress: Progress,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    save_weights: Callable[[Path], object],
+) -> Path:
+    """Write ``output/checkpoint-STEP`` whole or not at all, then drop the earlier ones."""
+    target = output / f"checkpoint-{progress.step}"
+    temporary = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=output))
+    try:
+        save_weights(temporary / "adapter")
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        torch.save(state, temporary / "state.pt")
+        (temporary / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
+        for file in temporary.rglob("*"):
+            _sync(file)
+        if target.exists():  # the same step, saved before an interrupt
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _sync(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for other in find_checkpoints(output)[:-1]:
+        shutil.rmtree(other)
+    return target
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def find_checkpoints(output: Path) -> list[Path]:
+    """Checkpoints of a run, the latest last."""
+    found = [p for p in output.glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+
+
+def load_checkpoint(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    load_weights: Callable[[Path], object],
+) -> Progress:
+    """Restore what `save_checkpoint` wrote; nothing in it is unpickled but tensors.
+
+    Raises:
+        CheckpointError: a part is missing or garbled.
+    """
+    try:
+        progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        load_weights(folder / "adapter")
+        optimizer.load_state_dict(state["optimizer"])
+    except ArgumentError:
+        raise
+    except Exception as error:  # torch.load alone raises half a dozen kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(str(folder), reason, "a checkpoint of this run") from error
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return progress

@@ -1,0 +1,56 @@
+"""What launchers share: tables that let one launch serve a list of tensors, and device facts."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# Shared memory that one block can have, in KiB. A capability that is not here gets the smallest,
+# which every GPU since sm_80 has.
+SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+LEAST_SHARED_KIB = 99
+
+
+@functools.cache
+def shared_kib(device: torch.device) -> int:
+    """Shared memory that launch configurations may count on."""
+    if device.type != "cuda":
+        return LEAST_SHARED_KIB
+    return SHARED_KIB.get(torch.cuda.get_device_capability(device), LEAST_SHARED_KIB)
+
+
+def on_device(device: torch.device):
+    """Triton launches on the current device: make it the inputs' one, at no cost where it is."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def device_table(rows: list[tuple[int, ...]], first_tiles: list[int], device: torch.device):
+    """An int64 table on the device: where each tensor's tiles start, then a row for each tensor.
+
+    It is made only when a row changes, and copied without waiting for the device.
+    """
+    # A copy in flight is ordered with its own stream alone, so the stream belongs to the key.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _cached_table(tuple(rows), tuple(first_tiles), device, stream)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_table(rows, first_tiles, device, stream):
+    numbers = [*first_tiles, *(number for row in rows for number in row)]
+    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
+
+
+@triton.jit
+def find_row(table_ptr, n, tile, BLOCK_SIZE: tl.constexpr = 256):
+    """Number of the tensor that ``tile`` belongs to; one wide look, no chain of dependent loads."""
+    started = 0
+    for start in range(0, n, BLOCK_SIZE):
+        offs = start + tl.arange(0, BLOCK_SIZE)
+        first = tl.load(table_ptr + offs, mask=offs < n, other=0x7FFFFFFFFFFFFFFF)
+        started += tl.sum((first <= tile).to(tl.int32))
+    return started - 1
