@@ -12,6 +12,9 @@ SHELL := /bin/bash
 .ONESHELL:
 .PHONY: demo test setup clean
 
+# A thread that waits for another must not spin: beside other work that slows both down manyfold.
+export OMP_WAIT_POLICY ?= passive
+
 PYTHON ?= $(shell .venv/bin/python -c '' 2>/dev/null && echo .venv/bin/python || echo python3)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # One stamp a Python version, so that another PYTHON installs again.

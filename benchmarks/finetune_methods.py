@@ -1,6 +1,6 @@
 """Fine-tune one model on one text with each method and seed; records in results/finetune-*.json.
 
-    python benchmarks/finetune_methods.py MODEL DATA [--jobs 4] [-- options of deltadiff finetune]
+    python benchmarks/finetune_methods.py MODEL DATA [--seeds 3] [--jobs 1] [options of deltadiff finetune]
 
 Each run is a `deltadiff finetune` of its own process. With several jobs at a time the figures of
 speed mean nothing and are left out.
@@ -61,9 +61,8 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("options", nargs="*", help="for deltadiff finetune, after --")
-    args = parser.parse_args()
-    words = [args.model, args.data, *args.options]
+    args, options = parser.parse_known_args()
+    words = [args.model, args.data, *options]
 
     def one(case: tuple[str, int]) -> dict:
         found = flat(run(words, *case), *case, alone=args.jobs == 1)

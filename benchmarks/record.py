@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET_S = 1.5  # of timed calls, for all variants of a case together
+BUDGET_S = 1.0  # of timed calls, for all variants of a case together
 ROUNDS = (5, 100)  # at least and at most
 SHORT_S = 100e-6  # a call below this is timed in batches...
 BATCH_S = 1e-3  # ...of about this long, so that neither clock nor synchronisation counts

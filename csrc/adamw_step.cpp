@@ -17,8 +17,8 @@ enum class KernelOption { wide_moments, moments_like_params };  // wide: float32
 
 // The numbers that one tensor's step needs; corrections taken in float64, as PyTorch does.
 struct Step {
-  float grad_scale, one_minus_beta1, beta2, one_minus_beta2, inverse_correction2, eps, decay;
-  float step_size;
+  float grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_correction2, eps;
+  float decay, step_size;
 };
 
 // Elements [begin, begin + count) of a tensor. Pointers are to the start of the tensor.
@@ -127,7 +127,7 @@ void adamw_step_(
     const double step = done[i] + 1.;
     const double correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step);
     numbers.push_back({
-        scale, static_cast<float>(1 - beta1), static_cast<float>(beta2),
+        scale, static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
         static_cast<float>(1 - beta2), static_cast<float>(1 / correction2),
         static_cast<float>(eps), static_cast<float>(1 - lr * weight_decay),
         static_cast<float>(lr / correction1)});

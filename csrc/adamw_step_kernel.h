@@ -8,7 +8,7 @@ DELTADIFF_INLINE void update_elements(
   f32v grad = Param::read(g);
   if (step.grad_scale != 1.f) grad = grad / step.grad_scale;
   f32v mean = Moment::read(m), square = Moment::read(v);
-  mean += step.one_minus_beta1 * (grad - mean);
+  mean = step.beta1 * mean + step.one_minus_beta1 * grad;
   square = step.beta2 * square + step.one_minus_beta2 * grad * grad;
   const f32v denominator = sqrt(square * step.inverse_correction2) + step.eps;
   Param::write(p, old * step.decay - step.step_size * mean / denominator);

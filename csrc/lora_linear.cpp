@@ -28,6 +28,11 @@ at::Tensor gated(const at::Tensor& t, const OptionalTensor& gate) {
   return gate ? t.mul(gate->to(t.scalar_type())) : t;
 }
 
+// a @ b. For one row transposed, as autograd takes it: MKL sums a single row less exactly.
+at::Tensor times(const at::Tensor& a, const at::Tensor& b) {
+  return a.size(0) == 1 ? at::mm(b.t(), a.t()).t() : at::mm(a, b);
+}
+
 // scale * (a @ b)
 at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scale) {
   at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
@@ -76,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
   const auto [need_x, need_A, need_B, need_gate] = needs;
   const at::Tensor dy_rows = readable(dy);
   at::Tensor dx, dA, dB, dgate, T;
-  if (need_x || need_A) T = at::mm(dy_rows, lora_B.to(dtype));
+  if (need_x || need_A) T = times(dy_rows, lora_B.to(dtype));
   if (need_x) {
     dx = at::mm(dy_rows, weight);
     dx.addmm_(gated(T, gate), lora_A.to(dtype), /*beta=*/1, /*alpha=*/scaling);

@@ -167,10 +167,11 @@ def _labels(adapter: Path) -> tuple[str, ...]:
     path = adapter / "adapter.json"
     try:
         config = json.loads(path.read_bytes())
-        heads = [config["base"][name] for name in config["saved"] if name.endswith("weight")]
+        shapes = [config["base"][name] for name in config["saved"]]
+        rows = [shape[0] for shape in shapes if len(shape) == 2]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(str(path), error, "a file that save_adapter wrote") from error
-    return tuple(str(i) for i in range(min((shape[0] for shape in heads), default=0)))
+    return tuple(str(i) for i in range(min(rows, default=0)))
 
 
 def _load_with_adapter(name: str, place: Path, adapter: Path, labels: tuple[str, ...]):

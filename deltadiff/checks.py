@@ -71,7 +71,8 @@ def check_lora_linear(x, weight, lora_A, lora_B, gate, bias) -> None:
     if bias is not None:
         check_tensor("bias", bias, (n,), x.device, (x.dtype,))
     if gate is not None:
-        check_tensor("gate", gate, gate.shape if gate.numel() == 1 else (r,), x.device, DTYPES)
+        scalar = isinstance(gate, Tensor) and gate.numel() == 1
+        check_tensor("gate", gate, tuple(gate.shape) if scalar else (r,), x.device, DTYPES)
 
 
 def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -> str:

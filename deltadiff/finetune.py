@@ -262,7 +262,9 @@ def finetune(settings: Settings, *, resume: bool = False) -> dict:
         "weight_update": None if settings.eager else weight_update(settings, task, model),
         "environment": report.environment(task.device),
     }
-    plot_loss(output / "loss.png", {"training loss": result})
+    title = f"Fine-tuning {Path(settings.model).name} on {Path(settings.data).name}"
+    name = "PEFT" if settings.eager else settings.method
+    plot_loss(output / "loss.png", {name: result}, title)
     report.write_json(output / "result.json", result)
     for folder in find_checkpoints(output):
         shutil.rmtree(folder)

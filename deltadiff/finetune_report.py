@@ -3,17 +3,16 @@
 import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from . import info
 from .lora import lora_layers
 from .swap import swap_report
 from .training import Progress, Task
@@ -66,20 +65,11 @@ def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
 
 def environment(device: torch.device) -> dict:
     """Versions, device and commit: what someone needs to get the same figures."""
-    packages = {}
-    for name in ("deltadiff", "torch", "triton", "transformers", "peft", "numpy"):
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
-    is_gpu = device.type == "cuda"
+    found = info.collect()
     return {
+        "versions": found["versions"],
+        "device": next(d for d in found["devices"] if torch.device(d["device"]) == device),
         "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": packages,
-        "system": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if is_gpu else _processor(),
-        "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
 
@@ -93,14 +83,6 @@ def _commit() -> str | None:
     except OSError:
         return None
     return head.stdout.strip() + ("+" if state.stdout else "") if head.returncode == 0 else None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -6,6 +6,7 @@ signature.
 """
 
 import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,7 @@ from .errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 BACKENDS = ("triton", "cpp", "reference")
 
 try:
-    from . import _C  # noqa: F401  registers torch.ops.deltadiff
-
+    importlib.import_module(f"{__package__}._C")  # registers torch.ops.deltadiff
     _CPP_MISSING = None
 except ImportError as error:
     _CPP_MISSING = f"the C++ extension is not built ({error}); install with a C++ compiler present"

@@ -6,7 +6,7 @@ from pathlib import Path
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers too
 
 
-def plot_loss(path: Path, results: Mapping[str, dict]) -> None:
+def plot_loss(path: Path, results: Mapping[str, dict], title: str) -> None:
     """Training loss over steps of one or more runs, with the held-out figure before and after."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -22,9 +22,9 @@ def plot_loss(path: Path, results: Mapping[str, dict]) -> None:
     settings = next(iter(results.values()))["settings"]
     axes.set_xlabel(f"optimizer step ({settings['batch_size']} examples each)")
     axes.set_ylabel("training loss (cross-entropy, nats)")
-    axes.set_title(f"Fine-tuning {settings['model']} on {settings['data']}")
+    axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend(title="thin: each step; thick: running mean", frameon=False)
+    axes.legend(title="thin: each step; thick: running mean", framealpha=0.9)
     FigureCanvasAgg(figure).print_png(path)
 
 

@@ -202,7 +202,7 @@ def adamw_step_ref_(
     with torch.no_grad():
         step += 1
         p, g, m, v = (t.detach().to(dtype) for t in (param, grad, exp_avg, exp_avg_sq))
-        m = m + (1 - betas[0]) * (g - m)
+        m = betas[0] * m + (1 - betas[0]) * g
         v = betas[1] * v + (1 - betas[1]) * g * g
         correction1, correction2 = (1 - beta ** step.double() for beta in betas)
         denominator = (v / correction2).sqrt() + eps
@@ -220,13 +220,16 @@ def adamw_step_list_ref_(
     deltas, anchors, anchor_now, grad_scale, found_inf,
 ) -> None:  # fmt: skip
     """`adamw_step_ref_` for a list: unscales, takes anchors, skips where ``found_inf`` is not 0."""
+    scale = None if grad_scale is None else grad_scale.view(())
     go = None if found_inf is None else found_inf.view(()) == 0
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        if scale is not None:
+            g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
         with torch.no_grad(), OnlyWhere(go, p, m, v, steps[i], anchors[i]):
             if anchors[i] is not None and anchor_now is not None:
                 anchors[i].copy_(torch.where(anchor_now.view(()) != 0, p, anchors[i]))
             adamw_step_ref_(
-                p, g if grad_scale is None else g / grad_scale.view(()), m, v, steps[i],
+                p, g, m, v, steps[i],
                 lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, delta=deltas[i],
             )  # fmt: skip
             if deltas[i] is not None and go is not None:

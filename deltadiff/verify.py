@@ -333,7 +333,7 @@ def draw_adamw_step(case, shapes, dtype, moment, loud) -> dict:
             torch.full(shape, math.nan, dtype=dtype, device=case.device) for shape in shapes
         ],
         "anchor_now": torch.full((), float(loud), device=case.device),
-        "lr": 1e-3,
+        "lr": 0.5,
     }
     call["deltas"][-1] = call["anchors"][-1] = None
     if moment != torch.float16:  # a first step's v = 0.001 g^2 is too small for it

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tables import device_table, find_row, on_device
+from .tables import TRITON_DTYPES, device_table, find_row, on_device
 
 # A row of the table: pointers of p, g, m, v, delta and anchor (0: none), the number of elements,
 # and the position in ``steps``.
@@ -29,7 +29,7 @@ def _vector(row, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr
 def _adamw_step_kernel(
     table_ptr, n, steps_ptr, anchor_now_ptr, grad_scale_ptr, found_inf_ptr,
     lr: tl.float64, log2_beta1: tl.float64, log2_beta2: tl.float64,
-    beta2, one_minus_beta1, one_minus_beta2, eps, decay,
+    beta1, beta2, one_minus_beta1, one_minus_beta2, eps, decay,
     aligned: tl.constexpr, p_dtype: tl.constexpr, moment_dtype: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _adamw_step_kernel(
     correction1 = 1.0 - tl.exp2(t * log2_beta1)
     correction2 = (1.0 - tl.exp2(t * log2_beta2)).to(tl.float32)
     step_size = (lr / correction1).to(tl.float32)
-    m += one_minus_beta1 * (g - m)
+    m = beta1 * m + one_minus_beta1 * g
     v = beta2 * v + one_minus_beta2 * g * g
     denominator = tl.sqrt_rn(tl.div_rn(v, correction2)) + eps
     new = (p * decay - tl.div_rn(step_size * m, denominator)).to(p_dtype)
@@ -79,11 +79,6 @@ def _adamw_step_kernel(
         tl.store(_vector(row, ANCHOR, p_dtype, aligned) + offs, old, mask=mask & anchored)
 
 
-_TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 BLOCK_SIZE = 1024
 
 
@@ -126,9 +121,9 @@ def adamw_step_(
                 _adamw_step_kernel[(blocks,)](
                     device_table(rows, first_blocks, steps.device), len(rows),
                     steps, anchor_now, grad_scale, found_inf,
-                    lr, _log2(beta1), _log2(beta2), beta2, 1 - beta1, 1 - beta2, eps,
+                    lr, _log2(beta1), _log2(beta2), beta1, beta2, 1 - beta1, 1 - beta2, eps,
                     1 - lr * weight_decay, aligned,
-                    _TRITON_DTYPES[params[0].dtype], _TRITON_DTYPES[moment_dtype],
+                    TRITON_DTYPES[params[0].dtype], TRITON_DTYPES[moment_dtype],
                     BLOCK_SIZE=BLOCK_SIZE, num_warps=8,
                 )  # fmt: skip
         steps.add_(1 if found_inf is None else (found_inf.reshape(()) == 0))

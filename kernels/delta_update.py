@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .tables import device_table, find_row, on_device
+from .tables import TRITON_DTYPES, device_table, find_row, on_device
 
 # A row of the table: the pointers of W, A', B', dA, dB and the remainder; their strides, two each;
 # then N, K, r, the bits of the scale, the position in the list, and whether the tile is dense.
@@ -227,12 +227,6 @@ def delta_update_config(r: int, itemsize: int) -> dict:
 
 # --------------------------------------------------------------------------- launcher
 
-_TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
 
 def delta_update_(
     weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed, step, apply
@@ -266,7 +260,7 @@ def delta_update_(
             _delta_update_kernel[(tiles,)](
                 device_table(rows, first_tiles, device), len(rows), seed, step, apply,
                 all_dense, rounding,
-                _TRITON_DTYPES[w_dtype], _TRITON_DTYPES[adapter_dtype],
+                TRITON_DTYPES[w_dtype], TRITON_DTYPES[adapter_dtype],
                 tl.int16 if w_dtype == torch.bfloat16 else tl.float16, **config,
             )  # fmt: skip
 

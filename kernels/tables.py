@@ -12,6 +12,13 @@ import triton.language as tl
 SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 LEAST_SHARED_KIB = 99
 
+# A table holds untyped addresses: the kernel is told what is there.
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
 
 @functools.cache
 def shared_kib(device: torch.device) -> int:

@@ -170,7 +170,7 @@ def test_what_is_left_behind(bert, reviews, tmp_path):
     assert result["peak_memory_mib"] is None or result["peak_memory_mib"] >= 0
     assert result["weight_update"]["share"] == pytest.approx(1, abs=1e-4)
     assert result["weight_update"]["size"] > 1e-4
-    assert result["environment"]["packages"]["torch"] == torch.__version__
+    assert result["environment"]["versions"]["torch"] == torch.__version__
     lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
     assert lines[0] == "text,label,predicted,logit dull,logit fun"
     assert len(lines) == 41
@@ -228,13 +228,14 @@ def stop_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(training, "batch_indices", indices)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "inplace bfloat16"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
     method, bert, reviews, tmp_path, monkeypatch, capsys
 ):
     if method == "eager":
         pytest.importorskip("peft")
-    words = [*METHODS[method], "--steps", "24", "--save-every", "7"]
+    method, _, dtype = method.partition(" ")
+    words = [*METHODS[method], "--steps", "24", "--save-every", "7", "--dtype", dtype or "float32"]
     whole = train(bert, reviews, tmp_path / "whole", *words)
     with monkeypatch.context() as patch:
         stop_after(patch, 16)
@@ -249,13 +250,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     adapters = [next((tmp_path / d / "adapter").glob("*.safetensors")) for d in ("whole", "parts")]
     pairs = [load_file(path) for path in adapters]
     assert whole["before"] == parts["before"]
-    if method == "inplace":  # W is told by factors: float32 rounding differs
-        assert parts["loss_curve"] == pytest.approx(whole["loss_curve"], rel=1e-4)
-        assert parts["after"] == pytest.approx(whole["after"], rel=1e-3)
-        assert parts["weight_update"]["share"] == pytest.approx(1, abs=1e-4)
-        assert parts["weight_update"]["size"] == pytest.approx(
-            whole["weight_update"]["size"], rel=1e-3
-        )
+    if method == "inplace":  # W is told by factors, which round differently, and then as W does
+        eps = 2.0**-8 if dtype else 1e-4
+        assert parts["loss_curve"] == pytest.approx(whole["loss_curve"], rel=eps)
+        assert parts["after"] == pytest.approx(whole["after"], rel=eps)
+        assert parts["weight_update"] == pytest.approx(whole["weight_update"], rel=eps)
     else:
         assert parts["loss_curve"] == whole["loss_curve"]
         assert parts["after"] == whole["after"]
