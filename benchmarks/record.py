@@ -1,15 +1,14 @@
 """What a measurement is: interleaved rounds, three quantiles, one flat record a variant."""
 
 import json
-import os
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from deltadiff.info import environment
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET_S = 1.0  # of timed calls, for all variants of a case together
@@ -99,58 +98,15 @@ def records(
     return found
 
 
-def environment(device: torch.device) -> dict:
-    """What a figure depends on beside the code, and the code."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "gpu": device_name(device),
-        "driver": driver_version() if device.type == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
-        "commit": output_of("git", "-C", str(RESULTS.parent), "rev-parse", "HEAD") or "unknown",
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Of the GPU, or of the CPU where that is what runs."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if os.path.exists("/proc/cpuinfo"):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
-
-
-def driver_version() -> str | None:
-    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0] if found else None
-
-
-def output_of(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def write(all_records: list[dict], device: torch.device) -> list[Path]:
-    """One file for each operation and device: results/<op>-<device>.json."""
+def write(records: list[dict], device: torch.device, stem: str | None = None) -> list[Path]:
+    """One file for each operation (or all in one, STEM) and device: results/<op>-<device>.json."""
     RESULTS.mkdir(exist_ok=True)
     where = environment(device)
     slug = re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-")
-    paths = []
-    for op in sorted({record["op"] for record in all_records}):
-        lines = [json.dumps({**r, **where}) for r in all_records if r["op"] == op]
-        paths.append(RESULTS / f"{op}-{slug}.json")
-        paths[-1].write_text(
-            "[\n" + ",\n".join(lines) + "\n]\n"
-        )  # a line a record: diffs stay small
+    files: dict[str, list[str]] = {}
+    for r in records:  # a line a record: diffs stay small
+        files.setdefault(stem or r["op"], []).append(json.dumps({**r, **where}))
+    paths = [RESULTS / f"{name}-{slug}.json" for name in files]
+    for path, lines in zip(paths, files.values(), strict=True):
+        path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     return paths

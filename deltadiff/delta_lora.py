@@ -358,9 +358,11 @@ class DeltaLoRA(torch.optim.Optimizer):
             given = {k: tuple(t.shape) for k, t in state.get(i, {}).items()}
             if given != have:
                 raise ArgumentError("state_dict", f"parameter {i} with {given}", str(have))
-        own = self.state
+        own, mine = self.state, self.param_groups
         super().load_state_dict({"state": {}, "param_groups": groups})
-        self.state = own
+        for group, loaded in zip(mine, self.param_groups, strict=True):
+            group.update(loaded)  # the launches hold these very dicts
+        self.state, self.param_groups = own, mine
         for i, p in zip(ids, params, strict=True):
             for name, value in state[i].items():
                 own[p][name].copy_(value)

@@ -50,9 +50,9 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()  # the rest goes to `deltadiff finetune`
     try:
-        return reload(args.output) if args.reload else demo(args.output, args.steps)
+        return reload(args.output) if args.reload else demo(args.output, args.steps, options)
     except ArgumentError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
@@ -60,7 +60,7 @@ def main() -> int:
         return 130
 
 
-def demo(output: Path, steps: int) -> int:
+def demo(output: Path, steps: int, more: list[str]) -> int:
     device = verify.find_device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     name = (
@@ -79,7 +79,7 @@ def demo(output: Path, steps: int) -> int:
     for number, (title, (folder, method)) in enumerate(RUNS.items(), 2):
         heading(number, f"{title}: {steps} steps on film reviews")
         shutil.rmtree(output / folder, ignore_errors=True)
-        words = [MODEL, DATA, "--output", str(output / folder), *options, *method]
+        words = [MODEL, DATA, "--output", str(output / folder), *options, *method, *more]
         code = subprocess.call([sys.executable, "-I", "-m", "deltadiff", "finetune", *words])
         if code:
             return code

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -69,20 +68,9 @@ def environment(device: torch.device) -> dict:
     return {
         "versions": found["versions"],
         "device": next(d for d in found["devices"] if torch.device(d["device"]) == device),
-        "commit": _commit(),
+        "commit": info.commit(),
         "command": sys.argv,
     }
-
-
-def _commit() -> str | None:
-    """Of the source that runs, with "+" where it was changed since; None where git has none."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return head.stdout.strip() + ("+" if state.stdout else "") if head.returncode == 0 else None
 
 
 def write_json(path: Path, value: object) -> None:

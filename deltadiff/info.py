@@ -21,6 +21,29 @@ def collect() -> dict:
     return {"versions": _versions(), "devices": _devices(), "paths": _paths()}
 
 
+def environment(device: torch.device) -> dict:
+    """What a figure depends on beside the settings, flat, for a record of it."""
+    versions = _versions()
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "driver": versions["NVIDIA driver"] if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        **{name: versions[name] for name in ("torch", "triton", "python")},
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Of the source that runs, with "+" where it was changed since; None where git has none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() + ("+" if state.stdout else "") if head.returncode == 0 else None
+
+
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {
         "deltadiff": __version__,

@@ -77,9 +77,12 @@ class Forward:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         logits = out.logits.float()
-        if labels.dim() == 2:
-            logits, labels = logits[:, :-1].transpose(1, 2), labels[:, 1:]
-        return cross_entropy(logits, labels, reduction=reduction, ignore_index=IGNORED), logits
+        if labels.dim() == 2:  # each token's logits are about the next one
+            labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        loss = cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), reduction=reduction, ignore_index=IGNORED
+        )
+        return (loss.view_as(labels) if reduction == "none" else loss), logits
 
 
 @torch.no_grad()

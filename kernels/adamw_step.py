@@ -125,6 +125,7 @@ def adamw_step_(
                     1 - lr * weight_decay, aligned,
                     TRITON_DTYPES[params[0].dtype], TRITON_DTYPES[moment_dtype],
                     BLOCK_SIZE=BLOCK_SIZE, num_warps=8,
+                    enable_fp_fusion=False,  # which products fuse would depend on ``aligned``
                 )  # fmt: skip
         steps.add_(1 if found_inf is None else (found_inf.reshape(()) == 0))
 

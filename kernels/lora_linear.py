@@ -257,7 +257,9 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, gate, needs):
         if need_B:
             db = _wgrad(S, dy, scaling, gate, torch.empty_like(lora_B, memory_format=_DENSE), True)
         if need_gate:
-            dgate = scaling * ((t * S).sum(0) if gate.numel() > 1 else (t * S).sum())
+            # Terms of both signs cancel in these few numbers; in rank space float64 costs little.
+            products = t.double() * S.double()
+            dgate = scaling * (products.sum(0) if gate.numel() > 1 else products.sum())
             dgate = dgate.to(gate.dtype).reshape(gate.shape)
     return dx, da, db, dgate
 

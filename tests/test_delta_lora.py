@@ -37,9 +37,12 @@ def loss_of(model: nn.Module, t: int) -> torch.Tensor:
     return (model(x) - y).square().mean()
 
 
-def train(model, optimizer, steps, ratio_at=None, start=0) -> list[float]:
+def train(model, optimizer, steps, ratio_at=None, start=0, lr_at=None) -> list[float]:
     losses = []
     for t in range(start, start + steps):
+        if lr_at:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(t)
         if ratio_at:
             for group in optimizer.param_groups:
                 group["update_ratio"] = ratio_at(t)
@@ -318,11 +321,14 @@ def test_state_dict_round_trip_resumes_exactly(w_update, dtype):
             model, lr=1e-2, update_ratio=1.0, start_step=2, w_update=w_update, **options
         )
 
+    def lr_at(t):
+        return 1e-2 / (1 + t)
+
     model, optimizer = fresh()
-    train(model, optimizer, 12)
+    train(model, optimizer, 12, lr_at=lr_at)
     for cut in (1, 3, 7):
         first, first_optimizer = fresh()
-        train(first, first_optimizer, cut)
+        train(first, first_optimizer, cut, lr_at=lr_at)
         file = io.BytesIO()
         torch.save([first.state_dict(), first_optimizer.state_dict()], file)
         file.seek(0)
@@ -331,7 +337,7 @@ def test_state_dict_round_trip_resumes_exactly(w_update, dtype):
         second.load_state_dict(weights)
         second_optimizer.load_state_dict(state)
         assert torch.equal(output(second), output(first))
-        train(second, second_optimizer, 12 - cut, start=cut)
+        train(second, second_optimizer, 12 - cut, start=cut, lr_at=lr_at)
         assert torch.equal(output(second), output(model))
 
 
