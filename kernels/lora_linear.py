@@ -19,6 +19,7 @@ from .tables import on_device, shared_kib
 # Programs that fill a GPU about twice over. A constant, so that sums are split, and results
 # rounded, the same way on every GPU.
 PROGRAMS = 256
+SECTION = tl.constexpr(256)  # columns that a float32 product sums at a time
 
 
 @triton.jit
@@ -38,6 +39,59 @@ def _scaled_rank_tile(
     return (u * factor[None, :]).to(dtype)
 
 
+@triton.jit
+def _add_product(
+    acc, v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k, start, end, K, stride_vk, stride_qk,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+):  # fmt: skip
+    """acc + V Q^T over columns start to end; the pointers are to column 0 of the tile's rows."""
+    v_ptr += start * stride_vk
+    q_ptr += start * stride_qk
+    for k in range(start, end, BLOCK_SIZE_K):
+        if EVEN_K:
+            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None], other=0.0)
+            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :], other=0.0)
+        else:
+            mask_k = offs_k < K - k
+            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(v, q.to(v.dtype), acc, input_precision=PRECISION)
+        v_ptr += BLOCK_SIZE_K * stride_vk
+        q_ptr += BLOCK_SIZE_K * stride_qk
+    return acc
+
+
+@triton.jit
+def _product(
+    v_ptr, q_ptr, stride_vm, stride_vk, stride_qn, stride_qk, offs_m, offs_n, mask_m, mask_n,
+    start, end, K,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
+):  # fmt: skip
+    """V Q^T over columns start to end, float32.
+
+    float32 operands are summed in sections and these added up: the error of one long sum grows
+    with its length, and here nothing else rounds.
+    """
+    offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
+    v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
+    q_offs = offs_n[None, :] * stride_qn + offs_k[:, None] * stride_qk
+    acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)
+    if v_ptr.dtype.element_ty == tl.float32:
+        for first in range(start, end, SECTION):
+            acc += _add_product(
+                tl.zeros_like(acc), v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k,
+                first, tl.minimum(first + SECTION, end), K, stride_vk, stride_qk,
+                EVEN_K, PRECISION, BLOCK_SIZE_K,
+            )  # fmt: skip
+    else:
+        acc = _add_product(
+            acc, v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k,
+            start, end, K, stride_vk, stride_qk, EVEN_K, PRECISION, BLOCK_SIZE_K,
+        )  # fmt: skip
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def _lora_linear_down_kernel(
     v_ptr, p_ptr, u_ptr,
@@ -51,25 +105,13 @@ def _lora_linear_down_kernel(
     m0, k0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, split.to(tl.int64) * K_PER_SPLIT
     r0 = pid_r.to(tl.int64) * BLOCK_SIZE_R
     offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
-    offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
     offs_r = tl.arange(0, BLOCK_SIZE_R).to(INDEX)
     mask_m, mask_r = offs_m < M - m0, offs_r < R - r0
-    v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
-    p_offs = offs_r[None, :] * stride_pr + offs_k[:, None] * stride_pk
-    v_ptr += m0 * stride_vm + k0 * stride_vk
-    p_ptr += r0 * stride_pr + k0 * stride_pk
-    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), tl.float32)
-    for k in range(k0, tl.minimum(K, k0 + K_PER_SPLIT), BLOCK_SIZE_K):
-        if EVEN_K:
-            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None], other=0.0)
-            p = tl.load(p_ptr + p_offs, mask=mask_r[None, :], other=0.0)
-        else:
-            mask_k = offs_k < K - k
-            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            p = tl.load(p_ptr + p_offs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(v, p.to(v.dtype), acc, input_precision=PRECISION)
-        v_ptr += BLOCK_SIZE_K * stride_vk
-        p_ptr += BLOCK_SIZE_K * stride_pk
+    acc = _product(
+        v_ptr + m0 * stride_vm, p_ptr + r0 * stride_pr, stride_vm, stride_vk, stride_pr, stride_pk,
+        offs_m, offs_r, mask_m, mask_r, k0, tl.minimum(K, k0 + K_PER_SPLIT), K,
+        EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
+    )  # fmt: skip
     u_ptr += (split.to(tl.int64) * M + m0) * R + r0
     u_offs = offs_m[:, None] * R + offs_r[None, :]
     tl.store(u_ptr + u_offs, acc, mask=mask_m[:, None] & mask_r[None, :])
@@ -97,24 +139,12 @@ def _lora_linear_fwd_kernel(
     m0, n0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, pid_n.to(tl.int64) * BLOCK_SIZE_N
     offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
     offs_n = tl.arange(0, BLOCK_SIZE_N).to(INDEX)
-    offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
     mask_m, mask_n = offs_m < M - m0, offs_n < N - n0
-    v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
-    q_offs = offs_n[None, :] * stride_qn + offs_k[:, None] * stride_qk
-    v_ptr += m0 * stride_vm
-    q_ptr += n0 * stride_qn
-    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
-    for k in range(0, K, BLOCK_SIZE_K):
-        if EVEN_K:
-            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None], other=0.0)
-            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :], other=0.0)
-        else:
-            mask_k = offs_k < K - k
-            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(v, q, acc, input_precision=PRECISION)
-        v_ptr += BLOCK_SIZE_K * stride_vk
-        q_ptr += BLOCK_SIZE_K * stride_qk
+    acc = _product(
+        v_ptr + m0 * stride_vm, q_ptr + n0 * stride_qn, stride_vm, stride_vk, stride_qn, stride_qk,
+        offs_m, offs_n, mask_m, mask_n, tl.cast(0, tl.int64), K, K,
+        EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
+    )  # fmt: skip
 
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     u_ptr += m0 * R
