@@ -218,10 +218,10 @@ def _delta_update_kernel(
 # --------------------------------------------------------------- launch configuration
 
 
-def delta_update_config(r: int, itemsize: int) -> dict:
-    """Blocks and warps; ``r`` is the largest rank of the list. They do not change the result."""
-    # Taller tiles read A' and dA less often, which counts where the rank is large.
-    block_n = 64 if itemsize == 2 and r > 16 else 32
+def delta_update_config(itemsize: int) -> dict:
+    """Blocks and warps. They do not change the result."""
+    # Taller tiles read A' and dA less often; a float32 W leaves registers for shorter ones only.
+    block_n = 64 if itemsize == 2 else 32
     return dict(BLOCK_SIZE_N=block_n, BLOCK_SIZE_K=128, num_warps=8, num_stages=1)
 
 
@@ -239,7 +239,7 @@ def delta_update_(
     )
     # One launch for each dtype of adapters, so usually one.
     for adapter_dtype in dict.fromkeys(a.dtype for a in lora_As):
-        config = delta_update_config(max(a.shape[0] for a in lora_As), weights[0].element_size())
+        config = delta_update_config(weights[0].element_size())
         rows, first_tiles, tiles, all_dense = [], [], 0, True
         for index, (ts, scale) in enumerate(zip(matrices, scales, strict=True)):
             w, a = ts[0], ts[1]

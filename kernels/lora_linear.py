@@ -230,7 +230,7 @@ def down_config(M: int, K: int, R: int, itemsize: int) -> dict:
     )  # fmt: skip
 
 
-def fwd_config(M: int, R: int, itemsize: int, precision: str, shared: int) -> dict:
+def fwd_config(M: int, N: int, R: int, itemsize: int, precision: str, shared: int) -> dict:
     """Blocks, warps and stages; ``shared``: KiB of shared memory that a block can have."""
     if itemsize == 4 and precision == "ieee":
         blocks = (32, 64, 16, 8, 3) if M <= 32 else (64, 64, 16, 4, 3)
@@ -240,13 +240,15 @@ def fwd_config(M: int, R: int, itemsize: int, precision: str, shared: int) -> di
         blocks = (16 if M <= 16 else 32 if M <= 32 else 64, 64, 64, 4, 4)
     elif shared < 163:
         blocks = (128, 128, 32, 8, 4)
-    else:
+    elif shared < 227 or triton.cdiv(M, 128) * triton.cdiv(N, 256) < PROGRAMS // 2:
         blocks = (128, 128, 64, 8, 3)
+    else:  # too many registers before sm_90; with few tiles, part of the GPU would be idle
+        blocks = (128, 256, 64, 8, 3)
     block_m, block_n, block_k, warps, stages = blocks
     return dict(
         BLOCK_SIZE_M=block_m, BLOCK_SIZE_N=block_n, BLOCK_SIZE_K=block_k,
         BLOCK_SIZE_R=min(32, max(16, triton.next_power_of_2(R))),
-        GROUP_SIZE_M=8, num_warps=warps, num_stages=stages,
+        GROUP_SIZE_M=16, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -335,7 +337,7 @@ def _linear(v, q, p, u, scaling, gate, bias):
     (m, k), n, r = v.shape, q.shape[0], p.shape[1]
     y = v.new_empty((m, n))
     precision = _precision(v.dtype)
-    config = fwd_config(m, r, v.element_size(), precision, shared_kib(v.device))
+    config = fwd_config(m, n, r, v.element_size(), precision, shared_kib(v.device))
     grid = (triton.cdiv(m, config["BLOCK_SIZE_M"]) * triton.cdiv(n, config["BLOCK_SIZE_N"]),)
     if m:
         _lora_linear_fwd_kernel[grid](
