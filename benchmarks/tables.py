@@ -49,7 +49,7 @@ def verify_table(records: list[dict]) -> str:
 def speed_table(records: list[dict]) -> str:
     """A line a case; a variant is told as its median over the floor's."""
     names = ("gpu", "op", "dtype", "mode", "rounding", "graph")
-    cases = grouped([{**r, "size": shape(r)} for r in records], *names, "size")
+    cases = grouped([{**r, "size": shape(r), "dtype": dtypes(r)} for r in records], *names, "size")
     rows = []
     for (gpu, op, dtype, mode, rounding, graph, size), found in cases.items():
         by_name = {r["variant"]: r for r in found}
@@ -67,6 +67,11 @@ def speed_table(records: list[dict]) -> str:
         ])  # fmt: skip
     header = ["machine", "operation", "shape", "dtype", "case", "floor", "deltadiff / floor"]
     return markdown([*header, "others / floor"], rows)
+
+
+def dtypes(r: dict) -> str:
+    adapters = r.get("adapter_dtype") or r["dtype"]
+    return r["dtype"] if adapters == r["dtype"] else f"{r['dtype']}/{adapters}"
 
 
 def shape(r: dict) -> str:

@@ -233,5 +233,13 @@ def _need(package: str):
         raise ArgumentError(package, f"nothing ({error})", accepted) from error
 
 
+def _leave_checkout() -> None:
+    """`python -m` looks in the current folder first. In a checkout the folder `kernels` is there,
+    and transformers would take it for the package of that name."""
+    checkout = Path(__file__).resolve().parent.parent
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != checkout]
+
+
 if __name__ == "__main__":
+    _leave_checkout()
     sys.exit(main())

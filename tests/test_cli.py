@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +287,15 @@ def test_interrupted(monkeypatch, capsys):
 
     monkeypatch.setattr(verify, "find_device", interrupt)
     assert main(["verify"]) == 130
+
+
+def test_python_m_in_a_checkout(llama_folder, tmp_path):
+    """There the folder `kernels` must not stand for the package that transformers looks for."""
+    root = Path(deltadiff.__file__).resolve().parent.parent
+    assert (root / "kernels").is_dir()
+    (tmp_path / "data.txt").write_text("one\ntwo\nthree\nfour\n")
+    words = ["finetune", str(llama_folder), str(tmp_path / "data.txt"), "--heldout", "0.5"]
+    command = [sys.executable, "-m", "deltadiff", *words, "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.stderr.startswith("deltadiff finetune: model: got")  # its tokenizer is a dummy
+    assert "kernels" not in done.stderr
