@@ -297,6 +297,9 @@ class DeltaLoRA(torch.optim.Optimizer):
         if not params:
             return
         state = [self.state[p] for p in params]
+        grad_scale = getattr(self, "grad_scale", None)  # set by GradScaler, on one device
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(steps.device, non_blocking=True)
         wants_delta = self.w_update == "inplace" and self._t_most > group["start_step"]
         run_adamw_step(
             run.backend, params, [p.grad for p in params], [s["exp_avg"] for s in state],
@@ -304,7 +307,7 @@ class DeltaLoRA(torch.optim.Optimizer):
             group["eps"], group["weight_decay"],
             [self._delta.get(p) if wants_delta else None for p in params],
             [s.get("anchor") if anchor_now is not None else None for s in state],
-            anchor_now, getattr(self, "grad_scale", None), found_inf,
+            anchor_now, grad_scale, found_inf,
         )  # fmt: skip
         if index is not None:
             run.steps[index] = steps

@@ -107,9 +107,7 @@ class WeightUpdate:
             a, b, before = layer.lora_A, layer.lora_B, layer.delta
             anchor_A, anchor_B = self.state[a]["anchor"], self.state[b]["anchor"]
             own = before is not None and before.anchor_B is anchor_B
-            if (
-                started and not own and restored is None
-            ):  # joins a run that is past its first update
+            if started and not own and restored is None:  # joins a run past its first update
                 anchor_A.copy_(a)
                 anchor_B.copy_(b)
             layer.delta = PendingDelta(
@@ -163,7 +161,7 @@ class WeightUpdate:
             gate.copy_(PendingDelta.make_gate(ratio, r, gate, started))
         self.ratio = ratio
 
-    # ---- loss under "nearest"
+    # -------------------------------------------------------- loss under "nearest"
 
     def _measure_loss(self, factors: list) -> None:
         if self._lost is None:
