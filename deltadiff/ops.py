@@ -117,22 +117,23 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, gate, bias, scaling, backend):
-        forward, _ = _lora_linear_impl(backend)
-        y, s = forward(x.reshape(-1, weight.shape[1]), weight, lora_A, lora_B, scaling, gate, bias)
+        y, s = _lora_linear_fwd(x, weight, lora_A, lora_B, gate, bias, scaling, backend)
         ctx.save_for_backward(x, weight, lora_A, lora_B, gate, s)
         ctx.scaling, ctx.backend = scaling, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, gate, s = ctx.saved_tensors
-        _, backward = _lora_linear_impl(ctx.backend)
+        module = torch.ops.deltadiff if ctx.backend == "cpp" else triton_lora_linear
         need_x, _, need_A, need_B, need_gate, need_bias = ctx.needs_input_grad[:6]
         needs = [need_x, need_A, need_B, need_gate]
         dy2, x2 = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-        dx, da, db, dgate = backward(dy2, x2, weight, lora_A, lora_B, s, ctx.scaling, gate, needs)
+        dx, da, db, dgate = module.lora_linear_bwd(
+            dy2, x2, weight, lora_A, lora_B, s, ctx.scaling, gate, needs
+        )
         return (
             dx.view_as(x) if need_x else None,
             None,
@@ -145,10 +146,12 @@ class LoraLinearFunction(torch.autograd.Function):
         )
 
 
-def _lora_linear_impl(backend):
-    if backend == "cpp":
-        return torch.ops.deltadiff.lora_linear_fwd, torch.ops.deltadiff.lora_linear_bwd
-    return triton_lora_linear.lora_linear_fwd, triton_lora_linear.lora_linear_bwd
+def _lora_linear_fwd(x, weight, lora_A, lora_B, gate, bias, scaling, backend):
+    """(y, S) for an x of any leading shape."""
+    module = torch.ops.deltadiff if backend == "cpp" else triton_lora_linear
+    rows = x.reshape(-1, weight.shape[1])
+    y, s = module.lora_linear_fwd(rows, weight, lora_A, lora_B, scaling, gate, bias)
+    return y.view(*x.shape[:-1], weight.shape[0]), s
 
 
 def lora_linear(
@@ -201,9 +204,10 @@ def lora_linear(
         return reference.lora_linear_ref(
             x, weight, lora_A, lora_B, scaling=scaling, gate=gate, bias=bias
         )
-    return LoraLinearFunction.apply(
-        x, weight.detach(), lora_A, lora_B, gate, bias, scaling, backend
-    )
+    args = (x, weight.detach(), lora_A, lora_B, gate, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
+        return LoraLinearFunction.apply(*args, scaling, backend)
+    return _lora_linear_fwd(*args, scaling, backend)[0]  # spares the host autograd's bookkeeping
 
 
 # ------------------------------------------------------------------- delta_update
