@@ -13,8 +13,8 @@ from deltadiff.info import environment
 RESULTS = Path(__file__).parent / "results"
 BUDGET_S = 1.0  # of timed calls, for all variants of a case together
 ROUNDS = (5, 100)  # at least and at most
-SHORT_S = 100e-6  # a call below this is timed in batches...
-BATCH_S = 1e-3  # ...of about this long, so that neither clock nor synchronisation counts
+SHORT_S = 1e-3  # a call below this is timed in batches, the first after another variant is slow...
+BATCH_S = 5e-3  # ...of about this long, so that neither that nor clock nor synchronisation counts
 
 
 def synchronize(device: torch.device) -> None:

@@ -87,7 +87,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     dx.addmm_(gated(T, gate), lora_A.to(dtype), /*beta=*/1, /*alpha=*/scaling);
   }
   if (need_A) dA = scaled_mm(gated(T, gate).t(), readable(x), scaling).to(lora_A.scalar_type());
-  if (need_B) dB = scaled_mm(dy_rows.t(), gated(S, gate), scaling).to(lora_B.scalar_type());
+  if (need_B) {  // transposed, which is the faster product; laid out and cast in one pass
+    const at::Tensor dBt = scaled_mm(gated(S, gate).t(), dy_rows, scaling);
+    dB = at::empty(lora_B.sizes(), lora_B.options()).copy_(dBt.t());
+  }
   if (need_gate && gate) {
     const at::Tensor sums = column_sums(dy, x, lora_A, lora_B, scaling);
     dgate = (gate->numel() == 1 ? sums.sum() : sums).to(gate->scalar_type()).view(gate->sizes());
