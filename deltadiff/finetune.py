@@ -20,7 +20,7 @@ from torch import nn
 from . import finetune_report as report
 from .checkpoint import load_adapter, save_adapter
 from .data import Columns, encode, find_labels, read_examples, split_examples
-from .delta_lora import DeltaLoRA
+from .delta_lora import ROUNDINGS, W_UPDATES, DeltaLoRA
 from .errors import ArgumentError, CheckpointError
 from .models import Model, load_model
 from .plots import plot_loss
@@ -42,8 +42,6 @@ from .training import (
 from .verify import find_device
 
 METHODS = ("delta-lora", "lora")
-W_UPDATES = ("inplace", "factored")
-ROUNDINGS = ("remainder", "stochastic", "nearest")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
