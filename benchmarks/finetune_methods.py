@@ -14,8 +14,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import record
 import torch
+
+from deltadiff.measure import write
+
+RESULTS = Path(__file__).parent / "results"
 
 METHODS = {
     "LoRA, PEFT eager": ["--eager"],
@@ -74,7 +77,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(one, cases))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for path in record.write(found, device):
+    for path in write(found, RESULTS, device):
         print(f"written: {path}")
 
 

@@ -1,7 +1,7 @@
-"""Write the tables of README.md from results/*.json, between its `<!-- name -->` marks.
+"""Write the tables of README.md from results/*.json, between its `<!-- name -->` marks, and plots.
 
-python benchmarks/tables.py            rewrites them
-python benchmarks/tables.py --check    exits with 1 where README.md is not up to date
+python benchmarks/tables.py            rewrites the tables, and the plots beside the results
+python benchmarks/tables.py --check    exits with 1 where a table or a plot is not up to date
 """
 
 import json
@@ -10,6 +10,9 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from deltadiff.bench_plots import NAMES, plots, stale_plots, write_plots
+from deltadiff.measure import case_text, shape_text
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -46,36 +49,84 @@ def verify_table(records: list[dict]) -> str:
     return markdown([*header, "error / limit (largest)"], rows)
 
 
+def by_machine(records: list[dict], table: Callable[[list[dict]], str]) -> str:
+    """A table of its own for each machine, under its name."""
+    parts = []
+    for (gpu,), found in grouped(records, "gpu").items():
+        versions = sorted({f"torch {r['torch']}, Triton {r['triton']}" for r in found})
+        parts.append(f"\n**{gpu}** ({'; '.join(versions)})\n\n{table(found)}")
+    return "\n".join(parts) + "\n"
+
+
+def cases(records: list[dict]) -> dict[tuple, list[dict]]:
+    """(op, shape, case) as the table words them: the records of their variants."""
+    texts = [{**r, "shape": shape_text(r), "case": case_text(r)} for r in records]
+    return grouped(texts, "op", "shape", "case")
+
+
 def speed_table(records: list[dict]) -> str:
-    """A line a case; a variant is told as its median over the floor's."""
-    names = ("gpu", "op", "dtype", "mode", "rounding", "graph")
-    cases = grouped([{**r, "size": shape(r), "dtype": dtypes(r)} for r in records], *names, "size")
+    """A line a case, a column a variant: its median over that of the floor."""
+    names = [name for name in NAMES if any(r["variant"] == name for r in records)]
+    floors = [name for name in names if name in ("frozen", "copy")]
+    names = [name for name in names if name not in floors]
     rows = []
-    for (gpu, op, dtype, mode, rounding, graph, size), found in cases.items():
-        by_name = {r["variant"]: r for r in found}
-        floor = min(found, key=lambda r: abs(r["over_floor"] - 1))
-        ours = by_name["deltadiff"]
-        others = [
-            f"{name} {r['over_floor']:.2f}"
-            for name, r in by_name.items()
-            if name not in ("deltadiff", floor["variant"])
-        ]
-        case = ", ".join(filter(None, (mode, rounding, "CUDA graph" if graph else "")))
-        rows.append([
-            gpu, op, size, dtype, case, f"{floor['variant']} {floor['p50_ms']:.3f} ms",
-            f"**{ours['over_floor']:.2f}**", ", ".join(others),
-        ])  # fmt: skip
-    header = ["machine", "operation", "shape", "dtype", "case", "floor", "deltadiff / floor"]
-    return markdown([*header, "others / floor"], rows)
+    for (op, size, case), found in cases(records).items():
+        of = {r["variant"]: r for r in found}
+        if op == "lora_linear" and "eager" not in of:
+            continue  # a size in between, for the plots
+        floor = next(of[name] for name in floors if name in of)
+        cells = [ratio(of.get(name), bold=name == "deltadiff") for name in names]
+        ours = of.get("deltadiff", {})
+        cells += [number(ours.get("host_ms"), ".3f"), number(ours.get("peak_mib"), ".1f")]
+        rows.append([op, size, case, f"{floor['variant']} {floor['p50_ms']:.3f}", *cells])
+    header = ["operation", "shape", "case", "floor, ms", *(NAMES[name] for name in names)]
+    return markdown([*header, "host ms", "MiB"], rows)
 
 
-def dtypes(r: dict) -> str:
-    adapters = r.get("adapter_dtype") or r["dtype"]
-    return r["dtype"] if adapters == r["dtype"] else f"{r['dtype']}/{adapters}"
+def ratio(r: dict | None, bold: bool) -> str:
+    if r is None or r["over_floor"] is None:
+        return (r and r.get("note")) or ""
+    return f"**{r['over_floor']:.2f}**" if bold else f"{r['over_floor']:.2f}"
 
 
-def shape(r: dict) -> str:
-    return " ".join(f"{key}={n}" for key, n in r["shape"].items() if n is not None)
+def number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def model_table(records: list[dict]) -> str:
+    """A line a method; the columns once without and once with gradient checkpointing."""
+    records = sorted(records, key=lambda r: (r["variant"] != "frozen", r["targets"] == "all"))
+    rows = []
+    for names, found in grouped(
+        records, "model", "targets", "variant", "method", "rounding"
+    ).items():
+        model, targets, variant, method, rounding = names
+        cells = [model, targets or "", NAMES[variant], method or "", rounding or ""]
+        for on in (False, True):
+            r = next((r for r in found if r["checkpointing"] is on), {})
+            peak = None if r.get("peak_mib") is None else r["peak_mib"] / 1024
+            cells += [r.get("note") or number(r.get("p50_ms"), ".0f")]
+            cells += [number(r.get("over_floor"), ".3f"), number(peak, ".1f")]
+        rows.append(cells)
+    header = ["model", "layers", "by", "method", "rounding", "ms a step", "x frozen", "peak GiB"]
+    return markdown([*header, *(f"{name}, checkpointing" for name in header[-3:])], rows)
+
+
+def speed_tables(records: list[dict]) -> str:
+    return by_machine(records, speed_table)
+
+
+def model_tables(records: list[dict]) -> str:
+    return by_machine(records, model_table)
+
+
+def plot_links(records: list[dict]) -> str:
+    found = plots(records, RESULTS).items()
+    links = [
+        f"![{title}, {shown[0]['gpu']}]({path.relative_to(README.parent)})"
+        for path, (_, title, shown) in found
+    ]
+    return "\n" + "\n\n".join(links) + "\n" if links else "not measured yet"
 
 
 def finetune_table(records: list[dict]) -> str:
@@ -108,10 +159,17 @@ def finetune_caption(records: list[dict]) -> str:
     )
 
 
-OPERATIONS = ("lora_linear", "delta_update", "adamw_step")
+def is_speed(*ops: str) -> Callable[[dict], bool]:
+    return lambda r: r["op"] in ops and "variant" in r
+
+
+STEP = ("delta_update", "adamw_step", "step")
 PARTS: dict[str, tuple[Callable[[list[dict]], str], Callable[[dict], bool]]] = {
     "verify": (verify_table, lambda r: "error" in r),
-    "benchmarks": (speed_table, lambda r: r["op"] in OPERATIONS and "variant" in r),
+    "layer": (speed_tables, is_speed("lora_linear")),
+    "step": (speed_tables, is_speed(*STEP)),
+    "model": (model_tables, is_speed("model")),
+    "plots": (plot_links, is_speed("lora_linear", *STEP, "model")),
     "finetune": (finetune_table, lambda r: r["op"] == "finetune"),
     "finetune-caption": (finetune_caption, lambda r: r["op"] == "finetune"),
 }
@@ -131,12 +189,15 @@ def fill(text: str, records: list[dict]) -> str:
 
 
 def main() -> int:
-    old = README.read_text()
-    new = fill(old, load())
+    old, records = README.read_text(), load()
+    new = fill(old, records)
+    speed = [r for r in records if PARTS["plots"][1](r)]
     if sys.argv[1:] == ["--check"]:
-        print("README.md is " + ("up to date" if old == new else "not up to date: run tables.py"))
-        return int(old != new)
+        stale = [README.name] * (old != new) + [p.name for p in stale_plots(speed, RESULTS)]
+        print(f"not up to date: {', '.join(stale)}; run tables.py" if stale else "up to date")
+        return bool(stale)
     README.write_text(new)
+    write_plots(speed, RESULTS)
     return 0
 
 

@@ -1,5 +1,5 @@
 // adamw_step_: AdamW for a whole list of tensors in one parallel region, in place, that also yields
-// p' - p and, where asked, the p that was.
+// p' - p and, where asked, the p that was. The counts of steps are the caller's to raise.
 
 #include <algorithm>
 #include <cmath>
@@ -61,7 +61,7 @@ bool is_set(const OptionalTensor& flag) { return flag && flag->item().toDouble()
 }  // namespace
 
 void adamw_step_(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+    at::TensorList params, const OptionalTensorList& grads, at::TensorList exp_avgs,
     at::TensorList exp_avg_sqs, const at::Tensor& steps, double lr, double beta1, double beta2,
     double eps, double weight_decay, const OptionalTensorList& deltas,
     const OptionalTensorList& anchors, const OptionalTensor& anchor_now,
@@ -109,20 +109,25 @@ void adamw_step_(
   const float* done = step_counts.const_data_ptr<float>();
   for (size_t i = 0; i < n; ++i) {
     const at::Tensor& p = params[i];
+    const OptionalTensor grad = grads[i], delta = deltas[i], anchor = anchors[i];
+    if (!grad) {
+      if (delta) delta->zero_();
+      if (anchor && keep_anchors) anchor->copy_(p);
+      continue;
+    }
     TORCH_CHECK(
-        grads[i].scalar_type() == dtype && grads[i].sizes() == p.sizes(),
+        grad->scalar_type() == dtype && grad->sizes() == p.sizes(),
         "adamw_step_: a gradient does not fit its parameter");
-    const OptionalTensor delta = deltas[i], anchor = anchors[i];
     Chunk chunk{};
     chunk.param = flat(p, p, dtype);
     chunk.exp_avg = flat(exp_avgs[i], p, moment_dtype);
     chunk.exp_avg_sq = flat(exp_avg_sqs[i], p, moment_dtype);
-    chunk.grad = read.emplace_back(grads[i].contiguous()).const_data_ptr();
+    chunk.grad = read.emplace_back(grad->contiguous()).const_data_ptr();
     if (delta) chunk.delta = static_cast<float*>(flat(*delta, p, at::kFloat));
     if (anchor && keep_anchors) chunk.anchor = flat(*anchor, p, dtype);
     for (chunk.begin = 0; chunk.begin < p.numel(); chunk.begin += kChunk) {
       chunk.count = std::min(kChunk, p.numel() - chunk.begin);
-      chunks.emplace_back(i, chunk);
+      chunks.emplace_back(numbers.size(), chunk);
     }
     const double step = done[i] + 1.;
     const double correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step);
@@ -136,7 +141,6 @@ void adamw_step_(
     for (int64_t i = begin; i < end; ++i) update(chunks[i].second, numbers[chunks[i].first]);
   });
   for (const Flat& t : written) t.write_back();
-  steps.add_(1);
 }
 
 }  // namespace deltadiff

@@ -3,6 +3,7 @@
 #include <Python.h>
 
 #include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -14,18 +15,10 @@ at::Tensor empty_for(const at::Tensor& like, c10::SymIntArrayRef sizes) {
   return at::empty_symint(sizes, like.options());
 }
 
-std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_meta(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A, const at::Tensor&,
-    double, const OptionalTensor&, const OptionalTensor&) {
-  return {
-      empty_for(x, {x.sym_size(0), weight.sym_size(0)}),
-      empty_for(x, {x.sym_size(0), lora_A.sym_size(0)})};
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_meta(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor&, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor&, double, const OptionalTensor& gate,
-    std::array<bool, 4> needs) {
+    std::array<bool, 4> needs, std::string_view) {
   at::Tensor dx, dA, dB, dgate;
   if (needs[0]) dx = empty_for(dy, x.sym_sizes());
   if (needs[1]) dA = empty_for(lora_A, lora_A.sym_sizes());
@@ -41,28 +34,32 @@ void delta_update_meta_(
     const OptionalTensor&) {}
 
 void adamw_step_meta_(
-    at::TensorList, at::TensorList, at::TensorList, at::TensorList, const at::Tensor&, double,
-    double, double, double, double, const OptionalTensorList&, const OptionalTensorList&,
+    at::TensorList, const OptionalTensorList&, at::TensorList, at::TensorList, const at::Tensor&,
+    double, double, double, double, double, const OptionalTensorList&, const OptionalTensorList&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&) {}
 
 }  // namespace
 
 TORCH_LIBRARY(deltadiff, m) {
   m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+      "Tensor? gate, Tensor? bias, str backend) -> Tensor",
+      lora_linear);
+  m.def(
       "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
-      "Tensor? gate, Tensor? bias) -> (Tensor y, Tensor S)");
+      "Tensor? gate, Tensor? bias, str backend) -> (Tensor y, Tensor S)");
   m.def(
       "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, "
-      "float scaling, Tensor? gate, bool[4] needs) "
+      "float scaling, Tensor? gate, bool[4] needs, str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
   m.def(
       "delta_update_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] delta_As, "
       "Tensor[] delta_Bs, float[] scales, str rounding, Tensor(b!)[] remainders, int seed, "
       "Tensor step, Tensor? apply) -> ()");
   m.def(
-      "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!) steps, float lr, float beta1, float beta2, float eps, "
-      "float weight_decay, Tensor(e!)?[] deltas, Tensor(f!)?[] anchors, Tensor? anchor_now, "
+      "adamw_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor steps, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, Tensor(d!)?[] deltas, Tensor(e!)?[] anchors, Tensor? anchor_now, "
       "Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 
@@ -73,8 +70,13 @@ TORCH_LIBRARY_IMPL(deltadiff, CPU, m) {
   m.impl("adamw_step_", adamw_step_);
 }
 
+// These two are the passes of lora_linear; through them alone no gradient can flow.
+TORCH_LIBRARY_IMPL(deltadiff, Autograd, m) {
+  m.impl("lora_linear_fwd", torch::autograd::autogradNotImplementedFallback());
+  m.impl("lora_linear_bwd", torch::autograd::autogradNotImplementedFallback());
+}
+
 TORCH_LIBRARY_IMPL(deltadiff, Meta, m) {
-  m.impl("lora_linear_fwd", lora_linear_fwd_meta);
   m.impl("lora_linear_bwd", lora_linear_bwd_meta);
   m.impl("delta_update_", delta_update_meta_);
   m.impl("adamw_step_", adamw_step_meta_);

@@ -62,7 +62,7 @@ at::Tensor column_sums(
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias) {
+    const OptionalTensor& bias, std::string_view) {
   const PlainTensors plain;
   const auto dtype = x.scalar_type();
   const at::Tensor rows = readable(x);
@@ -75,7 +75,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs) {
+    std::array<bool, 4> needs, std::string_view) {
   const PlainTensors plain;
   const auto dtype = x.scalar_type();
   const auto [need_x, need_A, need_B, need_gate] = needs;

@@ -1,4 +1,4 @@
-// The native CPU operations. What each computes is written down in deltadiff/reference.py.
+// The operations in C++. What each computes is written down in deltadiff/reference.py.
 #pragma once
 
 #include <array>
@@ -16,16 +16,24 @@ namespace deltadiff {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalTensorList = c10::List<OptionalTensor>;
 
+// On any device, differentiable; `backend` names the kernels of lora_linear_fwd and lora_linear_bwd
+// where a device has more than one.
+at::Tensor lora_linear(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
+    const OptionalTensor& bias, std::string_view backend);
+
+// The rest runs on the CPU.
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias);
+    const OptionalTensor& bias, std::string_view backend);
 
 // What `needs` (x, A, B, gate) leaves out comes back undefined, which Python sees as None.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs);
+    std::array<bool, 4> needs, std::string_view backend);
 
 void delta_update_(
     at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs,
@@ -34,7 +42,7 @@ void delta_update_(
     const OptionalTensor& apply);
 
 void adamw_step_(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+    at::TensorList params, const OptionalTensorList& grads, at::TensorList exp_avgs,
     at::TensorList exp_avg_sqs, const at::Tensor& steps, double lr, double beta1, double beta2,
     double eps, double weight_decay, const OptionalTensorList& deltas,
     const OptionalTensorList& anchors, const OptionalTensor& anchor_now,

@@ -15,7 +15,7 @@ from .errors import ArgumentError, CheckpointError
 EXIT_CODES = """\
 exit codes:
   0    done; everything that was checked passed
-  1    verify: a check failed; finetune: training failed
+  1    verify: a check failed; finetune: training failed; bench: a variant failed
   2    an argument, a file or a device that cannot be used
   130  interrupted"""
 
@@ -80,6 +80,12 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         from .finetune import add_arguments
 
         add_arguments(finetune)
+
+    bench = command("bench", _bench, "Time a layer, the optimizer step or a model, beside peers.")
+    if argv[:1] == ["bench"]:
+        from .bench import add_arguments
+
+        add_arguments(bench)
     return parser
 
 
@@ -222,6 +228,12 @@ def _finetune(args: argparse.Namespace) -> int:
 
     for package in FINETUNE_PACKAGES:  # before the training, not after it
         _need(package)
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
+
     return run(args)
 
 

@@ -61,7 +61,10 @@ def check_matrix(name: str, t: Tensor) -> None:
         )
 
 
-def check_lora_linear(x, weight, lora_A, lora_B, gate, bias) -> None:
+def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
+    check_matrix("weight", weight)
+    check_matrix("lora_A", lora_A)
+    check_number("scaling", scaling)
     (n, k), r = weight.shape, lora_A.shape[0]
     adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
     check_tensor("x", x, (*x.shape[:-1], k), x.device, (weight.dtype,))

@@ -7,36 +7,28 @@ One step is Algorithm 1 of the Delta-LoRA paper, for iteration t = 0, 1, ...:
 
 The update telescopes, so "factored" reaches the same model without writing W (see `lora`). Whether
 a step counts (`torch.amp.GradScaler`, ``skip_nonfinite``) is known on the device only, so the
-iteration lives there. The host keeps bounds of it; what these leave open, kernels read from 0-dim
-tensors.
+iteration lives there. Kernels read what follows from
+it there, so a step can be captured in a CUDA graph. The host keeps bounds of it to save launches.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from . import param_groups as groups_
 from .checks import HALF_DTYPES, remainder_dtype
-from .errors import ArgumentError
-from .lora import LoraLinear, Product, lora_layers
-from .ops import choose_path, run_adamw_step
+from .device_step import AdamWRun, DeviceStep, found_infs
+from .errors import ArgumentError, ArgumentTypeError
+from .kernels.send import is_capturing
+from .lora import LoraLinear, Product
+from .step_watch import ANY, MOVED
 from .weight_update import WeightUpdate
 
 W_UPDATES = ("inplace", "factored")
 ROUNDINGS = ("remainder", "stochastic", "nearest")
-
-
-@dataclass
-class _AdamWRun:
-    """Parameters of one group, device and dtype: one launch."""
-
-    group: dict
-    params: list[Tensor]
-    steps: Tensor
-    backend: str
 
 
 class DeltaLoRA(torch.optim.Optimizer):
@@ -47,11 +39,16 @@ class DeltaLoRA(torch.optim.Optimizer):
     plain LoRA. With updates from the first step on, Delta-LoRA under Adam is LoRA with
     lora_alpha (1 + lambda).
 
+    A step may be captured in a CUDA graph after it has run once outside (`torch.cuda.graph`; the
+    gradients and parameters then stay where they were). Replays count; call `send_param_groups`
+    between them after changing a value of ``param_groups``.
+
     Args:
         model_or_params: a swapped model, or an iterable of parameters, modules or param groups
             (whose "params" may be a module). Groups may set lr, betas, eps, weight_decay,
             update_ratio and start_step.
-        lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
+        lr, betas, eps, weight_decay: as `torch.optim.AdamW`; lr may be a 0-dim tensor on the
+            parameters' device, which LR schedulers fill in place.
         update_ratio: lambda >= 0. It may change between steps (not from 0): what the old value did
             is then folded into W.
         start_step: K, an int >= 0; W is updated where t > K, so K = 0 skips the first step.
@@ -96,7 +93,10 @@ class DeltaLoRA(torch.optim.Optimizer):
         self._modules += [] if model is None else [model]
         self.w_update, self.rounding, self.seed = w_update, rounding, seed
         self.skip_nonfinite = skip_nonfinite
-        self._t_least = self._t_most = 0  # bounds of the iteration on the device
+        self._t_least: int = 0  # bounds of the iteration on the device
+        self._t_most: float = 0
+        self._captured = False  # replays then count steps that the host does not see
+        self._devices: dict[torch.device, DeviceStep] = {}
         self._iteration: dict[torch.device, Tensor] = {}
         self._delta: dict[Tensor, Tensor] = {}  # A' - A and B' - B of the current step
         self._bound = self._built = False
@@ -129,31 +129,31 @@ class DeltaLoRA(torch.optim.Optimizer):
         """Allocate the state, and sort the tensors into launches."""
         groups, self._bound = self.param_groups, False
         index = {p: i for i, g in enumerate(groups) for p in g["params"]}
-        pairs = self._pairs(index)
+        pairs = groups_.find_pairs(self._modules, groups, index)
         for p in index:
             groups_.check_parameter(p)
         if self.w_update == "inplace":
             groups_.check_writable(pairs, self._modules)
 
-        adamw: dict[tuple, list[Tensor]] = defaultdict(list)
+        by_device: dict[torch.device, dict] = defaultdict(lambda: defaultdict(list))
         for p, i in index.items():
-            adamw[i, p.device, p.dtype].append(p)
-        self._adamw_runs = []
-        for (i, device, dtype), params in adamw.items():
-            steps = torch.zeros(len(params), dtype=torch.float32, device=device)
-            for p, step in zip(params, steps, strict=True):
+            by_device[p.device][i, p.dtype].append(p)
+        known = next(iter(self._iteration.values()), torch.zeros((), dtype=torch.int64))
+        self._devices = {
+            device: DeviceStep(device, known, groups, sum(map(len, kinds.values())))
+            for device, kinds in by_device.items()
+        }
+        self._iteration = {device: step.iteration for device, step in self._devices.items()}
+        for device, kinds in by_device.items():
+            params = [p for ps in kinds.values() for p in ps]
+            for p, step in zip(params, self._devices[device].steps, strict=True):
                 self._allocate(p, step)
-            backend = choose_path(device, dtype).backend
-            self._adamw_runs.append(_AdamWRun(groups[i], params, steps, backend))
-            if device not in self._iteration:
-                known = next(iter(self._iteration.values()), torch.zeros((), dtype=torch.int64))
-                self._iteration[device] = known.to(device, copy=True)
 
         updates: dict[tuple, dict[str, LoraLinear]] = defaultdict(dict)
         for name, layer in pairs.items():
             updates[index[layer.lora_B], layer.weight.device, layer.weight.dtype][name] = layer
         self._weight_updates = []
-        for (i, _, _), layers in updates.items():
+        for (i, device, _), layers in updates.items():
             rounding = self.rounding or "remainder"
             for layer in layers.values():
                 self._allocate_update(layer, rounding)
@@ -161,37 +161,33 @@ class DeltaLoRA(torch.optim.Optimizer):
                 groups[i], layers, self.w_update == "inplace", rounding,
                 self.seed + len(self._weight_updates), self.state, self._delta,
             )  # fmt: skip
+            update.apply, _ = self._devices[device].flags_of(groups[i])
+            update.prepare()
             self._weight_updates.append(update)
         self._plain_groups = [g for g in groups if not g["update_ratio"]]
-        self._built = True
 
-    def _pairs(self, index: dict[Tensor, int]) -> dict[str, LoraLinear]:
-        """The layers whose weight is updated: those with a pair under an update ratio above 0."""
-        pairs, known = {}, {}
-        for module in self._modules:
-            known |= {layer: name for name, layer in lora_layers(module).items()}
-        for layer, name in known.items():
-            groups = [
-                self.param_groups[index[p]] for p in (layer.lora_A, layer.lora_B) if p in index
-            ]
-            settings = [(g["update_ratio"], g["start_step"]) for g in groups]
-            if not any(ratio for ratio, _ in settings):
-                continue
-            if len(settings) < 2 or settings[0] != settings[1]:
-                given = f"lora_A and lora_B of {name} not both there, or unlike"
-                accepted = "both, with one update_ratio and start_step"
-                raise ArgumentError("model_or_params", given, accepted)
-            pairs[name] = layer
-        if not pairs and any(g["update_ratio"] for g in self.param_groups):
-            given = "no pair of a swapped layer"
-            accepted = "a model that `swap_` changed, model=, or update_ratio=0"
-            raise ArgumentError("model_or_params", given, accepted)
-        return pairs
+        for device, step in self._devices.items():
+            start = 0
+            for (i, _), params in by_device[device].items():
+                place = slice(start, start := start + len(params))
+                run = AdamWRun(groups[i], params, self.state, self._delta, place, step)
+                step.runs.append(run)
+            mine = [u for u in self._weight_updates if u.device == device]
+            step.add_gates(mine)
+            step.watch([m.weight for u in mine if u.inplace for m in u.layers.values()])
+        self._adamw_runs = [run for step in self._devices.values() for run in step.runs]
+        self._settings: list = [None] * len(groups)  # values of the groups, as last checked
+        self._built = True
 
     def _allocate(self, p: Tensor, step: Tensor) -> None:
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
         state = self.state[p]
         if state:
+            held = state["exp_avg"]
+            if held.shape != p.shape or held.device != p.device:
+                given = f"a parameter that became {tuple(p.shape)} on {p.device}"
+                accepted = f"{tuple(held.shape)} on {held.device}, where its moments are"
+                raise ArgumentTypeError("model_or_params", given, accepted)
             step.copy_(state["step"])
         else:
             for name in ("exp_avg", "exp_avg_sq"):
@@ -201,10 +197,10 @@ class DeltaLoRA(torch.optim.Optimizer):
     def _allocate_update(self, layer: LoraLinear, rounding: str) -> None:
         w = layer.weight
         for p in (layer.lora_A, layer.lora_B):
-            if p not in self._delta:
-                wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-                self._delta[p] = torch.zeros(p.shape, dtype=wide, device=p.device)
+            if "anchor" not in self.state[p]:
                 self.state[p]["anchor"] = torch.zeros_like(p.detach())
+            if self.w_update == "inplace" and p not in self._delta:
+                self._delta[p] = torch.zeros_like(self.state[p]["exp_avg"])
         keeps = rounding == "remainder" and self.w_update == "inplace"
         state = self.state[layer.lora_B]
         if keeps and w.dtype in HALF_DTYPES and "remainder" not in state:
@@ -223,29 +219,120 @@ class DeltaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check()
+        capturing = any(map(is_capturing, self._devices))
+        if capturing and not self._bound:
+            accepted = "a step outside, which compiles the kernels, then the capture"
+            raise ArgumentError("step", "a capture before any step", accepted)
+        settings = self._changed_settings()
+        if not self._look():
+            if capturing:
+                given = "a capture after a parameter or weight moved"
+                raise ArgumentError("step", given, "a step outside, then the capture")
+            if self._bound:
+                self._send(settings, capturing)  # of the layers as they were
+            self._build()
+            self._look()
+            settings = self._changed_settings()
         if not self._bound:
             self._bind()
-        if all(p.grad is None for run in self._adamw_runs for p in run.params):
+        if not any(step.seen & ANY for step in self._devices.values()):
             return loss
-        found_inf = self._found_inf()
+        self._send(settings, capturing)
+        # What GradScaler set lies on one device.
+        flag, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf = found_infs(list(self._devices.values()), flag, self.skip_nonfinite)
+        for device, step in self._devices.items():
+            step.adamw(grad_scale, found_inf.get(device), capturing)
+        wrote = set()
         for update in self._weight_updates:
-            update.report_loss()
+            t, flag = self._iteration[update.device], found_inf.get(update.device)
+            if update.run(t, self._t_least, self._t_most, flag, capturing):
+                wrote.add(update.device)
+        for device, step in self._devices.items():
+            step.advance(found_inf.get(device))
+            step.step_watch.wrote(device in wrote)
+        if capturing:
+            self._captured, self._t_most = True, math.inf
+            for step in self._devices.values():
+                step.leave_to_graph()
+        else:
+            self._t_most += 1
+            self._t_least += not found_inf
+        return loss
+
+    @torch.no_grad()
+    def send_param_groups(self) -> None:
+        """Send what changed in ``param_groups`` to the device: for replays of a captured step.
+
+        `step` does it by itself; a replay runs no host code. Nothing waits for the device, unless
+        update_ratio changed.
+
+        Raises:
+            ArgumentError: a value that cannot be used; another tensor as lr than the captured one;
+                update_ratio with w_update "factored", where the forward pass changes its form, or
+                without Triton's kernels.
+        """
+        settings = self._changed_settings()
+        if not self._bound:
+            self._bind()
+        for update in self._weight_updates:
+            ratio = update.group["update_ratio"]
+            follows = update.inplace and update.backend == "triton"
+            if self._captured and not follows and update.ratio != ratio:
+                accepted = "the captured one; this path needs a new capture for another"
+                raise ArgumentError("update_ratio", ratio, accepted)
+        self._send(settings, capturing=False)
+
+    def _look(self) -> bool:
+        """Look at gradients, parameters and weights; whether the launches still point to them."""
+        same = all([update.check_layers() for update in self._weight_updates])
+        for step in self._devices.values():
+            same &= not step.look() & MOVED
+        return same
+
+    def _changed_settings(self) -> list | None:
+        """The groups' values, checked; None where they are those last sent."""
+        settings = [
+            (g["betas"], g["eps"], g["weight_decay"], g["update_ratio"], g["start_step"])
+            for g in self.param_groups
+        ]
+        if settings == self._settings and not any(
+            [run.options_changed() for run in self._adamw_runs]
+        ):
+            return None
+        for group in self.param_groups:
+            groups_.check_group(group)
+        for update in self._weight_updates:
+            update.check_settings()
+        for group in self._plain_groups:
+            if group["update_ratio"]:
+                accepted = "a run that starts with an update ratio above 0"
+                raise ArgumentError("update_ratio", f"{group['update_ratio']} after 0", accepted)
+        for run in self._adamw_runs:
+            run.check_lr(self._captured)
+        return settings
+
+    def _send(self, settings: list | None, capturing: bool) -> None:
+        if not capturing:
+            for update in self._weight_updates:
+                update.report_loss()
+        if settings is None:
+            return
+        if capturing:
+            given = "changed since the last step, which a capture cannot send"
+            raise ArgumentError("param_groups", given, "`send_param_groups()` before the capture")
+        for update in self._weight_updates:
             if update.ratio != update.group["update_ratio"]:
                 update.change_ratio(self._read_iteration())
         for run in self._adamw_runs:
-            self._run_adamw(run, found_inf.get(run.steps.device))
-        for update in self._weight_updates:
-            t = self._iteration[update.device]
-            update.run(t, self._t_least, self._t_most, found_inf.get(update.device))
-        for device, t in self._iteration.items():
-            t.add_(1 if device not in found_inf else found_inf[device].view(()) == 0)
-        self._t_most += 1
-        self._t_least += not found_inf
-        return loss
+            if run.options_changed():
+                run.send_options()
+        self._settings = settings
 
     def _bind(self, restored=None) -> None:
         t = self._read_iteration()
+        for step in self._devices.values():
+            step.set_iteration(t)
         for update in self._weight_updates:
             update.bind(t > update.start_step + 1, restored)
         self._bound = True
@@ -253,71 +340,9 @@ class DeltaLoRA(torch.optim.Optimizer):
     def _read_iteration(self) -> int:
         """For set-up and changes of lambda: asks the device only where steps were skipped."""
         if self._t_least != self._t_most:
-            self._t_least = self._t_most = int(next(iter(self._iteration.values())))
+            self._t_least = int(next(iter(self._iteration.values())))
+            self._t_most = math.inf if self._captured else self._t_least
         return self._t_least
-
-    def _check(self) -> None:
-        for group in self.param_groups:
-            groups_.check_group(group)
-        for update in self._weight_updates:
-            update.check()
-        for group in self._plain_groups:
-            if group["update_ratio"]:
-                accepted = "a run that starts with an update ratio above 0"
-                raise ArgumentError("update_ratio", f"{group['update_ratio']} after 0", accepted)
-
-    def _found_inf(self) -> dict[torch.device, Tensor]:
-        """Per device a tensor that is not 0 where this step must be skipped; empty: never."""
-        flags = [f for f in (getattr(self, "found_inf", None),) if f is not None]
-        if self.skip_nonfinite:
-            for run in self._adamw_runs:
-                grads = [p.grad for p in run.params if p.grad is not None]
-                largest = torch.stack(torch._foreach_norm(grads, float("inf"))).max()
-                flags.append((~largest.isfinite()).float())
-        if not flags:
-            return {}
-        return {
-            device: torch.stack([f.to(device, non_blocking=True).view(()) for f in flags]).amax()
-            for device in self._iteration
-        }
-
-    def _run_adamw(self, run: _AdamWRun, found_inf: Tensor | None) -> None:
-        group, params, steps, index = run.group, run.params, run.steps, None
-        anchor_now = self._anchor_now(run)
-        used = [i for i, p in enumerate(params) if p.grad is not None]
-        if len(used) < len(params):
-            for p in params:
-                if p.grad is None and p in self._delta:
-                    self._delta[p].zero_()
-                    if anchor_now is not None:
-                        anchor = self.state[p]["anchor"]
-                        anchor.copy_(torch.where(anchor_now, p, anchor))
-            index = torch.tensor(used, device=steps.device)
-            params, steps = [params[i] for i in used], steps[index]
-        if not params:
-            return
-        state = [self.state[p] for p in params]
-        grad_scale = getattr(self, "grad_scale", None)  # set by GradScaler, on one device
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(steps.device, non_blocking=True)
-        wants_delta = self.w_update == "inplace" and self._t_most > group["start_step"]
-        run_adamw_step(
-            run.backend, params, [p.grad for p in params], [s["exp_avg"] for s in state],
-            [s["exp_avg_sq"] for s in state], steps, float(group["lr"]), *group["betas"],
-            group["eps"], group["weight_decay"],
-            [self._delta.get(p) if wants_delta else None for p in params],
-            [s.get("anchor") if anchor_now is not None else None for s in state],
-            anchor_now, grad_scale, found_inf,
-        )  # fmt: skip
-        if index is not None:
-            run.steps[index] = steps
-
-    def _anchor_now(self, run: _AdamWRun) -> Tensor | None:
-        """Not 0 in iteration K + 1, the first that updates W; None where it surely is another."""
-        first = run.group["start_step"] + 1
-        if not run.group["update_ratio"] or not self._t_least <= first <= self._t_most:
-            return None
-        return self._iteration[run.steps.device] == first
 
     # --------------------------------------------------------------- checkpoints
 
@@ -346,34 +371,28 @@ class DeltaLoRA(torch.optim.Optimizer):
             ArgumentError: the state is not one of DeltaLoRA, or of other shapes; nothing changed.
         """
         state, groups = state_dict["state"], state_dict["param_groups"]
-        extra = state.get("delta_lora")
-        if extra is None or extra["w_update"] != self.w_update:
-            given = "no Delta-LoRA state" if extra is None else f"w_update={extra['w_update']!r}"
-            raise ArgumentError("state_dict", given, f"a state of w_update={self.w_update!r}")
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            given = f"groups of {[len(g['params']) for g in groups]} parameters"
-            accepted = f"{[len(g['params']) for g in self.param_groups]}"
-            raise ArgumentError("state_dict", given, accepted)
+        groups_.check_state(state, groups, self.w_update, self.state, self.param_groups)
+        extra = state["delta_lora"]
         ids = [i for g in groups for i in g["params"]]
         params = [p for g in self.param_groups for p in g["params"]]
-        for i, p in zip(ids, params, strict=True):
-            have = {k: tuple(t.shape) for k, t in self.state[p].items()}
-            given = {k: tuple(t.shape) for k, t in state.get(i, {}).items()}
-            if given != have:
-                raise ArgumentError("state_dict", f"parameter {i} with {given}", str(have))
         own, mine = self.state, self.param_groups
         super().load_state_dict({"state": {}, "param_groups": groups})
         for group, loaded in zip(mine, self.param_groups, strict=True):
+            lr = group["lr"]
             group.update(loaded)  # the launches hold these very dicts
+            if isinstance(lr, Tensor):
+                lr.copy_(torch.as_tensor(loaded["lr"]))  # and this very tensor
+                group["lr"] = lr
         self.state, self.param_groups = own, mine
         for i, p in zip(ids, params, strict=True):
             for name, value in state[i].items():
                 own[p][name].copy_(value)
         for t in self._iteration.values():
             t.copy_(extra["iteration"])
-        self._t_least = self._t_most = int(extra["iteration"])
+        self._t_least = int(extra["iteration"])
+        self._t_most = math.inf if self._captured else self._t_least
         for update, ratio in zip(self._weight_updates, extra["update_ratio"], strict=True):
-            update.ratio = ratio
+            update.set_ratio(ratio)
         restored = {}
         for i, products in extra["folded"].items():
             p = params[ids.index(i)]

@@ -71,13 +71,10 @@ class PendingDelta:
 
     def stack(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, ...]:
         """(A, B, gate) of the one low-rank product that the forward pass needs."""
-        a, b, gate = lora_A, lora_B, None
-        if not self.in_weight:
-            a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.gate)
-            gate = self.gate
+        a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.gate)
+        gate = self.gate
         added = [p for p in self.folded or () if not p.in_weight]
         if added:
-            gate = self.gate.new_ones(a.shape[0]) if gate is None else gate
             b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
             a = torch.cat([a, *(p.A.to(a.dtype) for p in added)])
             gate = torch.cat([gate, gate.new_ones(a.shape[0] - gate.shape[0])])
@@ -111,6 +108,7 @@ class LoraLinear(nn.Linear):
         r, lora_alpha, scaling: scaling is lora_alpha / r.
         original: the layer that was here before.
         delta: what Delta-LoRA has added so far, None for plain LoRA.
+        added: ``delta`` where the forward pass adds it, None where W holds all of it.
         swapped_in: False after `unswap_` or `merge_` took the layer out.
     """
 
@@ -121,10 +119,20 @@ class LoraLinear(nn.Linear):
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend
         self.lora_alpha = scaling * self.r
-        self.delta: PendingDelta | None = None
+        self.delta = None
         self.swapped_in = True
         # Not registered as submodules: their parameters are this layer's.
         self.__dict__["original"], self.__dict__["base"] = original, base
+
+    @property
+    def delta(self) -> PendingDelta | None:
+        return self._delta
+
+    @delta.setter
+    def delta(self, delta: PendingDelta | None) -> None:
+        self._delta = delta
+        # All that forward looks at: torch.compile need not compile again when a delta begins in W.
+        self.added = None if delta is None or delta.in_weight else delta
 
     @property
     def quantised(self) -> bool:
@@ -136,12 +144,13 @@ class LoraLinear(nn.Linear):
         """Which backend this layer takes, and why."""
         if self.quantised:
             return Path("reference", f"{self.weight.dtype} weight: the base layer's own product")
-        return choose_path(self.weight.device, self.weight.dtype, self.backend)
+        layer = (self.out_features, self.in_features, self.r)
+        return choose_path(self.weight.device, self.weight.dtype, self.backend, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, gate = self.lora_A, self.lora_B, None
-        if self.delta is not None:
-            a, b, gate = self.delta.stack(a, b, self.scaling)
+        if self.added is not None:
+            a, b, gate = self.added.stack(a, b, self.scaling)
         if self.quantised:
             s = x @ a.to(x.dtype).T
             s = s if gate is None else s * gate.to(x.dtype)

@@ -1,8 +1,8 @@
-"""The public operations, and the only file that knows backends.
+"""The public operations, and (with `step_ops`) the only file that knows backends.
 
-An operation has up to three: ``triton`` (`deltadiff.kernels`), ``cpp`` (`csrc`) and ``reference``.
-`choose_path` picks one from device and dtype, and says why. All backends of an operation share one
-signature.
+An operation has up to four: ``hopper`` and ``triton`` (`deltadiff.kernels`; the first is for
+`lora_linear` on sm_90), ``cpp`` (`csrc`) and ``reference``. `choose_path` picks one and says why.
+All backends of an operation share one signature.
 """
 
 import functools
@@ -26,7 +26,7 @@ from .checks import (
 )
 from .errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 
-BACKENDS = ("triton", "cpp", "reference")
+BACKENDS = ("hopper", "triton", "cpp", "reference")
 
 try:
     importlib.import_module(f"{__package__}._C")  # registers torch.ops.deltadiff
@@ -42,8 +42,18 @@ try:
     from .kernels import lora_linear as triton_lora_linear
 
     _TRITON_MISSING = None
+    _KERNELS = {"triton": triton_lora_linear}  # the launchers of lora_linear, by backend
 except ImportError as error:
     _TRITON_MISSING = f"Triton cannot be imported ({error})"
+    _KERNELS = {}
+
+try:
+    from .kernels import lora_linear_hopper
+
+    _GLUON_MISSING = None
+    _KERNELS["hopper"] = lora_linear_hopper
+except (ImportError, AttributeError) as error:  # Gluon is experimental, its names change
+    _GLUON_MISSING = f"this Triton's Gluon is not the one that the kernel is written in ({error})"
 
 
 # ------------------------------------------------------------------ choice of path
@@ -65,6 +75,8 @@ def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> s
         return None
     if dtype == torch.float64:
         return "float64 goes to the reference"
+    if backend == "hopper":
+        return _why_no_hopper(device, dtype)
     if backend == "cpp":
         if device.type != "cpu":
             return f"the C++ kernels run on the CPU, not on {device.type}"
@@ -83,15 +95,37 @@ def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return None
 
 
+def _why_no_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return "the sm_90 kernel is for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"the sm_90 kernel needs sm_90; {device} is sm_{major}{minor}"
+    if dtype not in HALF_DTYPES:
+        return "the sm_90 kernel is for bfloat16 and float16"
+    return _TRITON_MISSING or _GLUON_MISSING
+
+
 @functools.lru_cache(maxsize=256)
-def choose_path(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Path:
+def choose_path(
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    layer: tuple[int, int, int] | None = None,
+) -> Path:
     """The backend for tensors of ``dtype`` on ``device``; ``backend`` asks for one by name.
+
+    ``layer``: (out_features, in_features, r) for `lora_linear`, which has a kernel of its own for
+    most layers on sm_90; None for the other operations.
 
     Raises:
         BackendUnavailableError: ``backend`` was asked for and cannot run here.
     """
+    no_hopper = _why_no_hopper(device, dtype)
+    if no_hopper is None:
+        no_hopper = lora_linear_hopper.why_not(*layer) if layer else "for lora_linear only"
     if backend is not None:
-        reason = why_unavailable(backend, device, dtype)
+        reason = no_hopper if backend == "hopper" else why_unavailable(backend, device, dtype)
         if reason:
             raise BackendUnavailableError(
                 "backend",
@@ -106,52 +140,77 @@ def choose_path(device: torch.device, dtype: torch.dtype, backend: str | None = 
     if native == "cpp":
         return Path("cpp", "CPU: native C++")
     major, minor = torch.cuda.get_device_capability(device)
-    return Path("triton", f"sm_{major}{minor}: portable Triton kernels")
+    if no_hopper is None:
+        return Path("hopper", "sm_90: one launch forward, one backward")
+    why = f" ({no_hopper})" if layer and (major, minor) == (9, 0) else ""
+    return Path("triton", f"sm_{major}{minor}: portable Triton kernels{why}")
 
 
 # -------------------------------------------------------------------- lora_linear
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """y = x W^T + bias + s g (x A^T) B^T; W is a constant to autograd. Keeps x and S = x A^T."""
+    """`csrc/lora_linear_autograd.cpp` in Python: where that is not built, or Triton interprets."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, gate, bias, scaling, backend):
-        y, s = _lora_linear_fwd(x, weight, lora_A, lora_B, gate, bias, scaling, backend)
+    def forward(ctx, x, weight, lora_A, lora_B, scaling, gate, bias, backend):
+        rows = x.reshape(-1, weight.shape[1])
+        y, s = _KERNELS[backend].lora_linear_fwd(rows, weight, lora_A, lora_B, scaling, gate, bias)
         ctx.save_for_backward(x, weight, lora_A, lora_B, gate, s)
         ctx.scaling, ctx.backend = scaling, backend
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, gate, s = ctx.saved_tensors
-        module = torch.ops.deltadiff if ctx.backend == "cpp" else triton_lora_linear
-        need_x, _, need_A, need_B, need_gate, need_bias = ctx.needs_input_grad[:6]
+        need_x, _, need_A, need_B, _, need_gate, need_bias, _ = ctx.needs_input_grad
         needs = [need_x, need_A, need_B, need_gate]
-        dy2, x2 = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-        dx, da, db, dgate = module.lora_linear_bwd(
-            dy2, x2, weight, lora_A, lora_B, s, ctx.scaling, gate, needs
+        dy, rows = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+        dx, da, db, dgate = _KERNELS[ctx.backend].lora_linear_bwd(
+            dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs
         )
-        return (
-            dx.view_as(x) if need_x else None,
-            None,
-            da if need_A else None,
-            db if need_B else None,
-            dgate if need_gate else None,
-            dy2.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None,
-            None,
-            None,
-        )
+        dx = dx.view_as(x) if need_x else None
+        dbias = dy.sum(0, dtype=torch.float32).to(x.dtype) if need_bias else None
+        return dx, None, da, db, None, dgate, dbias, None
 
 
-def _lora_linear_fwd(x, weight, lora_A, lora_B, gate, bias, scaling, backend):
-    """(y, S) for an x of any leading shape."""
-    module = torch.ops.deltadiff if backend == "cpp" else triton_lora_linear
-    rows = x.reshape(-1, weight.shape[1])
-    y, s = module.lora_linear_fwd(rows, weight, lora_A, lora_B, scaling, gate, bias)
-    return y.view(*x.shape[:-1], weight.shape[0]), s
+if not _CPP_MISSING:
+
+    @torch.library.register_fake("deltadiff::lora_linear_fwd")
+    def _lora_linear_fwd_shapes(x, weight, lora_A, lora_B, scaling, gate, bias, backend):
+        """What torch.compile has to know: y, and the S that this backend keeps."""
+        m, r = x.shape[0], lora_A.shape[0]
+        shape = lora_linear_hopper.kept_shape(m, r) if backend == "hopper" else (m, r)
+        dtype = x.dtype if backend == "cpp" else torch.float32
+        return x.new_empty((m, weight.shape[0])), x.new_empty(shape, dtype=dtype)
+
+    def _launch(name, *args):
+        return getattr(_KERNELS[args[-1]], name)(*args[:-1])
+
+    for _name in ("lora_linear_fwd", "lora_linear_bwd"):
+        torch.library.impl(f"deltadiff::{_name}", "cuda", functools.partial(_launch, _name))
+
+
+def _layer(weight: Tensor, lora_A: Tensor) -> tuple[int, int, int]:
+    """(out_features, in_features, r), for `choose_path`."""
+    try:
+        (n, k), r = weight.shape, lora_A.shape[0]
+    except (AttributeError, ValueError, IndexError):  # it raises, and says what does not fit
+        check_matrix("weight", weight)
+        check_matrix("lora_A", lora_A)
+        raise
+    if torch.compiler.is_compiling():  # constants, also where it takes sizes for variables
+        n, k, r = (range(size).stop for size in (n, k, r))
+    return n, k, r
+
+
+@torch.compiler.assume_constant_result
+def _lora_linear_path(device: torch.device, dtype: torch.dtype, asked: str | None, layer: tuple):
+    """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
+    backend = choose_path(device, dtype, asked, layer).backend
+    reached = backend == "cpp" or (device.type == "cuda" and backend in _KERNELS)
+    return backend, reached and not _CPP_MISSING
 
 
 def lora_linear(
@@ -189,25 +248,31 @@ def lora_linear(
         ArgumentTypeError, ArgumentError: a dtype, device or shape that does not fit.
         BackendUnavailableError: ``backend`` cannot run here.
     """
-    check_matrix("weight", weight)
     if not isinstance(x, Tensor):
         raise ArgumentTypeError("x", type(x).__name__, "a torch.Tensor")
     if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALF_DTYPES):
+        check_matrix("weight", weight)
         compute = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(compute), weight.detach().to(compute)
         bias = None if bias is None else bias.to(compute)
-    check_matrix("lora_A", lora_A)
-    check_lora_linear(x, weight, lora_A, lora_B, gate, bias)
-    scaling = check_number("scaling", scaling)
-    backend = choose_path(x.device, x.dtype, backend).backend
+    if type(scaling) is not float:
+        scaling = check_number("scaling", scaling)
+    args = x, weight, lora_A, lora_B, scaling, gate, bias
+    layer = _layer(weight, lora_A)
+    backend, native = _lora_linear_path(x.device, x.dtype, backend, layer)
+    if native:
+        try:
+            return torch.ops.deltadiff.lora_linear(*args, backend)
+        except Exception as raised:  # C++ tells only that something does not fit
+            error = raised
+        check_lora_linear(*args)
+        raise error
+    check_lora_linear(*args)
     if backend == "reference":
         return reference.lora_linear_ref(
             x, weight, lora_A, lora_B, scaling=scaling, gate=gate, bias=bias
         )
-    args = (x, weight.detach(), lora_A, lora_B, gate, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args):
-        return LoraLinearFunction.apply(*args, scaling, backend)
-    return _lora_linear_fwd(*args, scaling, backend)[0]  # spares the host autograd's bookkeeping
+    return LoraLinearFunction.apply(x, weight.detach(), *args[2:], backend)
 
 
 # ------------------------------------------------------------------- delta_update
@@ -344,10 +409,14 @@ def adamw_step_(
     if n:
         backend = choose_path(lists[0][0].device, lists[0][0].dtype, backend).backend
         run_adamw_step(backend, *lists, steps, *hyper, *outputs, *flags)
+        steps += 1 if found_inf is None else found_inf.view(()) == 0
 
 
 def run_adamw_step(backend: str, *args) -> None:
-    """`adamw_step_` without its checks, for callers that checked once."""
+    """`adamw_step_` without its checks, for callers that checked once.
+
+    ``steps`` are not raised; a gradient may be None.
+    """
     increment_version(args[0])
     if backend == "triton":
         triton_adamw_step.adamw_step_(*args)

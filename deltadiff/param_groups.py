@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from .checks import DTYPES, check_betas, check_number
 from .errors import ArgumentError, ArgumentTypeError
-from .lora import LoraLinear
+from .lora import LoraLinear, lora_layers
 
 ACCEPTED = "a model, or an iterable of parameters, modules or param groups"
 
@@ -44,7 +45,7 @@ def trainable(module: nn.Module) -> list[Tensor]:
 
 def check_group(group: dict) -> None:
     """Raise unless every value of a param group can be used; the group is not changed."""
-    check_number("lr", group["lr"], 0)
+    check_lr(group["lr"], group["params"])
     check_betas(group["betas"])
     check_number("eps", group["eps"], 0)
     check_number("weight_decay", group["weight_decay"], 0)
@@ -56,6 +57,21 @@ def check_group(group: dict) -> None:
         raise ArgumentError("start_step", k, "an int >= 0")
 
 
+def check_lr(lr: object, params: list[Tensor]) -> None:
+    """A number, or a tensor that a captured step reads (its value stays on the device)."""
+    if not isinstance(lr, Tensor):
+        check_number("lr", lr, 0)
+        return
+    if lr.dim() or lr.dtype not in (torch.float32, torch.float64):
+        given = f"a {lr.dtype} tensor of shape {tuple(lr.shape)}"
+        raise ArgumentTypeError("lr", given, "a float, or a 0-dim tensor of float32 or float64")
+    for p in params if isinstance(params, list) else [params]:
+        if isinstance(p, Tensor) and p.device != lr.device:
+            raise ArgumentTypeError("lr", f"a tensor on {lr.device}", f"one on {p.device}")
+    if lr.device.type == "cpu":
+        check_number("lr", lr.item(), 0)
+
+
 def check_parameter(p: Tensor) -> None:
     if p.numel() == 0 or hasattr(p, "device_mesh"):
         given = f"{type(p).__name__} of shape {tuple(p.shape)}"
@@ -64,6 +80,33 @@ def check_parameter(p: Tensor) -> None:
         given = f"a {p.dtype} tensor with strides {p.stride()}"
         accepted = "contiguous tensors of " + " or ".join(map(str, DTYPES))
         raise ArgumentTypeError("model_or_params", given, accepted)
+
+
+def find_pairs(
+    modules: list[nn.Module], groups: list[dict], index: dict[Tensor, int]
+) -> dict[str, LoraLinear]:
+    """The layers whose weight is updated: those with a pair under an update ratio above 0.
+
+    ``index``: the group of each parameter.
+    """
+    pairs, known = {}, {}
+    for module in modules:
+        known |= {layer: name for name, layer in lora_layers(module).items()}
+    for layer, name in known.items():
+        own = [groups[index[p]] for p in (layer.lora_A, layer.lora_B) if p in index]
+        settings = [(g["update_ratio"], g["start_step"]) for g in own]
+        if not any(ratio for ratio, _ in settings):
+            continue
+        if len(settings) < 2 or settings[0] != settings[1]:
+            given = f"lora_A and lora_B of {name} not both there, or unlike"
+            accepted = "both, with one update_ratio and start_step"
+            raise ArgumentError("model_or_params", given, accepted)
+        pairs[name] = layer
+    if not pairs and any(g["update_ratio"] for g in groups):
+        given = "no pair of a swapped layer"
+        accepted = "a model that `swap_` changed, model=, or update_ratio=0"
+        raise ArgumentError("model_or_params", given, accepted)
+    return pairs
 
 
 def check_writable(layers: dict[str, LoraLinear], models: list[nn.Module]) -> None:
@@ -92,6 +135,25 @@ def check_writable(layers: dict[str, LoraLinear], models: list[nn.Module]) -> No
             given = f"shared by {', '.join(sorted(same.values()))}"
             accepted = "a weight of its own in place; else w_update='factored'"
             raise ArgumentError(argument, given, accepted)
+
+
+def check_state(state, groups, w_update, own_state, own_groups) -> None:
+    """Raise unless the parts of a state dict fit an optimizer's own state and groups."""
+    extra = state.get("delta_lora")
+    if extra is None or extra["w_update"] != w_update:
+        given = "no Delta-LoRA state" if extra is None else f"w_update={extra['w_update']!r}"
+        raise ArgumentError("state_dict", given, f"a state of w_update={w_update!r}")
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own_groups]:
+        given = f"groups of {[len(g['params']) for g in groups]} parameters"
+        accepted = f"{[len(g['params']) for g in own_groups]}"
+        raise ArgumentError("state_dict", given, accepted)
+    ids = [i for g in groups for i in g["params"]]
+    params = [p for g in own_groups for p in g["params"]]
+    for i, p in zip(ids, params, strict=True):
+        have = {k: tuple(t.shape) for k, t in own_state[p].items()}
+        given = {k: tuple(t.shape) for k, t in state.get(i, {}).items()}
+        if given != have:
+            raise ArgumentError("state_dict", f"parameter {i} with {given}", str(have))
 
 
 def _storage(t: Tensor) -> int:

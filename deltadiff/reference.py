@@ -219,18 +219,46 @@ def adamw_step_list_ref_(
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
     deltas, anchors, anchor_now, grad_scale, found_inf,
 ) -> None:  # fmt: skip
-    """`adamw_step_ref_` for a list: unscales, takes anchors, skips where ``found_inf`` is not 0."""
+    """`adamw_step_ref_` for a list: unscales, takes anchors, skips where ``found_inf`` is not 0.
+
+    A gradient may be None: its tensor takes no step. ``steps`` are not raised.
+    """
     scale = None if grad_scale is None else grad_scale.view(())
     go = None if found_inf is None else found_inf.view(()) == 0
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        if scale is not None:
+        if scale is not None and g is not None:
             g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
-        with torch.no_grad(), OnlyWhere(go, p, m, v, steps[i], anchors[i]):
+        with torch.no_grad(), OnlyWhere(go, p, m, v, anchors[i]):
             if anchors[i] is not None and anchor_now is not None:
                 anchors[i].copy_(torch.where(anchor_now.view(()) != 0, p, anchors[i]))
+            if g is None:
+                if deltas[i] is not None:
+                    deltas[i].zero_()
+                continue
             adamw_step_ref_(
-                p, g, m, v, steps[i],
+                p, g, m, v, steps[i].clone(),
                 lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, delta=deltas[i],
             )  # fmt: skip
             if deltas[i] is not None and go is not None:
                 deltas[i].copy_(torch.where(go, deltas[i], 0))
+
+
+# -------------------------------------------------------------------- advance
+
+
+def advance_ref_(iteration, steps, grads, firsts, flags, gates, opened, opens, found_inf) -> None:
+    """What one optimizer step counts, unless ``found_inf`` is not 0; all in place.
+
+    Args:
+        iteration: 0-dim int64, t, raised by one.
+        steps: (n,) float32, raised by one where ``grads`` (n,) int64 is not 0.
+        firsts: (g,) int64, K + 1 of each param group.
+        flags: (g, 2) int32, about the coming iteration: t > K, t == K + 1.
+        gates: (m,) float32 or float64; become ``opened`` from iteration ``opens`` (int64) on.
+    """
+    done = 1 if found_inf is None else (found_inf.view(()) == 0).to(torch.int64)
+    iteration += done
+    steps += done * (grads != 0)
+    flags[:, 0] = iteration >= firsts
+    flags[:, 1] = iteration == firsts
+    gates.copy_(torch.where(iteration >= opens, opened, gates))

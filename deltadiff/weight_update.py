@@ -13,7 +13,8 @@ from torch import Tensor
 from .checks import DTYPES, HALF_DTYPES
 from .errors import ArgumentError, SwapError
 from .lora import LoraLinear, PendingDelta, Product
-from .ops import choose_path, delta_update_, run_delta_update
+from .ops import choose_path, delta_update_
+from .step_ops import prepare_delta_update
 
 MOST_FOLDED = 8  # products of earlier update ratios that are kept, for saving
 Products = list[Product] | None
@@ -42,18 +43,18 @@ class WeightUpdate:
             w.device, w.dtype if w.dtype in DTYPES else torch.float32
         ).backend
         self.gates: dict[int, Tensor] = {}  # rank -> the gate that its layers share
-        self.started: dict[int, Tensor] = {}  # what the gates become
+        self.opened: dict[int, Tensor] = {}  # what the gates become
+        self.apply: Tensor | None = None  # on the device: t > K
+        self._launches: list = []
+        self._launched = False
         self._lost: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._warned = False
 
-    def check(self) -> None:
-        """Raise where the next step cannot be done."""
+    def check_settings(self) -> None:
+        """Raise where the group's values cannot be followed."""
         if self.group["start_step"] != self.start_step:
             given = f"{self.group['start_step']} after {self.start_step}"
             raise ArgumentError("start_step", given, "one value for the whole run")
-        for name, layer in self.layers.items():
-            if not layer.swapped_in:
-                raise SwapError(name, "a layer that was un-swapped or merged", "a swapped layer")
         if not self.inplace and self.ratio != self.group["update_ratio"]:
             folded = max(len(m.delta.folded) for m in self.layers.values() if m.delta)
             if folded >= MOST_FOLDED:
@@ -61,24 +62,44 @@ class WeightUpdate:
                 accepted = f"at most {MOST_FOLDED} changes while w_update is 'factored'"
                 raise ArgumentError("update_ratio", given, accepted)
 
-    def run(self, t: Tensor, t_least: int, t_most: int, found_inf: Tensor | None) -> None:
-        """Update the weights in iteration ``t`` (on the device; the host knows bounds of it)."""
-        k = self.start_step
-        if t_most <= k:
-            return  # t > K cannot hold yet
-        apply = None
-        if found_inf is not None:
-            apply = (t > k) & (found_inf.view(()) == 0)
-        elif t_least <= k:
-            apply = t > k
-        if t_least <= k + 1:
-            for r, gate in self.gates.items():
-                on = self.started[r]
-                gate.copy_(on if apply is None else torch.where(apply, on, gate))
-        if not self.inplace or not self.ratio:
+    def check_layers(self) -> bool:
+        """Whether every layer has the weight that it had at the last `prepare`.
+
+        Raises SwapError where a layer was un-swapped or merged.
+        """
+        changed = [
+            attributes
+            for attributes, params, weight in self._known
+            if params["weight"] is not weight or not attributes["swapped_in"]
+        ]
+        if not changed:
+            return True
+        for name, layer in self.layers.items():
+            if not layer.swapped_in:
+                raise SwapError(name, "a layer that was un-swapped or merged", "a swapped layer")
+        return False
+
+    def prepare(self) -> None:
+        """Gather the tensors of the launches: one for each dtype of adapters, so usually one."""
+        # Looked at in every step: asking the modules themselves takes ten times as long.
+        self._known = [
+            (vars(m), m._parameters if "weight" in m._parameters else vars(m), m.weight)
+            for m in self.layers.values()
+        ]
+        self._launches = []
+        if not self.inplace:
             return
-        layers = list(self.layers.values())
-        factors = [
+        for dtype in dict.fromkeys(m.lora_A.dtype for m in self.layers.values()):
+            layers = [m for m in self.layers.values() if m.lora_A.dtype == dtype]
+            low = []
+            if self.rounding == "remainder":
+                low = [self.state[m.lora_B]["remainder"] for m in layers]
+            lists = self._lists(layers)
+            launch = prepare_delta_update(self.backend, *lists, self.rounding, low, self.seed)
+            self._launches.append((launch, layers))
+
+    def _lists(self, layers: list[LoraLinear]) -> list[list]:
+        return [
             [m.weight for m in layers],
             [m.lora_A for m in layers],
             [m.lora_B for m in layers],
@@ -86,10 +107,30 @@ class WeightUpdate:
             [self.delta[m.lora_B] for m in layers],
             [self.ratio * m.scaling for m in layers],
         ]
-        if self.rounding == "nearest" and not self._warned:
-            self._measure_loss(factors)
-        low = [m.delta.remainder for m in layers] if self.rounding == "remainder" else []
-        run_delta_update(self.backend, *factors, self.rounding, low, self.seed, t, apply)
+
+    def run(
+        self, t: Tensor, t_least: int, t_most: float, found_inf: Tensor | None, capturing: bool
+    ) -> bool:
+        """Update the weights in iteration ``t`` (on the device; the host knows bounds of it).
+
+        Returns whether they may have been written.
+        """
+        if not self.inplace or (not self.ratio and not capturing):
+            return False
+        compiled = self._launched or self.device.type == "cpu"
+        if t_most <= self.start_step and compiled:  # once in vain, or a capture would compile
+            return False
+        known = t_least > self.start_step and not capturing and self.backend != "triton"
+        apply = None if known else self.apply  # one kind of launch on the GPU, so one compilation
+        if found_inf is not None:
+            apply = self.apply * (found_inf.view(()) == 0)
+        if self.rounding == "nearest" and not self._warned and not capturing:
+            if t_most > self.start_step:
+                self._measure_loss()
+        for launch, _ in self._launches:
+            launch(t, apply)
+        self._launched = True
+        return True
 
     # ------------------------------------------------- what earlier steps left in W
 
@@ -100,9 +141,9 @@ class WeightUpdate:
         state that was loaded; None at the start of a run, which takes over what it finds.
         """
         for r in {layer.r for layer in self.layers.values()}:
-            like = next(m.lora_A for m in self.layers.values() if m.r == r)
-            self.gates[r] = PendingDelta.make_gate(self.ratio, r, like, started)
-            self.started[r] = PendingDelta.make_gate(self.ratio, r, like, True)
+            gate = self.gates[r]
+            gate.copy_(PendingDelta.make_gate(self.ratio, r, gate, started))
+            self.opened[r].copy_(PendingDelta.make_gate(self.ratio, r, gate, True))
         for layer in self.layers.values():
             a, b, before = layer.lora_A, layer.lora_B, layer.delta
             anchor_A, anchor_B = self.state[a]["anchor"], self.state[b]["anchor"]
@@ -157,18 +198,21 @@ class WeightUpdate:
                 delta.anchor_B.copy_(layer.lora_B)
             delta.update_ratio = ratio
         for r, gate in self.gates.items():
-            self.started[r] = PendingDelta.make_gate(ratio, r, gate, True)
+            self.opened[r].copy_(PendingDelta.make_gate(ratio, r, gate, True))
             gate.copy_(PendingDelta.make_gate(ratio, r, gate, started))
+        self.set_ratio(ratio)
+
+    def set_ratio(self, ratio: float) -> None:
         self.ratio = ratio
+        for launch, layers in self._launches:
+            launch.rescale([ratio * m.scaling for m in layers])
 
     # -------------------------------------------------------- loss under "nearest"
 
-    def _measure_loss(self, factors: list) -> None:
+    def _measure_loss(self) -> None:
         if self._lost is None:
-            sums = sum(
-                update_share(*tensors[:5], scale=tensors[5])
-                for tensors in zip(*factors, strict=True)
-            )
+            factors = zip(*self._lists(list(self.layers.values())), strict=True)
+            sums = sum(update_share(*tensors[:5], scale=tensors[5]) for tensors in factors)
             event = None
             if sums.is_cuda:
                 sums = torch.empty(2, pin_memory=True).copy_(sums, non_blocking=True)

@@ -1,8 +1,9 @@
 """Delta-LoRA's update of a whole list of weights in one launch: W += scale (dB A' + B dA).
 
-With B = B' - dB this is one product of rank 2r, [dB, B' - dB] @ [A'; dA], in float32. A program
-owns one tile of one weight, reads it once and writes it once. Where the tiles of each weight start,
-and all that is particular to a weight, stands in a table on the device.
+With B = B' - dB this is one product of rank 2r, [dB, B' - dB] @ [A'; dA], on tensor cores: each
+float32 is split into pieces, whose products are summed in float32. A program owns one tile of one
+weight, reads it once and writes it once. Where the tiles of each weight start, and all that is
+particular to a weight, stands in a table on the device.
 
 Random bits and remainders are bit for bit the reference's: integer arithmetic on the bits of the
 float32 value, and a Philox counter that is made of the element's place alone.
@@ -14,20 +15,36 @@ import torch
 import triton
 import triton.language as tl
 
-from .tables import TRITON_DTYPES, device_table, find_row, on_device
+from .launch import launch
+from .send import send
+from .tables import TRITON_DTYPES, capability, device_numbers, find_row, new_numbers, on_device
 
 # A row of the table: the pointers of W, A', B', dA, dB and the remainder; their strides, two each;
 # then N, K, r, the bits of the scale, the position in the list, and whether the tile is dense.
 W, A, B, DELTA_A, DELTA_B, REMAINDER = (tl.constexpr(i) for i in range(6))
 STRIDES, SIZES, SCALE, INDEX, DENSE, COLUMNS = (tl.constexpr(i) for i in (6, 18, 21, 22, 23, 24))
 
+# Columns of [dB, B' - dB] to one step of the product: the least that `tl.dot` takes.
+RANK_BLOCK = tl.constexpr(16)
+
 
 @triton.jit
 def _random_words(block, seed, step, index):
-    """The four random words of each block of eight elements."""
-    zero = tl.zeros(block.shape, tl.int32)
-    high = (block >> 32).to(tl.int32)
-    return tl.philox(seed, block.to(tl.int32), high, zero + step, zero + index, n_rounds=7)
+    """The four random words of each block of eight elements: Philox4x32-7.
+
+    With products of 64 bits, which are one instruction each; `tl.philox` takes two.
+    """
+    zero = tl.zeros(block.shape, tl.uint32)
+    c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
+    c2, c3 = zero + step.to(tl.uint32), zero + index.to(tl.uint32)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(7):
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
+        k0 += tl.full((), 0x9E3779B9, tl.uint32)
+        k1 += tl.full((), 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
 
 
 @triton.jit
@@ -109,21 +126,60 @@ def _matrix(
 
 
 @triton.jit
-def _zeros_like(w):
-    """Float32 zeros made of w (its bits, shifted out), so that they are laid out as w was loaded.
+def _swap_pairs(x):
+    """The pairs 0 to 15 of each 32 columns in the order 0, 4, 8, 12, 1, 5, ...; its own inverse.
 
-    A sum that starts from them stays in that layout: loads of 16 bytes, nothing exchanged between
-    threads, a third of the registers.
+    Of each 8 columns of a product, tensor cores give a thread one pair. Of columns in this order,
+    four times that are 8 neighbours: what a thread loads of W at once, in 16 bytes.
     """
-    return ((w.to(tl.float32).to(tl.int32, bitcast=True) << 16) << 16).to(tl.float32)
+    pairs = tl.reshape(x, (x.shape[0], x.shape[1] // 32, 4, 4, 2))
+    return tl.reshape(tl.permute(pairs, (0, 1, 3, 2, 4)), x.shape)
+
+
+@triton.jit
+def _product(
+    row, n0, k0, N, K, R,
+    dense: tl.constexpr, one_block: tl.constexpr, adapter_dtype: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+):  # fmt: skip
+    """The tile of [dB, B' - dB] @ [A'; dA] that starts at (n0, k0)."""
+    a_ptr, stride_ar, stride_ak = _matrix(row, A, adapter_dtype, dense, 8)
+    da_ptr, stride_dar, stride_dak = _matrix(row, DELTA_A, tl.float32, dense, 8)
+    b_ptr, stride_bn, stride_br = _matrix(row, B, adapter_dtype, dense, 1)
+    db_ptr, stride_dbn, stride_dbr = _matrix(row, DELTA_B, tl.float32, dense, 1)
+    # What is far away goes to the pointers, in 64 bits; dA's rows come after the R of A'.
+    a_ptr += k0 * stride_ak
+    da_ptr += k0 * stride_dak - R.to(tl.int64) * stride_dar
+    b_ptr += n0 * stride_bn
+    db_ptr += n0 * stride_dbn
+    offs_n, offs_k = tl.arange(0, BLOCK_SIZE_N)[:, None], tl.arange(0, BLOCK_SIZE_K)[None, :]
+    mask_n, mask_k = offs_n < N - n0, offs_k < K - k0
+    acc = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_K), tl.float32)
+    for start in range(0, RANK_BLOCK if one_block else 2 * R, RANK_BLOCK):
+        offs_r = start + tl.arange(0, RANK_BLOCK)[None, :]
+        is_db, mask = offs_r < R, mask_n & (offs_r < 2 * R)
+        offs_r = tl.where(is_db, offs_r, offs_r - R)
+        db = tl.load(db_ptr + (offs_n * stride_dbn + offs_r * stride_dbr), mask=mask, other=0.0)
+        b = tl.load(b_ptr + (offs_n * stride_bn + offs_r * stride_br), mask=mask, other=0.0)
+        left = tl.where(is_db, db, b.to(tl.float32) - db)
+        offs_r = tl.arange(0, RANK_BLOCK)[:, None]
+        mask = mask_k & (offs_r < R - start)
+        a = tl.load(a_ptr + (offs_r * stride_ar + offs_k * stride_ak), mask=mask, other=0.0)
+        mask = mask_k & (offs_r >= R - start) & (offs_r < 2 * R - start)
+        da = tl.load(da_ptr + (offs_r * stride_dar + offs_k * stride_dak), mask=mask, other=0.0)
+        right = a.to(tl.float32) + da  # one of them is zero
+        acc = tl.dot(left, _swap_pairs(right), acc, input_precision=PRECISION)
+        a_ptr += RANK_BLOCK * stride_ar
+        da_ptr += RANK_BLOCK * stride_dar
+    return _swap_pairs(acc)
 
 
 @triton.jit
 def _update_tile(
     row, n0, k0, seed, step,
-    dense: tl.constexpr, rounding: tl.constexpr,
+    dense: tl.constexpr, one_block: tl.constexpr, rounding: tl.constexpr,
     w_dtype: tl.constexpr, adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr,
-    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
     """The whole update of the tile that starts at (n0, k0)."""
     N, K, R = tl.load(row + SIZES), tl.load(row + SIZES + 1), tl.load(row + SIZES + 2).to(tl.int32)
@@ -142,28 +198,10 @@ def _update_tile(
         low_ptrs = low_ptr + (offs_n * stride_ln + offs_k * stride_lk)
         low = tl.load(low_ptrs, mask=mask, other=0)
 
-    a_ptr, stride_ar, stride_ak = _matrix(row, A, adapter_dtype, dense, 8)
-    da_ptr, stride_dar, stride_dak = _matrix(row, DELTA_A, tl.float32, dense, 8)
-    b_ptr, stride_bn, stride_br = _matrix(row, B, adapter_dtype, dense, 1)
-    db_ptr, stride_dbn, stride_dbr = _matrix(row, DELTA_B, tl.float32, dense, 1)
-    a_ptr += k0 * stride_ak
-    da_ptr += k0 * stride_dak
-    b_ptr += n0 * stride_bn
-    db_ptr += n0 * stride_dbn
-    # One rank after the other in float32, so that an element's sum has one order, whatever the
-    # blocks. The rank is small: `tl.dot` would pad it, and needs more registers than W leaves.
-    acc = _zeros_like(w)
-    for _ in range(R):
-        a = tl.load(a_ptr + offs_k * stride_ak, mask=mask_k, other=0.0).to(tl.float32)
-        da = tl.load(da_ptr + offs_k * stride_dak, mask=mask_k, other=0.0)
-        b = tl.load(b_ptr + offs_n * stride_bn, mask=mask_n, other=0.0).to(tl.float32)
-        db = tl.load(db_ptr + offs_n * stride_dbn, mask=mask_n, other=0.0)
-        acc += db * a
-        acc += (b - db) * da
-        a_ptr += stride_ar
-        da_ptr += stride_dar
-        b_ptr += stride_br
-        db_ptr += stride_dbr
+    acc = _product(
+        row, n0, k0, N, K, R, dense, one_block, adapter_dtype,
+        PRECISION, BLOCK_SIZE_N, BLOCK_SIZE_K,
+    )  # fmt: skip
     scale = tl.load(row + SCALE).to(tl.int32).to(tl.float32, bitcast=True)
     wide = (_join_remainder(w, low) if rounding == "remainder" else w.to(tl.float32)) + scale * acc
 
@@ -186,9 +224,9 @@ def _update_tile(
 @triton.jit(do_not_specialize=["n", "seed"])
 def _delta_update_kernel(
     table_ptr, n, seed: tl.int64, step_ptr, apply_ptr,
-    all_dense: tl.constexpr, rounding: tl.constexpr,
+    all_dense: tl.constexpr, one_block: tl.constexpr, rounding: tl.constexpr,
     w_dtype: tl.constexpr, adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr,
-    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
     if apply_ptr is not None:
         if tl.load(apply_ptr) == 0:
@@ -203,29 +241,101 @@ def _delta_update_kernel(
     step = tl.load(step_ptr).to(tl.int32)
     if all_dense or tl.load(row + DENSE) != 0:
         _update_tile(
-            row, n0, k0, seed, step, True, rounding,
-            w_dtype, adapter_dtype, remainder_dtype, BLOCK_SIZE_N, BLOCK_SIZE_K,
+            row, n0, k0, seed, step, True, one_block, rounding,
+            w_dtype, adapter_dtype, remainder_dtype, PRECISION, BLOCK_SIZE_N, BLOCK_SIZE_K,
         )  # fmt: skip
     else:
         # Addresses of any strides take registers: a few rows at a time, or they would spill.
-        for part in range(0, BLOCK_SIZE_N, 8):
+        for part in range(0, BLOCK_SIZE_N, 16):
             _update_tile(
-                row, n0 + part, k0, seed, step, False, rounding,
-                w_dtype, adapter_dtype, remainder_dtype, 8, BLOCK_SIZE_K,
+                row, n0 + part, k0, seed, step, False, one_block, rounding,
+                w_dtype, adapter_dtype, remainder_dtype, PRECISION, 16, BLOCK_SIZE_K,
             )  # fmt: skip
 
 
 # --------------------------------------------------------------- launch configuration
 
 
-def delta_update_config(itemsize: int) -> dict:
+def delta_update_config() -> dict:
     """Blocks and warps. They do not change the result."""
-    # Taller tiles read A' and dA less often; a float32 W leaves registers for shorter ones only.
-    block_n = 64 if itemsize == 2 else 32
-    return dict(BLOCK_SIZE_N=block_n, BLOCK_SIZE_K=128, num_warps=8, num_stages=1)
+    return dict(BLOCK_SIZE_N=64, BLOCK_SIZE_K=64, num_warps=4, num_stages=1)
+
+
+def product_precision(rounding: str, device: torch.device) -> str:
+    """How a float32 product is made of tensor cores' ones: as exact as float32's own, or, where
+    W is rounded to 16 bits anyway, to 2**-16."""
+    # Before sm_90 three bfloat16 pieces take too many registers. The interpreter knows tf32 only.
+    if capability(device) < (9, 0):
+        return "tf32x3"
+    return "bf16x3" if rounding in ("nearest", "stochastic") else "bf16x6"
 
 
 # --------------------------------------------------------------------------- launcher
+
+
+class DeltaUpdate:
+    """The update of weights that stay where they are; the table is made once.
+
+    Args:
+        weights, ..., seed: as `deltadiff.delta_update_`; adapters of one dtype.
+        positions: of the weights in their list, for the random bits; None is their order.
+        make_table: `device_numbers` where one table may serve several calls.
+    """
+
+    def __init__(
+        self, weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed,
+        positions=None, make_table=new_numbers,
+    ):  # fmt: skip
+        w, a = weights[0], lora_As[0]
+        self.device, self.seed, self.rows = w.device, seed, len(weights)
+        self.matrices = list(
+            zip(weights, lora_As, lora_Bs, delta_As, delta_Bs, remainders or weights, strict=True)
+        )
+        self.positions = range(self.rows) if positions is None else positions
+        dtypes = (
+            TRITON_DTYPES[w.dtype], TRITON_DTYPES[a.dtype],
+            tl.int16 if w.dtype == torch.bfloat16 else tl.float16,
+        )  # fmt: skip
+        self.options = delta_update_config()
+        self.blocks = self.options.pop("BLOCK_SIZE_N"), self.options.pop("BLOCK_SIZE_K")
+        all_dense = all(_is_dense(*ts) for ts in self.matrices)
+        one_block = all(2 * a.shape[0] <= RANK_BLOCK.value for a in lora_As)
+        precision = product_precision(rounding, self.device)
+        self.constants = all_dense, one_block, rounding, *dtypes, precision, *self.blocks
+        self.key = *self.constants, *self.options.values()
+        self.table = make_table(self._numbers(scales), torch.int64, self.device)
+
+    def rescale(self, scales: list[float]) -> None:
+        """Other scales, in place: a captured graph reads them at its next replay."""
+        numbers = torch.tensor(self._numbers(scales), dtype=torch.int64)
+        send(numbers, self.table)
+
+    def _numbers(self, scales) -> tuple[int, ...]:
+        rows, first_tiles, self.tiles = [], [], 0
+        for position, ts, scale in zip(self.positions, self.matrices, scales, strict=True):
+            w, a = ts[:2]
+            first_tiles.append(self.tiles)
+            rows.append((
+                *(t.data_ptr() for t in ts), *(s for t in ts for s in t.stride()),
+                *w.shape, a.shape[0], _float_bits(scale), position, _is_dense(*ts),
+            ))  # fmt: skip
+            self.tiles += triton.cdiv(w.shape[0], self.blocks[0]) * triton.cdiv(
+                w.shape[1], self.blocks[1]
+            )
+        return (*first_tiles, *(number for row in rows for number in row))
+
+    def __call__(self, step: torch.Tensor, apply: torch.Tensor | None) -> None:
+        """The update, unless ``apply`` is 0. 0-dim tensors, ``step`` int64."""
+        key = (
+            *self.key, step.data_ptr() % 16,
+            apply is None or (apply.dtype, apply.data_ptr() % 16),
+        )  # fmt: skip
+        with on_device(self.device):
+            launch(
+                _delta_update_kernel, (self.tiles,), key,
+                self.table, self.rows, self.seed, step, apply,
+                *self.constants, **self.options,
+            )  # fmt: skip
 
 
 def delta_update_(
@@ -234,35 +344,13 @@ def delta_update_(
     """The update of every weight, in place; see `deltadiff.delta_update_` for the arguments."""
     if apply is not None and apply.dtype == torch.bool:
         apply = apply.view(torch.int8)
-    matrices = list(
-        zip(weights, lora_As, lora_Bs, delta_As, delta_Bs, remainders or weights, strict=True)
-    )
+    lists = weights, lora_As, lora_Bs, delta_As, delta_Bs, scales
     # One launch for each dtype of adapters, so usually one.
     for adapter_dtype in dict.fromkeys(a.dtype for a in lora_As):
-        config = delta_update_config(weights[0].element_size())
-        rows, first_tiles, tiles, all_dense = [], [], 0, True
-        for index, (ts, scale) in enumerate(zip(matrices, scales, strict=True)):
-            w, a = ts[0], ts[1]
-            if a.dtype != adapter_dtype:
-                continue
-            dense = _is_dense(*ts)
-            all_dense &= dense
-            first_tiles.append(tiles)
-            rows.append((
-                *(t.data_ptr() for t in ts), *(s for t in ts for s in t.stride()),
-                *w.shape, a.shape[0], _float_bits(scale), index, dense,
-            ))  # fmt: skip
-            tiles += triton.cdiv(w.shape[0], config["BLOCK_SIZE_N"]) * triton.cdiv(
-                w.shape[1], config["BLOCK_SIZE_K"]
-            )
-        device, w_dtype = weights[0].device, weights[0].dtype
-        with on_device(device):
-            _delta_update_kernel[(tiles,)](
-                device_table(rows, first_tiles, device), len(rows), seed, step, apply,
-                all_dense, rounding,
-                TRITON_DTYPES[w_dtype], TRITON_DTYPES[adapter_dtype],
-                tl.int16 if w_dtype == torch.bfloat16 else tl.float16, **config,
-            )  # fmt: skip
+        mine = [i for i, a in enumerate(lora_As) if a.dtype == adapter_dtype]
+        own = ([ts[i] for i in mine] for ts in lists)
+        low = [remainders[i] for i in mine] if remainders else []
+        DeltaUpdate(*own, rounding, low, seed, mine, device_numbers)(step, apply)
 
 
 def _is_dense(w, a, b, delta_a, delta_b, low) -> bool:

@@ -267,10 +267,13 @@ def wgrad_config(M: int, C: int, R: int, itemsize: int) -> dict:
 # -------------------------------------------------------------------------- launchers
 
 
-def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
-    """(y, S) for x (M, K): y as above in x.dtype, S = x A^T float32, kept for the gradients."""
+def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, S=None):
+    """(y, S) for x (M, K): y as above in x.dtype, S = x A^T float32, kept for the gradients.
+
+    ``S``: a tensor to put it in.
+    """
     with on_device(x.device):
-        s = _down(x, lora_A)
+        s = _down(x, lora_A, S)
         y = _linear(x, weight, lora_B, s, scaling, gate, bias)
     return y, s
 
@@ -289,11 +292,16 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, gate, needs):
         if need_B:
             db = _wgrad(S, dy, scaling, gate, torch.empty_like(lora_B, memory_format=_DENSE), True)
         if need_gate:
-            # Terms of both signs cancel in these few numbers; in rank space float64 costs little.
-            products = t.double() * S.double()
-            dgate = scaling * (products.sum(0) if gate.numel() > 1 else products.sum())
-            dgate = dgate.to(gate.dtype).reshape(gate.shape)
+            dgate = gate_gradient(t, S, scaling, gate)
     return dx, da, db, dgate
+
+
+def gate_gradient(T, S, scaling, gate):
+    """s sum_m T S, for each rank or in all."""
+    # Terms of both signs cancel in these few numbers; in rank space float64 costs little.
+    products = T.double() * S.double()
+    dgate = scaling * (products.sum(0) if gate.numel() > 1 else products.sum())
+    return dgate.to(gate.dtype).reshape(gate.shape)
 
 
 _DENSE = torch.contiguous_format
@@ -311,14 +319,16 @@ def _index(r: int, *tensors):
     return tl.int32 if largest * (256 + r) < 2**31 else tl.int64
 
 
-def _down(v, p):
-    """U (M, R) float32 = V P^T."""
+def _down(v, p, out=None):
+    """U (M, R) float32 = V P^T, in ``out`` where one is given."""
     (m, k), r = v.shape, p.shape[0]
     config = down_config(m, k, r, v.element_size())
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
-    u = v.new_empty((splits, m, r), dtype=torch.float32)
+    if out is None:
+        out = v.new_empty((m, r), dtype=torch.float32)
+    u = out if splits == 1 else v.new_empty((splits, m, r), dtype=torch.float32)
     grid = (
         triton.cdiv(m, config["BLOCK_SIZE_M"]),
         triton.cdiv(r, config["BLOCK_SIZE_R"]),
@@ -329,7 +339,7 @@ def _down(v, p):
             v, p, u, m, k, r, *v.stride(), *p.stride(),
             k_per_split, k % block_k == 0, _precision(v.dtype), _index(r, v, p), **config,
         )  # fmt: skip
-    return u[0] if splits == 1 else _sum_splits(u, u.new_empty((m, r)))
+    return out if splits == 1 else _sum_splits(u, out)
 
 
 def _linear(v, q, p, u, scaling, gate, bias):

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .send import is_capturing, send
+
 # Shared memory that one block can have, in KiB. A capability that is not here gets the smallest,
 # which every GPU since sm_80 has.
 SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
@@ -21,11 +23,14 @@ TRITON_DTYPES = {
 
 
 @functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) where Triton interprets."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def shared_kib(device: torch.device) -> int:
     """Shared memory that launch configurations may count on."""
-    if device.type != "cuda":
-        return LEAST_SHARED_KIB
-    return SHARED_KIB.get(torch.cuda.get_device_capability(device), LEAST_SHARED_KIB)
+    return SHARED_KIB.get(capability(device), LEAST_SHARED_KIB)
 
 
 def on_device(device: torch.device):
@@ -35,21 +40,24 @@ def on_device(device: torch.device):
     return contextlib.nullcontext()
 
 
-def device_table(rows: list[tuple[int, ...]], first_tiles: list[int], device: torch.device):
-    """An int64 table on the device: where each tensor's tiles start, then a row for each tensor.
-
-    It is made only when a row changes, and copied without waiting for the device.
-    """
+def device_numbers(numbers: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``numbers`` as a vector on the device, sent only where they are new; not to be written."""
+    if is_capturing(device):
+        return new_numbers(numbers, dtype, device)
     # A copy in flight is ordered with its own stream alone, so the stream belongs to the key.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _cached_table(tuple(rows), tuple(first_tiles), device, stream)
+    return _cached_numbers(numbers, dtype, device, stream)
 
 
-@functools.lru_cache(maxsize=16)
-def _cached_table(rows, first_tiles, device, stream):
-    numbers = [*first_tiles, *(number for row in rows for number in row)]
-    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+@functools.lru_cache(maxsize=32)
+def _cached_numbers(numbers, dtype, device, stream):
+    return new_numbers(numbers, dtype, device)
+
+
+def new_numbers(numbers: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`device_numbers` of one's own, which may be written."""
+    values = torch.tensor(numbers, dtype=dtype)
+    return send(values, torch.empty_like(values, device=device))
 
 
 @triton.jit

@@ -123,18 +123,18 @@ def test_verify_fails_with_a_wrong_operation(op, name, flags, monkeypatch, capsy
 
 
 def test_verify_fails_with_a_wrong_kernel(monkeypatch, capsys):
-    """Not the public function but the registered kernel behind it."""
+    """Not the public function but the registered operation behind it."""
     if ops.choose_path(torch.device("cpu"), torch.float32).backend != "cpp":
         pytest.skip("the C++ extension is not built")
-    real = torch.ops.deltadiff.lora_linear_fwd
+    real = torch.ops.deltadiff.lora_linear
 
-    def scaling_dropped(x, weight, lora_A, lora_B, scaling, gate, bias):
-        return real(x, weight, lora_A, lora_B, 1.0, gate, bias)
+    def scaling_dropped(x, weight, lora_A, lora_B, scaling, *others):
+        return real(x, weight, lora_A, lora_B, 1.0, *others)
 
-    monkeypatch.setattr(torch.ops.deltadiff, "lora_linear_fwd", scaling_dropped)
+    monkeypatch.setattr(torch.ops.deltadiff, "lora_linear", scaling_dropped)
     assert main(["verify", "--op", "lora_linear", "--quick"]) == 1
     wrong = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "  NO" in line]
-    assert set(wrong) == {"y"}
+    assert set(wrong) == {"y", "dx", "dA", "dB", "dgate"}
 
 
 def test_verify_refuses(capsys, monkeypatch):

@@ -65,13 +65,12 @@ def compile_all(capability: int):
     """Print one JSON line for each kernel that the launchers ask for."""
     import torch
     import triton.language as tl
-    from deltadiff.kernels import adamw_step, delta_update, lora_linear, tables
+    from deltadiff.kernels import adamw_step, advance, delta_update, lora_linear, tables
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     driver.set_active(_StandInDriver(capability))
-    shared = tables.SHARED_KIB.get(divmod(capability, 10), tables.LEAST_SHARED_KIB)
-    lora_linear.shared_kib = lambda device: shared
+    tables.capability = delta_update.capability = lambda device: divmod(capability, 10)
     run, case = JITFunction.run, ""
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -135,6 +134,10 @@ def compile_all(capability: int):
             [p], [p], [m], [m], torch.zeros(1), 1e-3, 0.9, 0.999, 1e-8, 0.01,
             [torch.empty(4096)], [p], one, one, one,
         )  # fmt: skip
+    flags, count = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.int64)
+    for found_inf in (None, one):
+        case = f"found_inf {found_inf}"
+        advance.advance_(step, one, count, count, flags, one, one, count, found_inf)
 
 
 # ----------------------------------------------------------------------- the tests
@@ -162,7 +165,7 @@ def test_kernels_compile_without_spills(compiled, capability):
     kernels = compiled[capability].result()
     assert {k["kernel"] for k in kernels} == {
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
-        "sum_splits_kernel", "delta_update_kernel", "adamw_step_kernel",
+        "sum_splits_kernel", "delta_update_kernel", "adamw_step_kernel", "advance_kernel",
     }  # fmt: skip
     assert [k for k in kernels if k["spilled"] > SPILL_LIMIT or k["registers"] == 255] == []
     assert [k for k in kernels if k["shared"] > SHARED_LIMITS[capability]] == []

@@ -159,6 +159,26 @@ def test_only_what_is_asked_for_gets_a_gradient(path, wanted, randn):
     assert all(t.grad is None for name, t in names.items() if name != wanted)
 
 
+def test_a_second_derivative_is_refused(path, randn):
+    if path.backend == "reference":
+        return  # autograd's own
+    x, w, a, b, gate, bias, dy = inputs(randn, 6, 16, 12, 2, F32, path.device, gate=(), bias=True)
+    for t in (x, a, b, dy):
+        t.requires_grad_()
+    y = lora_linear(x, w, a, b, scaling=0.7, gate=gate, bias=bias, backend=path.backend)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|not implemented"):
+        dx.square().sum().backward()
+
+
+def test_a_weight_that_changed_before_backward_is_noticed(path, randn):
+    x, w, a, b, _, _, _ = inputs(randn, 6, 16, 12, 2, F32, path.device)
+    y = lora_linear(x.requires_grad_(), w, a, b, scaling=0.7, backend=path.backend)
+    w.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_inputs_are_kept(path, dtype, randn):
     given = inputs(randn, 10, 32, 24, 4, dtype, path.device, gate=(4,), bias=True)
     before = [t.clone() for t in given]

@@ -1,0 +1,150 @@
+// lora_linear with its gradients, on any device: what computes are lora_linear_fwd and
+// lora_linear_bwd, which the dispatcher finds. In C++, so that a layer costs the host little.
+
+#include <cmath>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "ops.h"
+
+namespace deltadiff {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+const auto& forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("deltadiff::lora_linear_fwd", "")
+                             .typed<decltype(lora_linear_fwd)>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("deltadiff::lora_linear_bwd", "")
+                             .typed<decltype(lora_linear_bwd)>();
+  return op;
+}
+
+// (tokens, columns) of a tensor of any leading shape
+at::Tensor rows(const at::Tensor& t, const c10::SymInt& columns) {
+  return t.dim() == 2 ? t : t.reshape_symint({-1, columns});
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_pass(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
+    const OptionalTensor& bias, std::string_view backend) {
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  auto [y, S] = forward_op().call(
+      rows(x, weight.sym_size(1)), weight, lora_A, lora_B, scaling, gate, bias, backend);
+  if (x.dim() != 2) {
+    c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end());
+    shape.back() = weight.sym_size(0);
+    y = y.view_symint(shape);
+  }
+  return {y, S};
+}
+
+class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
+ public:
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+      const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling,
+      const OptionalTensor& gate, const OptionalTensor& bias, std::string_view backend) {
+    auto [y, S] = forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, backend);
+    ctx->save_for_backward({x, weight, lora_A, lora_B, gate.value_or(at::Tensor()), S});
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["backend"] = std::string(backend);
+    ctx->saved_data["has_bias"] = bias.has_value();
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    // First, with autograd on: activation checkpointing may compute them again here.
+    const auto saved = ctx->get_saved_variables();
+    // Where the gradients are to have gradients (create_graph), autograd meets lora_linear_bwd,
+    // which has none, and a second backward pass says so.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> no_autograd;
+    if (!at::GradMode::is_enabled()) no_autograd.emplace();
+
+    const at::Tensor &x = saved[0], &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3];
+    const OptionalTensor gate = saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt;
+    // Edges are counted without the arguments that were not given.
+    const bool need_gate = gate && ctx->needs_input_grad(4);
+    const bool need_bias =
+        ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(gate ? 5 : 4);
+    const std::array<bool, 4> needs = {
+        ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3), need_gate};
+
+    const at::Tensor dy = rows(grads[0], weight.sym_size(0));
+    auto [dx, dA, dB, dgate] = backward_op().call(
+        dy, rows(x, weight.sym_size(1)), weight, lora_A, lora_B, saved[5],
+        ctx->saved_data["scaling"].toDouble(), gate, needs,
+        ctx->saved_data["backend"].toStringView());
+    if (dx.defined() && x.dim() != 2) dx = dx.view_symint(x.sym_sizes());
+    at::Tensor dbias;
+    if (need_bias) dbias = dy.sum(0, /*keepdim=*/false, at::kFloat).to(x.scalar_type());
+    return {dx, {}, dA, dB, {}, dgate, dbias, {}};
+  }
+};
+
+bool is_matrix(const at::Tensor& t, const c10::SymInt& height, const c10::SymInt& width) {
+  return t.dim() == 2 && t.sym_size(0) == height && t.sym_size(1) == width;
+}
+
+bool is_vector(const at::Tensor& t, const c10::SymInt& entries) {
+  return t.dim() == 1 && t.sym_size(0) == entries;
+}
+
+// deltadiff/checks.py finds out which argument does not fit, and says it.
+bool fits(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
+    const OptionalTensor& bias) {
+  const auto dtype = x.scalar_type();
+  const auto is_ours = [](at::ScalarType t) {
+    return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
+  };
+  if (x.dim() < 1 || weight.dim() != 2 || lora_A.dim() != 2) return false;
+  const auto out = weight.sym_size(0), in = weight.sym_size(1), r = lora_A.sym_size(0);
+  if (x.sym_size(-1) != in || !is_matrix(lora_A, r, in) || !is_matrix(lora_B, out, r)) return false;
+  if (out == 0 || in == 0 || r == 0) return false;
+  if (!is_ours(dtype) || weight.scalar_type() != dtype) return false;
+  if (lora_A.scalar_type() != dtype && (lora_A.scalar_type() != at::kFloat || dtype == at::kDouble))
+    return false;
+  if (lora_B.scalar_type() != lora_A.scalar_type()) return false;
+  for (const at::Tensor* t : {&weight, &lora_A, &lora_B})
+    if (t->device() != x.device()) return false;
+  if (bias && (!is_vector(*bias, out) || bias->scalar_type() != dtype)) return false;
+  if (gate && gate->sym_numel() != 1 && !is_vector(*gate, r)) return false;
+  if (gate && !is_ours(gate->scalar_type())) return false;
+  for (const OptionalTensor* t : {&gate, &bias})
+    if (*t && (*t)->device() != x.device()) return false;
+  return std::isfinite(scaling);
+}
+
+bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
+
+}  // namespace
+
+at::Tensor lora_linear(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
+    const OptionalTensor& bias, std::string_view backend) {
+  TORCH_CHECK_VALUE(
+      fits(x, weight, lora_A, lora_B, scaling, gate, bias),
+      "lora_linear: shapes, dtypes or devices that do not fit");
+  const bool differentiable = at::GradMode::is_enabled() &&
+      (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad() || needs_grad(gate) ||
+       needs_grad(bias));
+  if (!differentiable)  // spares the host autograd's bookkeeping
+    return std::get<0>(forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, backend));
+  return LoraLinearFunction::apply(
+      x, weight.requires_grad() ? weight.detach() : weight, lora_A, lora_B, scaling, gate, bias,
+      backend);
+}
+
+}  // namespace deltadiff

@@ -1,0 +1,308 @@
+"""LoRA linear on sm_90: forward is one launch, and so is backward.
+
+    forward   Y  = X W^T + bias + U B^T    U = s g (X A^T)
+    backward  dX = dY W + V A              V = s g (dY B)      dB = dY^T U      dA = V^T X
+
+A block multiplies with 8 warps (`hopper_multiply`) while one more warp fills their shared memory by
+TMA (`hopper_load`). It draws its work from a counter:
+
+- *rank items* read some rows of X (dY), publish their part of U (V) and raise a flag; in the
+  backward pass they multiply the same rows by U too, which gives a part of dB;
+- *tiles* of Y (dX), to which U B^T (V A) is one more K step, taken once the flag of their rows is
+  up. Rank items come a group of tiles early, so that hardly anyone waits;
+- *sum items* add up the parts of dB, and *column items* make dA; they fill the GPU while the last
+  tiles are still running.
+
+Work is drawn in order, so whoever is waited for is running already, whatever else is on the GPU.
+All sums are in a fixed order: no float atomics.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import lora_linear as portable
+from .hopper_load import FLAGS, load
+from .hopper_multiply import SUM_BLOCK, multiply
+from .launch import launch
+from .tables import on_device
+
+MAX_RANK = 64
+LEAST_TOKENS = 512  # with fewer, the portable kernels are as fast
+NUM_WARPS = 8  # that multiply
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "scaling", "M", "N", "C", "R", "blocks_m", "blocks_n", "steps",
+        "sums", "blocks_c", "column_items", "rows_per_split", "splits",
+    ]
+)  # fmt: skip
+def _lora_linear_hopper_kernel(
+    v_desc, q_desc, p_desc, e_desc, u_desc, u_rank_desc, kept_desc, x_desc, y_desc,
+    u_ptr, s_ptr, gate_ptr, bias_ptr, part_ptr, db_ptr, da_ptr, da_part_ptr, sync_ptr,
+    scaling, M, N, C, R, blocks_m, blocks_n, steps,
+    sums, blocks_c, column_items, rows_per_split, splits,
+    BACKWARD: gl.constexpr, GATE_ENTRIES: gl.constexpr, STAGES: gl.constexpr,
+    GROUP_SIZE_M: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """Y (M, N) = V Q^T + bias + U E^T over C columns, U (M, RANK) = s g V P^T."""
+    dtype: gl.constexpr = v_desc.dtype
+    v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
+    y_buf = gl.allocate_shared_memory(dtype, y_desc.block_type.shape, y_desc.layout)
+    # Other work than tiles needs no Q. In its place lie, where there is room for it, the second of
+    # two blocks of V, and then P or U.
+    v_numel: gl.constexpr = v_bufs.shape[1] * v_bufs.shape[2]
+    q_numel: gl.constexpr = q_bufs.shape[1] * q_bufs.shape[2]
+    p_numel: gl.constexpr = p_desc.block_type.shape[0] * p_desc.block_type.shape[1]
+    u_numel: gl.constexpr = kept_desc.block_type.shape[0] * kept_desc.block_type.shape[1]
+    ROWS: gl.constexpr = 2 if q_numel == 2 * v_numel else 1
+    more_v_bufs = q_bufs._reinterpret(
+        dtype, [STAGES * q_numel // v_numel] + v_desc.block_type.shape, v_desc.layout
+    )
+    p_bufs = q_bufs._reinterpret(
+        dtype, [STAGES * q_numel // p_numel] + p_desc.block_type.shape, p_desc.layout
+    )
+    u_bufs = q_bufs._reinterpret(
+        dtype, [STAGES * q_numel // u_numel] + kept_desc.block_type.shape, kept_desc.layout
+    )
+    kept_bufs = gl.allocate_shared_memory(
+        dtype, [ROWS if BACKWARD else 1] + kept_desc.block_type.shape, kept_desc.layout
+    )
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    kept_ready = gl.allocate_shared_memory(gl.int64, [1], bars)
+    kept_empty = gl.allocate_shared_memory(gl.int64, [1], bars)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    drawn = gl.allocate_shared_memory(gl.int32, [STAGES, 1], plain)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    mbarrier.init(kept_ready, count=1)
+    mbarrier.init(kept_empty, count=1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (multiply, (
+            y_desc, u_ptr, s_ptr, gate_ptr, bias_ptr, part_ptr, db_ptr, da_ptr, da_part_ptr,
+            sync_ptr, scaling, ready, empty, kept_ready, kept_empty, drawn, v_bufs, q_bufs,
+            more_v_bufs, p_bufs, u_bufs, kept_bufs, y_buf, M, N, C, R, blocks_m, blocks_n, steps,
+            blocks_c, rows_per_split, splits, BACKWARD, GATE_ENTRIES, STAGES, ROWS, NUM_WARPS,
+        )),
+        (load, (
+            v_desc, q_desc, p_desc, e_desc, u_desc, u_rank_desc, kept_desc, x_desc, sync_ptr,
+            ready, empty, kept_ready, kept_empty, drawn, v_bufs, q_bufs, more_v_bufs, p_bufs,
+            u_bufs, kept_bufs, blocks_m, blocks_n, steps, sums, blocks_c, column_items,
+            rows_per_split, BACKWARD, STAGES, GROUP_SIZE_M, ROWS,
+        )),
+    ], [1], [24])  # fmt: skip
+
+
+# --------------------------------------------------------------- launch configuration
+
+
+def hopper_config(M: int, N: int, rank: int, multiprocessors: int) -> dict:
+    """Width of the tiles, stages of loading, rows of a group."""
+    overhead = {256: 1.0, 128: 1.1}  # of narrower tiles, which load more for each product
+
+    def cost(width):
+        waves = triton.cdiv(triton.cdiv(M, 128) * triton.cdiv(N, width), multiprocessors)
+        return waves * width * overhead[width]
+
+    width = 128 if rank == 64 else min(overhead, key=cost)
+    return dict(
+        BLOCK_SIZE_M=128, BLOCK_SIZE_N=width, BLOCK_SIZE_K=64,
+        STAGES=3 if width == 256 else 4, GROUP_SIZE_M=16,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------ what it takes
+
+
+def why_not(N: int, K: int, R: int) -> str | None:
+    """None for a layer that this kernel takes, else the reason in words."""
+    if R > MAX_RANK:
+        return f"rank {R} > {MAX_RANK}"
+    if N % 8 or K % 8:
+        return f"{N} x {K}: TMA needs rows of a multiple of 16 bytes"
+    return None
+
+
+def _takes(x, weight) -> bool:
+    """Whether this call goes to this kernel, else to the portable ones."""
+    return x.shape[0] >= LEAST_TOKENS and _fits_tma(x) and _fits_tma(weight)
+
+
+def _fits_tma(t) -> bool:
+    return t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+
+
+# -------------------------------------------------------------------------- launchers
+
+
+def kept_shape(M: int, R: int) -> tuple[int, int]:
+    """Shape of what forward keeps for backward: float32, in it U (M, rank) and S (M, R) float32."""
+    return M, _padded_rank(R) // 2 + R
+
+
+def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
+    """(y, kept) for x (M, K): y in x.dtype; kept is what the gradients need beside x."""
+    m, r = x.shape[0], lora_A.shape[0]
+    kept = x.new_empty(kept_shape(m, r), dtype=torch.float32)
+    u, s = _kept_views(kept, r, x.dtype)
+    if not _takes(x, weight):
+        return portable.lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, s)[0], kept
+    with on_device(x.device):
+        y = x.new_empty((m, weight.shape[0]))
+        a, b = _packed(lora_A, lora_B, x.dtype)
+        _run(x, weight, a, b, u, s, u, x, y, scaling, gate, bias, r)
+    return y, kept
+
+
+def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
+    """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for."""
+    r = lora_A.shape[0]
+    need_x, need_A, need_B, need_gate = needs
+    u, s = _kept_views(kept, r, x.dtype)
+    if not _takes(x, weight):
+        return portable.lora_linear_bwd(dy, x, weight, lora_A, lora_B, s, scaling, gate, needs)
+    dy = dy if _fits_tma(dy) else dy.contiguous()
+    with on_device(dy.device):
+        v, t = torch.empty_like(u), torch.empty_like(s)
+        dx, da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (x, lora_A, lora_B))
+        a, b = _packed(lora_A, lora_B, x.dtype)
+        _run(dy, weight, b, a, v, t, u, x, dx, scaling, gate, None, r, da, db)
+        dgate = portable.gate_gradient(t, s, scaling, gate) if need_gate else None
+    return dx if need_x else None, da if need_A else None, db if need_B else None, dgate
+
+
+_DENSE = torch.contiguous_format
+
+
+def _padded_rank(r: int) -> int:
+    return max(16, triton.next_power_of_2(r))
+
+
+def _kept_views(kept, r, dtype):
+    """U = s g x A^T (M, rank) in ``dtype``, and S = x A^T (M, r) float32, for a gate's gradient."""
+    m, rank = kept.shape[0], _padded_rank(r)
+    kept = kept.view(-1)
+    return kept[: m * rank // 2].view(dtype).view(m, rank), kept[m * rank // 2 :].view(m, r)
+
+
+def _packed(a, b, dtype):
+    """A (R, K) and B (N, R) as TMA takes them: ``dtype``, rows of a multiple of 16 bytes."""
+    if a.dtype == dtype and _fits_tma(a) and _fits_tma(b):
+        return a, b
+    (n, r), k = b.shape, a.shape[1]
+    packed_a = a.new_empty((r, k), dtype=dtype)
+    packed_b = b.new_empty((n, triton.cdiv(r, 8) * 8), dtype=dtype)[:, :r]
+    blocks_a, blocks_b = triton.cdiv(r * k, 1024), triton.cdiv(n * r, 1024)
+    key = (a.dtype, dtype, *(t.data_ptr() % 16 == 0 for t in (a, b)))
+    launch(
+        _pack_kernel, (blocks_a + blocks_b,), key,
+        a, packed_a, b, packed_b, n, k, r, blocks_a,
+        *a.stride(), *b.stride(), packed_b.stride(0), 1024, num_warps=4,
+    )  # fmt: skip
+    return packed_a, packed_b
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "K", "R", "blocks_a", "stride_ar", "stride_ak", "stride_bn", "stride_br", "pitch"
+    ]
+)  # fmt: skip
+def _pack_kernel(
+    a_ptr, packed_a_ptr, b_ptr, packed_b_ptr, N, K, R, blocks_a,
+    stride_ar, stride_ak, stride_bn, stride_br, pitch, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Both low-rank factors in another dtype, B with rows of ``pitch`` elements."""
+    pid = tl.program_id(0)
+    if pid < blocks_a:
+        offs = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        row, column = offs // K, offs % K
+        values = tl.load(a_ptr + row * stride_ar + column * stride_ak, mask=row < R, other=0.0)
+        tl.store(packed_a_ptr + offs, values.to(packed_a_ptr.dtype.element_ty), mask=row < R)
+    else:
+        offs = (pid - blocks_a) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        row, column = offs // R, offs % R
+        values = tl.load(b_ptr + row * stride_bn + column * stride_br, mask=row < N, other=0.0)
+        packed_b_ptrs = packed_b_ptr + row * pitch + column
+        tl.store(packed_b_ptrs, values.to(packed_b_ptr.dtype.element_ty), mask=row < N)
+
+
+def _run(v, weight, down, up, u, s, kept, x, y, scaling, gate, bias, r, da=None, db=None):
+    (m, c), n, rank, backward = v.shape, y.shape[1], u.shape[1], da is not None
+    multiprocessors = _multiprocessors(v.device)
+    config = hopper_config(m, n, rank, multiprocessors)
+    block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
+    blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+    rows = 2 if block_n == 256 else 1
+    sums = blocks_c = column_items = rows_per_split = splits = 0
+    parts = da_parts = None
+    if backward:
+        blocks_c = triton.cdiv(n, rows * block_k)
+        splits = max(1, min(2 * multiprocessors // blocks_c, blocks_m))
+        rows_per_split = triton.cdiv(blocks_m, splits)
+        splits = triton.cdiv(blocks_m, rows_per_split)
+        column_items, sums = splits * blocks_c, triton.cdiv(c * r, SUM_BLOCK.value)
+        parts = v.new_empty((triton.cdiv(blocks_m, rows), c, r), dtype=torch.float32)
+        da_parts = v.new_empty((splits, r, n), dtype=torch.float32)
+    sync = _sync(v.device, FLAGS.value + blocks_m + blocks_c)
+    q_block, p_block = (
+        ((block_k, block_n), (block_k, rank)) if backward else ((block_n, block_k), (rank, block_k))
+    )
+    entries = 0 if gate is None else 1 if gate.numel() == 1 else 2
+    work = triton.cdiv(blocks_m, rows) + blocks_m * blocks_n
+    key = (
+        v.dtype, block_n, rank, backward, entries, config["STAGES"], config["GROUP_SIZE_M"],
+        *((t.dtype, t.data_ptr() % 16 == 0) if t is not None else None for t in (gate, bias, da)),
+    )  # fmt: skip
+    launch(
+        _lora_linear_hopper_kernel, (min(multiprocessors, work),), key,
+        _descriptor(v, block_m, block_k), _descriptor(weight, *q_block),
+        _descriptor(down, *p_block), _descriptor(up, *q_block), _descriptor(u, block_m, block_k),
+        _descriptor(u, block_m, rank), _descriptor(kept, block_m, rank),
+        _descriptor(x, block_m, block_k), _descriptor(y, block_m, block_n),
+        u, s, gate, bias, parts, db, da, da_parts, sync,
+        float(scaling), m, n, c, r, blocks_m, blocks_n, triton.cdiv(c, block_k),
+        sums, blocks_c, column_items, rows_per_split, splits,
+        backward, entries, config["STAGES"], config["GROUP_SIZE_M"], NUM_WARPS,
+        num_warps=NUM_WARPS, maxnreg=168,
+    )  # fmt: skip
+
+
+_syncs: dict[tuple, torch.Tensor] = {}
+
+
+def _sync(device: torch.device, numel: int) -> torch.Tensor:
+    """Zeros, which every launch leaves as zeros; launches of one stream share them."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph may run on any stream, beside others.
+        return torch.zeros(numel, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if (device, stream) not in _syncs or _syncs[device, stream].numel() < numel:
+        _syncs[device, stream] = torch.zeros(max(numel, 1024), dtype=torch.int32, device=device)
+    return _syncs[device, stream]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _layout(block: tuple[int, int], dtype: torch.dtype):
+    gluon_dtype = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(block), gluon_dtype)
+
+
+def _descriptor(t: torch.Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(t, t.shape, t.stride(), list(block), _layout(block, t.dtype))
