@@ -61,5 +61,6 @@ else:
 setup(
     packages=["deltadiff", "deltadiff.kernels"],
     package_dir={"deltadiff.kernels": "kernels"},
+    package_data={"deltadiff.kernels": ["tuned/*.json"]},
     **options,
 )

@@ -86,6 +86,12 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         from .bench import add_arguments
 
         add_arguments(bench)
+
+    tune = command("tune", _tune, "Find faster launch configurations on this GPU and keep them.")
+    if argv[:1] == ["tune"]:
+        from .tune import add_arguments
+
+        add_arguments(tune)
     return parser
 
 
@@ -233,6 +239,12 @@ def _finetune(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from .bench import run
+
+    return run(args)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .tune import run
 
     return run(args)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .checks import DTYPES, HALF_DTYPES
+from .errors import BackendUnavailableError
 from .ops import choose_path
 
 FORWARD, GRADIENT = 2, 3  # how many times the error of eager PyTorch is accepted
@@ -87,32 +88,56 @@ class Bench:
     quick: bool
     seed: int
 
-    def case(self, op: str, dtypes: Sequence[torch.dtype], shape: str) -> "Case":
+    def case(
+        self,
+        op: str,
+        dtypes: Sequence[torch.dtype],
+        shape: str,
+        layer: tuple[int, int, int] | None = None,
+    ) -> "Case":
+        """``layer``: as `choose_path` takes it."""
         # float64 is the reference's alone: there is no asking another backend for it.
         asked = None if dtypes[0] == torch.float64 else self.backend
-        path = choose_path(self.device, dtypes[0], asked).backend
         label = "/".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return Case(op, label, shape, path, self.device, self.seed)
+        path, why_not = asked, ""
+        try:
+            path = choose_path(self.device, dtypes[0], asked, layer).backend
+        except BackendUnavailableError as error:
+            why_not = error.given
+        return Case(op, label, shape, path, self.device, self.seed, why_not)
 
     def dtypes(self) -> list[tuple[torch.dtype, torch.dtype]]:
         """Of the large tensors and of what goes with them: the same, or float32 beside 16 bits."""
         mixed = [] if self.quick else [(dtype, torch.float32) for dtype in HALF_DTYPES]
         return [(dtype, dtype) for dtype in DTYPES] + mixed
 
-    def shapes(self, quick: list, full: list, gpu: list) -> list:
-        if self.quick:
-            return quick
-        return quick + full + (gpu if self.device.type == "cuda" else [])
+    def shapes(self, quick: list, full: list, gpu: list, quick_gpu: Sequence = ()) -> list:
+        on_gpu = self.device.type == "cuda"
+        few = quick + (list(quick_gpu) if on_gpu else [])
+        return few if self.quick else few + full + (gpu if on_gpu else [])
 
 
 class Case:
-    """Inputs, a function of the seed and the names of the case alone, and checks of outputs."""
+    """Inputs, a function of the seed and the names of the case alone, and checks of outputs.
 
-    def __init__(self, op: str, dtype: str, shape: str, path: str, device, seed: int):
-        self.names = {"op": op, "dtype": dtype, "shape": shape, "path": path, "seed": seed}
-        self.path, self.device = path, device
+    ``why_not``: the reason for leaving the case out, where there is one.
+    """
+
+    def __init__(
+        self, op: str, dtype: str, shape: str, path: str, device, seed: int, why_not: str = ""
+    ):
+        self.op, self.dtype, self.shape, self.seed = op, dtype, shape, seed
+        self.path, self.device, self.why_not = path, device, why_not
+        if path == "triton" and device.type == "cpu" and dtype.startswith("bfloat16"):
+            self.why_not = "Triton's interpreter gets bfloat16 products and rounding wrong"
         self.random = random.Random(f"{seed} {op} {dtype} {shape}")
         self.generator = torch.Generator(device).manual_seed(self.random.getrandbits(63))
+
+    @property
+    def names(self) -> dict:
+        """What the fields of a row have in common; ``path`` is what runs, and may be changed."""
+        keys = ("op", "dtype", "shape", "path", "seed")
+        return {key: getattr(self, key) for key in keys}
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype) -> Tensor:
         made = torch.randn(shape, **self._draw(dtype))
@@ -142,7 +167,7 @@ class Case:
         shape: str | None = None,
     ) -> Row:
         """Lists of tensors, measured as if each list were one tensor."""
-        names = {**self.names, "output": output, "shape": shape or self.names["shape"]}
+        names = {**self.names, "output": output, "shape": shape or self.shape}
         if [(t.dtype, t.shape) for t in ours] != [(t.dtype, t.shape) for t in eager]:
             return Row(**names, error=math.inf, ok=False, note="wrong dtype or shape")
         if floor is None:
@@ -167,11 +192,9 @@ class Case:
     def guard(
         self, rows: Callable[..., Iterable[Row]], *args, output: str = "all"
     ) -> Iterator[Row]:
-        """``rows(self, *args)``, and a failed row where the operation raises."""
-        interpreted = self.path == "triton" and self.device.type == "cpu"
-        if interpreted and self.names["dtype"].startswith("bfloat16"):
-            note = "skipped: Triton's interpreter gets bfloat16 products and rounding wrong"
-            yield Row(**self.names, output=output, note=note)
+        """``rows(self, *args)``; a failed row where the operation raises, or a skipped one."""
+        if self.why_not:
+            yield Row(**self.names, output=output, note=f"skipped: {self.why_not}")
             return
         try:
             yield from rows(self, *args)

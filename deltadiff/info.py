@@ -14,6 +14,7 @@ from .checks import DTYPES
 from .ops import BACKENDS, choose_path, why_unavailable
 
 PACKAGES = ("triton", "transformers", "peft", "safetensors")
+LAYER = (1024, 1024, 8)  # out, in, r: a layer that every backend of `lora_linear` takes
 
 
 def collect() -> dict:
@@ -116,11 +117,19 @@ def _paths() -> list[dict]:
                         "device": entry["device"],
                         "backend": backend,
                         "dtype": str(dtype).removeprefix("torch."),
-                        "chosen": choose_path(device, dtype).backend == backend,
+                        "chosen": _chosen(backend, device, dtype),
                         "reason": why_unavailable(backend, device, dtype),
                     }
                 )
     return paths
+
+
+def _chosen(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """For which operations ``backend`` is taken where none is asked for; None for none."""
+    own, other = (choose_path(device, dtype, None, layer).backend for layer in (LAYER, None))
+    if backend == own == other:
+        return "all"
+    return "lora_linear" if backend == own else "the others" if backend == other else None
 
 
 def format_info(info: dict) -> str:
@@ -140,10 +149,14 @@ def format_info(info: dict) -> str:
     table = [("device", "backend", *dtypes, "why not")]
     for device, backend in dict.fromkeys((p["device"], p["backend"]) for p in info["paths"]):
         row = [p for p in info["paths"] if (p["device"], p["backend"]) == (device, backend)]
-        cells = ("-" if p["reason"] else "chosen" if p["chosen"] else "there" for p in row)
+        cells = ("-" if p["reason"] else _use(p["chosen"]) for p in row)
         reasons = dict.fromkeys(p["reason"] for p in row if p["reason"])
         table.append((device, backend, *cells, "; ".join(reasons)))
     return "\n\n".join(_align(rows) for rows in (versions, devices, table))
+
+
+def _use(chosen: str | None) -> str:
+    return {None: "there", "all": "chosen"}.get(chosen, f"chosen for {chosen}")
 
 
 def _align(rows: list[tuple[str, ...]]) -> str:

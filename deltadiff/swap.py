@@ -103,7 +103,7 @@ def swap_(
     Raises:
         ArgumentTypeError, ArgumentError: see above; nothing was changed. Targets that match
             nothing list near names.
-        BackendUnavailableError: ``backend`` cannot run here.
+        BackendUnavailableError: ``backend`` cannot run here, or not one of these layers.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
@@ -276,7 +276,7 @@ def _from_linear(name, module, r, lora_alpha, dtype, backend, generator) -> Lora
         accepted = f"{own}" + (" or torch.float32" if half else "")
         raise ArgumentTypeError("adapter_dtype", dtype, f"{accepted} for {name}")
     if w.dtype in DTYPES:
-        choose_path(w.device, w.dtype, backend)  # raises where the backend cannot run
+        choose_path(w.device, w.dtype, backend, (n, k, r))  # raises where the backend cannot run
     bound = math.sqrt(1 / k)  # Kaiming's uniform rule with a = sqrt(5)
     a = torch.empty(r, k).uniform_(-bound, bound, generator=generator)
     b = torch.zeros(n, r, dtype=dtype, device=w.device)
@@ -297,9 +297,10 @@ def _from_peft(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLi
         raise ArgumentTypeError(
             name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear"
         )
-    if base.weight.dtype in DTYPES:
-        choose_path(base.weight.device, base.weight.dtype, backend)
     a, b = module.lora_A[adapter], module.lora_B[adapter]
+    if base.weight.dtype in DTYPES:
+        layer = (base.out_features, base.in_features, a.weight.shape[0])
+        choose_path(base.weight.device, base.weight.dtype, backend, layer)
     if b.bias is not None:
         raise ArgumentTypeError(name, "a PEFT layer with lora_bias", "lora_bias=False")
     layer = LoraLinear(module, base, a.weight, b.weight, module.scaling[adapter], backend)

@@ -118,7 +118,8 @@ class WeightUpdate:
         if not self.inplace or (not self.ratio and not capturing):
             return False
         compiled = self._launched or self.device.type == "cpu"
-        if t_most <= self.start_step and compiled:  # once in vain, or a capture would compile
+        surely_early = t_most <= self.start_step and not capturing  # replays come later
+        if surely_early and compiled:  # once in vain, or a capture would compile
             return False
         known = t_least > self.start_step and not capturing and self.backend != "triton"
         apply = None if known else self.apply  # one kind of launch on the GPU, so one compilation

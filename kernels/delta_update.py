@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tuned
 from .launch import launch
 from .send import send
 from .tables import TRITON_DTYPES, capability, device_numbers, find_row, new_numbers, on_device
@@ -176,7 +177,7 @@ def _product(
 
 @triton.jit
 def _update_tile(
-    row, n0, k0, seed, step,
+    row, n0, k0, seed, step, apply,
     dense: tl.constexpr, one_block: tl.constexpr, rounding: tl.constexpr,
     w_dtype: tl.constexpr, adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
@@ -207,7 +208,7 @@ def _update_tile(
 
     if rounding == "remainder":
         new, low = _split_remainder(wide, w_dtype)
-        tl.store(low_ptrs, low, mask=mask)
+        tl.store(low_ptrs, low, mask=mask & (apply != 0))
     elif rounding == "stochastic":
         index = tl.load(row + INDEX).to(tl.int32)
         if dense:
@@ -218,7 +219,7 @@ def _update_tile(
         new = _round_stochastic(wide, random, w_dtype)
     else:
         new = wide.to(w_dtype)
-    tl.store(w_ptrs, new, mask=mask)
+    tl.store(w_ptrs, new, mask=mask & (apply != 0))
 
 
 @triton.jit(do_not_specialize=["n", "seed"])
@@ -228,9 +229,10 @@ def _delta_update_kernel(
     w_dtype: tl.constexpr, adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
+    # Looked at where W is stored: to wait here would cost every tile a trip to memory.
+    apply = 1
     if apply_ptr is not None:
-        if tl.load(apply_ptr) == 0:
-            return
+        apply = tl.where(tl.load(apply_ptr) != 0, 1, 0)
     tile = tl.program_id(0)
     i = find_row(table_ptr, n, tile)
     row = table_ptr + n + i * COLUMNS
@@ -241,14 +243,14 @@ def _delta_update_kernel(
     step = tl.load(step_ptr).to(tl.int32)
     if all_dense or tl.load(row + DENSE) != 0:
         _update_tile(
-            row, n0, k0, seed, step, True, one_block, rounding,
+            row, n0, k0, seed, step, apply, True, one_block, rounding,
             w_dtype, adapter_dtype, remainder_dtype, PRECISION, BLOCK_SIZE_N, BLOCK_SIZE_K,
         )  # fmt: skip
     else:
         # Addresses of any strides take registers: a few rows at a time, or they would spill.
         for part in range(0, BLOCK_SIZE_N, 16):
             _update_tile(
-                row, n0 + part, k0, seed, step, False, one_block, rounding,
+                row, n0 + part, k0, seed, step, apply, False, one_block, rounding,
                 w_dtype, adapter_dtype, remainder_dtype, PRECISION, 16, BLOCK_SIZE_K,
             )  # fmt: skip
 
@@ -256,9 +258,10 @@ def _delta_update_kernel(
 # --------------------------------------------------------------- launch configuration
 
 
-def delta_update_config() -> dict:
+def delta_update_config(capability: tuple[int, int]) -> dict:
     """Blocks and warps. They do not change the result."""
-    return dict(BLOCK_SIZE_N=64, BLOCK_SIZE_K=64, num_warps=4, num_stages=1)
+    block_n = 64 if capability >= (9, 0) else 32  # older tensor cores take more registers
+    return dict(BLOCK_SIZE_N=block_n, BLOCK_SIZE_K=64, num_warps=4, num_stages=1)
 
 
 def product_precision(rounding: str, device: torch.device) -> str:
@@ -296,7 +299,10 @@ class DeltaUpdate:
             TRITON_DTYPES[w.dtype], TRITON_DTYPES[a.dtype],
             tl.int16 if w.dtype == torch.bfloat16 else tl.float16,
         )  # fmt: skip
-        self.options = delta_update_config()
+        self.options = tuned.config(
+            "delta_update", self.device, delta_update_config, (capability(self.device),),
+            (2 * max(a.shape[0] for a in lora_As), w.element_size(), rounding),
+        )  # fmt: skip
         self.blocks = self.options.pop("BLOCK_SIZE_N"), self.options.pop("BLOCK_SIZE_K")
         all_dense = all(_is_dense(*ts) for ts in self.matrices)
         one_block = all(2 * a.shape[0] <= RANK_BLOCK.value for a in lora_As)

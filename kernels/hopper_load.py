@@ -79,6 +79,7 @@ def load(
     end = all_items + blocks_m * blocks_n + sums + column_items
     it = 0
     kept = 0
+    ranks = 0  # known to be done
     t = gl.atomic_add(sync_ptr + DRAWN, 1, sem="relaxed")
     next_t = t
     while t < end:
@@ -155,10 +156,9 @@ def load(
             it += 1
         elif BACKWARD:
             next_t = gl.atomic_add(sync_ptr + DRAWN, 1, sem="relaxed")
-            done = gl.atomic_add(sync_ptr + RANKS, 0, sem="acquire")
-            while done < all_items:
-                done = gl.atomic_add(sync_ptr + RANKS, 0, sem="acquire")
-            first = async_proxy_fence(done) * 0
+            while ranks < all_items:
+                ranks = gl.atomic_add(sync_ptr + RANKS, 0, sem="acquire")
+            first = async_proxy_fence(ranks) * 0
             if kind == SUM_ITEM:  # nothing that TMA could do
                 i = it % STAGES
                 mbarrier.wait(empty.index(i), ((it // STAGES) & 1) ^ 1)

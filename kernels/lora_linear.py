@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import tuned
 from .tables import on_device, shared_kib
 
 # Programs that fill a GPU about twice over. A constant, so that sums are split, and results
@@ -322,7 +323,7 @@ def _index(r: int, *tensors):
 def _down(v, p, out=None):
     """U (M, R) float32 = V P^T, in ``out`` where one is given."""
     (m, k), r = v.shape, p.shape[0]
-    config = down_config(m, k, r, v.element_size())
+    config = tuned.config("lora_linear_down", v.device, down_config, (m, k, r, v.element_size()))
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
@@ -346,8 +347,11 @@ def _linear(v, q, p, u, scaling, gate, bias):
     """Y (M, N) = V Q^T + bias + (s g U) P^T in V's dtype."""
     (m, k), n, r = v.shape, q.shape[0], p.shape[1]
     y = v.new_empty((m, n))
-    precision = _precision(v.dtype)
-    config = fwd_config(m, n, r, v.element_size(), precision, shared_kib(v.device))
+    precision, size = _precision(v.dtype), v.element_size()
+    config = tuned.config(
+        "lora_linear_fwd", v.device, fwd_config, (m, n, r, size, precision, shared_kib(v.device)),
+        (m, n, k, r, size, q.stride(1) != 1),
+    )  # fmt: skip
     grid = (triton.cdiv(m, config["BLOCK_SIZE_M"]) * triton.cdiv(n, config["BLOCK_SIZE_N"]),)
     if m:
         _lora_linear_fwd_kernel[grid](
@@ -364,7 +368,7 @@ def _wgrad(u, v, scaling, gate, out, transposed):
     (m, c), r = v.shape, u.shape[1]
     if m == 0:
         return out.zero_()
-    config = wgrad_config(m, c, r, v.element_size())
+    config = tuned.config("lora_linear_wgrad", v.device, wgrad_config, (m, c, r, v.element_size()))
     splits, block_m = config.pop("splits"), config["BLOCK_SIZE_M"]
     m_per_split = triton.cdiv(triton.cdiv(m, block_m), splits) * block_m
     splits = triton.cdiv(m, m_per_split)

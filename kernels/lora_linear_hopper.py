@@ -18,6 +18,7 @@ All sums are in a fixed order: no float atomics.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,9 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import lora_linear as portable
+from . import tuned
 from .hopper_load import FLAGS, load
 from .hopper_multiply import SUM_BLOCK, multiply
 from .launch import launch
+from .plan import Place, Workspace, write_down
+from .send import is_capturing
 from .tables import on_device
 
 MAX_RANK = 64
@@ -119,7 +123,7 @@ def hopper_config(M: int, N: int, rank: int, multiprocessors: int) -> dict:
     width = 128 if rank == 64 else min(overhead, key=cost)
     return dict(
         BLOCK_SIZE_M=128, BLOCK_SIZE_N=width, BLOCK_SIZE_K=64,
-        STAGES=3 if width == 256 else 4, GROUP_SIZE_M=16,
+        STAGES=3 if width == 256 else 5, GROUP_SIZE_M=16,
     )  # fmt: skip
 
 
@@ -162,7 +166,11 @@ def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
     with on_device(x.device):
         y = x.new_empty((m, weight.shape[0]))
         a, b = _packed(lora_A, lora_B, x.dtype)
-        _run(x, weight, a, b, u, s, u, x, y, scaling, gate, bias, r)
+        work = _Work.of(x.device, m, y.shape[1], x.shape[1], r, False)
+        sync = _sync(x.device, work.flags)
+        tensors = x, weight, a, b, u, s, u, x, y, _dense(gate), _dense(bias)
+        call, options = _call(work, *tensors, sync, scaling, r)
+        launch(*call, **options)
     return y, kept
 
 
@@ -178,7 +186,12 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
         v, t = torch.empty_like(u), torch.empty_like(s)
         dx, da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (x, lora_A, lora_B))
         a, b = _packed(lora_A, lora_B, x.dtype)
-        _run(dy, weight, b, a, v, t, u, x, dx, scaling, gate, None, r, da, db)
+        work = _Work.of(dy.device, dy.shape[0], x.shape[1], dy.shape[1], r, True)
+        sums = [dy.new_empty(shape, dtype=torch.float32) for shape in (work.parts, work.da_parts)]
+        sync = _sync(dy.device, work.flags)
+        tensors = dy, weight, b, a, v, t, u, x, dx, _dense(gate), None
+        call, options = _call(work, *tensors, sync, scaling, r, da, db, *sums)
+        launch(*call, **options)
         dgate = portable.gate_gradient(t, s, scaling, gate) if need_gate else None
     return dx if need_x else None, da if need_A else None, db if need_B else None, dgate
 
@@ -197,21 +210,40 @@ def _kept_views(kept, r, dtype):
     return kept[: m * rank // 2].view(dtype).view(m, rank), kept[m * rank // 2 :].view(m, r)
 
 
+def _dense(vector):
+    return None if vector is None else vector.contiguous()
+
+
 def _packed(a, b, dtype):
     """A (R, K) and B (N, R) as TMA takes them: ``dtype``, rows of a multiple of 16 bytes."""
-    if a.dtype == dtype and _fits_tma(a) and _fits_tma(b):
+    if _needs_no_packing(a, b, dtype):
         return a, b
+    shape_a, shape_b = _packed_shapes(a, b)
+    packed_a, packed_b = a.new_empty(shape_a, dtype=dtype), b.new_empty(shape_b, dtype=dtype)
+    call, options = _pack_call(a, packed_a, b, packed_b)
+    launch(*call, **options)
+    return packed_a, packed_b[:, : a.shape[0]]
+
+
+def _needs_no_packing(a, b, dtype) -> bool:
+    return a.dtype == dtype and _fits_tma(a) and _fits_tma(b)
+
+
+def _packed_shapes(a, b):
     (n, r), k = b.shape, a.shape[1]
-    packed_a = a.new_empty((r, k), dtype=dtype)
-    packed_b = b.new_empty((n, triton.cdiv(r, 8) * 8), dtype=dtype)[:, :r]
+    return (r, k), (n, triton.cdiv(r, 8) * 8)
+
+
+def _pack_call(a, packed_a, b, packed_b):
+    (n, r), k = b.shape, a.shape[1]
     blocks_a, blocks_b = triton.cdiv(r * k, 1024), triton.cdiv(n * r, 1024)
     key = (a.dtype, dtype, *(t.data_ptr() % 16 == 0 for t in (a, b)))
-    launch(
+    call = (
         _pack_kernel, (blocks_a + blocks_b,), key,
         a, packed_a, b, packed_b, n, k, r, blocks_a,
-        *a.stride(), *b.stride(), packed_b.stride(0), 1024, num_warps=4,
+        *a.stride(), *b.stride(), packed_b.stride(0), 1024,
     )  # fmt: skip
-    return packed_a, packed_b
+    return call, dict(num_warps=4)
 
 
 @triton.jit(
@@ -238,59 +270,103 @@ def _pack_kernel(
         tl.store(packed_b_ptrs, values.to(packed_b_ptr.dtype.element_ty), mask=row < N)
 
 
-def _run(v, weight, down, up, u, s, kept, x, y, scaling, gate, bias, r, da=None, db=None):
-    (m, c), n, rank, backward = v.shape, y.shape[1], u.shape[1], da is not None
-    multiprocessors = _multiprocessors(v.device)
-    config = hopper_config(m, n, rank, multiprocessors)
+class _Work(NamedTuple):
+    """One pass: (M, C) times (C, N), divided among blocks."""
+
+    config: dict
+    grid: tuple[int]
+    rank: int
+    backward: bool
+    flags: int  # int32 entries of sync
+    parts: tuple | None  # shapes of the float32 sums of the backward pass, for dB and for dA
+    da_parts: tuple | None
+    numbers: tuple[int, ...]  # as the kernel takes them, from blocks_m on
+
+    @classmethod
+    @functools.lru_cache(maxsize=4096)
+    def of(cls, device, m, n, c, r, backward) -> "_Work":
+        rank, multiprocessors = _padded_rank(r), _multiprocessors(device)
+        config = tuned.config(
+            "lora_linear_hopper", device, hopper_config, (m, n, rank, multiprocessors),
+            (m, n, c, rank, backward),
+        )  # fmt: skip
+        block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
+        blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+        rows = 2 if block_n == 256 else 1
+        sums = blocks_c = column_items = rows_per_split = splits = 0
+        parts = da_parts = None
+        if backward:
+            blocks_c = triton.cdiv(n, rows * block_k)
+            # One or two items for each multiprocessor, of 8 blocks of rows if there are so many.
+            least, most = (max(1, i * multiprocessors // blocks_c) for i in (1, 2))
+            splits = min(max(blocks_m // 8, least), most, blocks_m)
+            rows_per_split = triton.cdiv(blocks_m, splits)
+            splits = triton.cdiv(blocks_m, rows_per_split)
+            column_items, sums = splits * blocks_c, triton.cdiv(c * r, SUM_BLOCK.value)
+            parts, da_parts = (triton.cdiv(blocks_m, rows), c, r), (splits, r, n)
+        items = triton.cdiv(blocks_m, rows) + blocks_m * blocks_n
+        return cls(
+            config, (min(multiprocessors, items),), rank, backward,
+            FLAGS.value + blocks_m + blocks_c, parts, da_parts,
+            (blocks_m, blocks_n, triton.cdiv(c, block_k), sums, blocks_c, column_items,
+             rows_per_split, splits),
+        )  # fmt: skip
+
+
+def _call(
+    work, v, weight, down, up, u, s, kept, x, y, gate, bias, sync, scaling, r,
+    da=None, db=None, parts=None, da_parts=None,
+):  # fmt: skip
+    """What `launch` and `write_down` take: (kernel, grid, key, *arguments) and options."""
+    config, rank, backward = work.config, work.rank, work.backward
     block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
-    blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
-    rows = 2 if block_n == 256 else 1
-    sums = blocks_c = column_items = rows_per_split = splits = 0
-    parts = da_parts = None
-    if backward:
-        blocks_c = triton.cdiv(n, rows * block_k)
-        splits = max(1, min(2 * multiprocessors // blocks_c, blocks_m))
-        rows_per_split = triton.cdiv(blocks_m, splits)
-        splits = triton.cdiv(blocks_m, rows_per_split)
-        column_items, sums = splits * blocks_c, triton.cdiv(c * r, SUM_BLOCK.value)
-        parts = v.new_empty((triton.cdiv(blocks_m, rows), c, r), dtype=torch.float32)
-        da_parts = v.new_empty((splits, r, n), dtype=torch.float32)
-    sync = _sync(v.device, FLAGS.value + blocks_m + blocks_c)
     q_block, p_block = (
         ((block_k, block_n), (block_k, rank)) if backward else ((block_n, block_k), (rank, block_k))
     )
     entries = 0 if gate is None else 1 if gate.numel() == 1 else 2
-    work = triton.cdiv(blocks_m, rows) + blocks_m * blocks_n
     key = (
         v.dtype, block_n, rank, backward, entries, config["STAGES"], config["GROUP_SIZE_M"],
         *((t.dtype, t.data_ptr() % 16 == 0) if t is not None else None for t in (gate, bias, da)),
     )  # fmt: skip
-    launch(
-        _lora_linear_hopper_kernel, (min(multiprocessors, work),), key,
+    call = (
+        _lora_linear_hopper_kernel, work.grid, key,
         _descriptor(v, block_m, block_k), _descriptor(weight, *q_block),
         _descriptor(down, *p_block), _descriptor(up, *q_block), _descriptor(u, block_m, block_k),
         _descriptor(u, block_m, rank), _descriptor(kept, block_m, rank),
         _descriptor(x, block_m, block_k), _descriptor(y, block_m, block_n),
         u, s, gate, bias, parts, db, da, da_parts, sync,
-        float(scaling), m, n, c, r, blocks_m, blocks_n, triton.cdiv(c, block_k),
-        sums, blocks_c, column_items, rows_per_split, splits,
+        float(scaling), v.shape[0], y.shape[1], v.shape[1], r, *work.numbers,
         backward, entries, config["STAGES"], config["GROUP_SIZE_M"], NUM_WARPS,
-        num_warps=NUM_WARPS, maxnreg=168,
     )  # fmt: skip
+    return call, dict(num_warps=NUM_WARPS, maxnreg=168)
 
 
-_syncs: dict[tuple, torch.Tensor] = {}
+_syncs: dict[tuple, torch.Tensor] = {}  # by device and stream
+_reserves: dict[torch.device, torch.Tensor] = {}
 
 
 def _sync(device: torch.device, numel: int) -> torch.Tensor:
-    """Zeros, which every launch leaves as zeros; launches of one stream share them."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A graph may run on any stream, beside others.
-        return torch.zeros(numel, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if (device, stream) not in _syncs or _syncs[device, stream].numel() < numel:
-        _syncs[device, stream] = torch.zeros(max(numel, 1024), dtype=torch.int32, device=device)
-    return _syncs[device, stream]
+    """Zeros, which every launch leaves as zeros; eager launches of one stream share them."""
+    zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+    if is_capturing(device):
+        # A graph may run on any stream, beside others: its launches have theirs for good, from
+        # what was set aside before, as zeros made in a graph are made again in every replay.
+        numel = triton.cdiv(numel, 32) * 32  # whole cache lines
+        reserve = _reserves.get(device)
+        if reserve is None or reserve.numel() < numel:
+            return zeros(numel)
+        taken, _reserves[device] = reserve[:numel], reserve[numel:]
+        return taken
+    place = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    _set_aside(device)
+    if place not in _syncs or _syncs[place].numel() < numel:
+        _syncs[place] = zeros(max(numel, 1024))
+    return _syncs[place]
+
+
+def _set_aside(device: torch.device) -> None:
+    if device not in _reserves:
+        _reserves[device] = torch.zeros(2**20, dtype=torch.int32, device=device)
 
 
 @functools.cache
@@ -306,3 +382,58 @@ def _layout(block: tuple[int, int], dtype: torch.dtype):
 
 def _descriptor(t: torch.Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(t, t.shape, t.stride(), list(block), _layout(block, t.dtype))
+
+
+# ------------------------------------------------------------------------------- plan
+
+# What the launches of a plan read and write: its inputs; what forward keeps and what backward makes
+# like it (V and T); y or dx; gradients; memory; sync. The same in csrc/lora_linear_cuda.cpp.
+X, WEIGHT, LORA_A, LORA_B, GATE, BIAS, DY, KEPT, KEPT_BACK, Y, DA, DB, MEMORY, SYNC = range(14)
+
+
+def lora_linear_plan(x, weight, lora_A, lora_B, gate, bias, dy) -> list[int]:
+    """The launches of `lora_linear_fwd`, or with ``dy`` of `lora_linear_bwd`, as numbers.
+
+    They depend on dtypes, shapes, strides and alignment alone. First come the width of what forward
+    keeps, the bytes of memory and the int32 entries of sync; then what `kernels.plan` writes.
+    Empty for a call that does not go to this kernel.
+    """
+    if not _takes(x, weight):
+        return []
+    device, (m, r) = x.device, (x.shape[0], lora_A.shape[0])
+    given = enumerate((x, weight, lora_A, lora_B, gate, bias, dy))
+    x, weight, lora_A, lora_B, gate, bias, dy = (Place.of(*pair) for pair in given)
+    c, n = weight.shape if dy is not None else weight.shape[::-1]
+    work, memory, launches = _Work.of(device, m, n, c, r, dy is not None), Workspace(MEMORY), []
+    _set_aside(device)  # for graphs, which the Python launchers make
+
+    a, b = lora_A, lora_B
+    if not _needs_no_packing(a, b, x.dtype):
+        shape_a, shape_b = _packed_shapes(a, b)
+        a, b = memory.empty(shape_a, x.dtype), memory.empty(shape_b, x.dtype)
+        launches.append(_pack_call(lora_A, a, lora_B, b))
+        b = b._replace(shape=lora_B.shape)
+
+    (u, s), y = _kept_places(KEPT, m, r, x.dtype), Place.dense(Y, x.dtype, (m, n))
+    sync = Place.dense(SYNC, torch.int32, (work.flags,))
+    if dy is None:
+        tensors = x, weight, a, b, u, s, u, x, y, gate, bias
+        launches.append(_call(work, *tensors, sync, 1.0, r))
+    else:
+        v, t = _kept_places(KEPT_BACK, m, r, x.dtype)
+        da = Place.dense(DA, lora_A.dtype, lora_A.shape)
+        db = Place.dense(DB, lora_B.dtype, lora_B.shape)
+        sums = [memory.empty(shape, torch.float32) for shape in (work.parts, work.da_parts)]
+        tensors = dy, weight, b, a, v, t, u, x, y, gate, None
+        launches.append(_call(work, *tensors, sync, 1.0, r, da, db, *sums))
+    numbers = [kept_shape(m, r)[1], memory.nbytes, work.flags, len(launches)]
+    for (kernel, grid, _, *args), options in launches:
+        numbers += write_down(kernel, grid, *args, **options)
+    return numbers
+
+
+def _kept_places(slot, m, r, dtype):
+    """`_kept_views` in a plan."""
+    rank = _padded_rank(r)
+    u = Place.dense(slot, dtype, (m, rank))
+    return u, Place.dense(slot, torch.float32, (m, r), u.numel() * dtype.itemsize)

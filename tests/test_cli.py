@@ -1,6 +1,7 @@
 """The command `deltadiff`: output, exit codes, one line for an error."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import deltadiff
-from deltadiff import DeltaLoRA, merge_, ops, save_adapter, swap_, verify
+from deltadiff import DeltaLoRA, info, merge_, ops, save_adapter, swap_, verify
 from deltadiff.__main__ import main
 from deltadiff.lora import lora_layers
 
@@ -69,18 +70,35 @@ def test_info(capsys):
 
 def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
-    info = json.loads(capsys.readouterr().out)
-    assert info["versions"]["torch"] == torch.__version__
-    assert [d["device"] for d in info["devices"]] == ["cpu"] + [
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert [d["device"] for d in found["devices"]] == ["cpu"] + [
         f"cuda:{i}" for i in range(torch.cuda.device_count())
     ]
-    paths = info["paths"]
-    assert len(paths) == 12 * len(info["devices"])
+    paths = found["paths"]
+    assert len(paths) == len(ops.BACKENDS) * 4 * len(found["devices"])
     for path in paths:
         device, dtype = torch.device(path["device"]), getattr(torch, path["dtype"])
-        assert path["chosen"] == (ops.choose_path(device, dtype).backend == path["backend"])
+        chosen = ops.choose_path(device, dtype).backend == path["backend"]
+        assert chosen == (path["chosen"] in ("all", "the others"))
         assert path["reason"] == ops.why_unavailable(path["backend"], device, dtype)
         assert not (path["chosen"] and path["reason"])
+
+
+def test_info_tells_what_a_backend_is_chosen_for(monkeypatch):
+    pytest.importorskip("triton")
+    gpu = {"device": "cuda:0", "name": "", "capability": "", "memory_gib": 0, "threads": 0}
+    monkeypatch.setattr(info, "_devices", lambda: [gpu])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    ops.choose_path.cache_clear()
+    table = info.format_info(info.collect()).splitlines()[-len(ops.BACKENDS) :]
+    ops.choose_path.cache_clear()
+    rows = {cells[1]: cells[2:] for cells in (re.split(r"\s{2,}", line) for line in table)}
+    lora, others = "chosen for lora_linear", "chosen for the others"
+    assert rows["hopper"][:4] == ["-", lora, lora, "-"]
+    assert "the sm_90 kernel is for bfloat16 and float16" in rows["hopper"][4]
+    assert rows["triton"][:4] == ["chosen", others, others, "-"]
+    assert rows["reference"][:4] == ["there", "there", "there", "chosen"]
 
 
 # ---------------------------------------------------------------- verify

@@ -65,7 +65,14 @@ def compile_all(capability: int):
     """Print one JSON line for each kernel that the launchers ask for."""
     import torch
     import triton.language as tl
-    from deltadiff.kernels import adamw_step, advance, delta_update, lora_linear, tables
+    from deltadiff.kernels import (
+        adamw_step,
+        advance,
+        delta_update,
+        lora_linear,
+        lora_linear_hopper,
+        tables,
+    )
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -82,13 +89,13 @@ def compile_all(capability: int):
     JITFunction.run = compile_only
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
-    def lora(m, dtype, adapter_dtype, r, gate, tf32=False):
+    def lora(m, dtype, adapter_dtype, r, gate, tf32=False, kernels=lora_linear):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         x, weight, dy = (torch.empty(s, dtype=dtype) for s in ((m, 1024), (512, 1024), (m, 512)))
         a, b = (torch.empty(s, dtype=adapter_dtype) for s in ((r, 1024), (512, r)))
         bias = torch.empty(512, dtype=dtype)
-        _, s = lora_linear.lora_linear_fwd(x, weight, a, b, 2.0, gate, bias)
-        lora_linear.lora_linear_bwd(dy, x, weight, a, b, s, 2.0, gate, [True] * 3 + [False])
+        _, s = kernels.lora_linear_fwd(x, weight, a, b, 2.0, gate, bias)
+        kernels.lora_linear_bwd(dy, x, weight, a, b, s, 2.0, gate, [True] * 3 + [False])
 
     gate = torch.empty(16)
     for dtype, adapter_dtype, tf32 in (
@@ -109,6 +116,20 @@ def compile_all(capability: int):
     case = "strides beyond 32 bits"
     lora(4096, bf16, bf16, 16, None)
     lora_linear._index = index
+
+    if capability == 90:
+        lora_linear_hopper._multiprocessors = lambda device: 132
+        for m, dtype, adapter_dtype, r, entries in (
+            (512, bf16, bf16, 1, 0),  # narrow tiles
+            (512, fp16, fp32, 32, 32),
+            (16384, bf16, fp32, 16, 16),  # wide ones
+            (16384, fp16, fp16, 32, 1),
+            (16384, bf16, bf16, 32, 32),
+            (16384, fp16, fp16, 64, 64),
+        ):
+            case = f"hopper, {dtype} adapters {adapter_dtype}, {m} tokens, r {r}, gate {entries}"
+            gate = torch.empty(entries) if entries else None
+            lora(m, dtype, adapter_dtype, r, gate, kernels=lora_linear_hopper)
 
     step = torch.empty((), dtype=torch.int64)
     for dtype, roundings in (
@@ -163,7 +184,8 @@ def compiled():
 @pytest.mark.parametrize("capability", SHARED_LIMITS)
 def test_kernels_compile_without_spills(compiled, capability):
     kernels = compiled[capability].result()
-    assert {k["kernel"] for k in kernels} == {
+    hopper = {"lora_linear_hopper_kernel", "pack_kernel"} if capability == 90 else set()
+    assert {k["kernel"] for k in kernels} == hopper | {
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
         "sum_splits_kernel", "delta_update_kernel", "adamw_step_kernel", "advance_kernel",
     }  # fmt: skip
