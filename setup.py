@@ -54,13 +54,13 @@ else:
             "-Wno-uninitialized",  # GCC 12 gives these two for its own AVX-512 header
             "-Wno-maybe-uninitialized",
         ],
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", "-ldl"],
     )
     options = {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 setup(
     packages=["deltadiff", "deltadiff.kernels"],
     package_dir={"deltadiff.kernels": "kernels"},
-    package_data={"deltadiff.kernels": ["tuned/*.json"]},
+    package_data={"deltadiff.kernels": ["tuned-*.json"]},
     **options,
 )

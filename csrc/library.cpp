@@ -1,4 +1,4 @@
-// Registers torch.ops.deltadiff.*: schemas, CPU kernels, and the shapes that torch.compile needs.
+// Registers torch.ops.deltadiff.*: schemas, kernels, and the shapes that torch.compile needs.
 
 #include <Python.h>
 
@@ -52,6 +52,19 @@ TORCH_LIBRARY(deltadiff, m) {
       "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, "
       "float scaling, Tensor? gate, bool[4] needs, str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
+  // The passes on a GPU launched from Python, and what it would launch, for C++ to do so: see
+  // csrc/lora_linear_cuda.cpp. deltadiff/ops.py has these three.
+  m.def(
+      "lora_linear_fwd_python(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "float scaling, Tensor? gate, Tensor? bias, str backend) -> (Tensor y, Tensor S)");
+  m.def(
+      "lora_linear_bwd_python(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "Tensor S, float scaling, Tensor? gate, bool[4] needs, str backend) "
+      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
+  m.def(
+      "lora_linear_plan(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? gate, "
+      "Tensor? bias, Tensor? dy) -> int[]");
+  m.def("forget_plans() -> ()", forget_plans);
   m.def(
       "delta_update_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] delta_As, "
       "Tensor[] delta_Bs, float[] scales, str rounding, Tensor(b!)[] remainders, int seed, "
@@ -68,6 +81,11 @@ TORCH_LIBRARY_IMPL(deltadiff, CPU, m) {
   m.impl("lora_linear_bwd", lora_linear_bwd);
   m.impl("delta_update_", delta_update_);
   m.impl("adamw_step_", adamw_step_);
+}
+
+TORCH_LIBRARY_IMPL(deltadiff, CUDA, m) {
+  m.impl("lora_linear_fwd", lora_linear_fwd_cuda);
+  m.impl("lora_linear_bwd", lora_linear_bwd_cuda);
 }
 
 // These two are the passes of lora_linear; through them alone no gradient can flow.

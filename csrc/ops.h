@@ -23,6 +23,20 @@ at::Tensor lora_linear(
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
     const OptionalTensor& bias, std::string_view backend);
 
+// On GPUs.
+std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cuda(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
+    const OptionalTensor& bias, std::string_view backend);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cuda(
+    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
+    std::array<bool, 4> needs, std::string_view backend);
+
+// Launches are planned anew: after a change of what decides on their configurations.
+void forget_plans();
+
 // The rest runs on the CPU.
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
@@ -52,7 +66,8 @@ void adamw_step_(
 // autograd has a say.
 struct PlainTensors {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(
+      {c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA})};
 };
 
 }  // namespace deltadiff

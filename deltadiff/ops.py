@@ -7,6 +7,7 @@ All backends of an operation share one signature.
 
 import functools
 import importlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,8 @@ except ImportError as error:
     _KERNELS = {}
 
 try:
-    from .kernels import lora_linear_hopper
+    from .kernels import lora_linear_hopper, lora_linear_plan
+    from .kernels.plan import CannotPlanError
 
     _GLUON_MISSING = None
     _KERNELS["hopper"] = lora_linear_hopper
@@ -189,7 +191,18 @@ if not _CPP_MISSING:
         return getattr(_KERNELS[args[-1]], name)(*args[:-1])
 
     for _name in ("lora_linear_fwd", "lora_linear_bwd"):
-        torch.library.impl(f"deltadiff::{_name}", "cuda", functools.partial(_launch, _name))
+        torch.library.impl(f"deltadiff::{_name}_python", "default")(
+            functools.partial(_launch, _name)
+        )
+
+    @torch.library.impl("deltadiff::lora_linear_plan", "default")
+    def _plan(*args):
+        """Once for each kind of call on sm_90."""
+        try:
+            return lora_linear_plan.lora_linear_plan(*args)
+        except (CannotPlanError, AttributeError, KeyError) as error:  # of another Triton
+            warnings.warn(f"deltadiff launches from Python, slower: {error!r}", stacklevel=2)
+            return []
 
 
 def _layer(weight: Tensor, lora_A: Tensor) -> tuple[int, int, int]:

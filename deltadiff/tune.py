@@ -1,6 +1,7 @@
 """`deltadiff tune`: find the launch configurations that are fastest on this GPU and keep them."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -128,6 +129,7 @@ def _findings(args: argparse.Namespace, device: torch.device) -> Iterator:
     kinds = {kind for kind, *_ in good}
     for case in cases:
         if case.kind not in kinds:
+            print(f"left out, as no candidate ran in time: {case}")
             continue
         if time.monotonic() > start + args.budget:
             print(f"left out, for time: {case} (see --budget)")
@@ -210,7 +212,8 @@ def write(path: Path, gpu: str, rows: dict) -> None:
         parts.write_text(text)
         os.replace(parts, path)
     except OSError as error:
-        parts.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            parts.unlink()
         raise ArgumentError(
             "--output", f"{path} ({error})", "a file that can be written"
         ) from error

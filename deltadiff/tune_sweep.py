@@ -56,10 +56,13 @@ CANDIDATES = {
         )
     ],
     "lora_linear_down": _grid(BLOCK_SIZE_M=(16, 32, 64), num_warps=(4, 8), num_stages=(3, 4)),
+    "lora_linear_few": _grid(
+        BLOCK_SIZE_N=(32, 64, 128), BLOCK_SIZE_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4)
+    ),
     "lora_linear_wgrad": _grid(BLOCK_SIZE_C=(64, 128), num_warps=(4, 8), num_stages=(3, 4)),
     "delta_update": [
         {"BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "num_warps": warps}
-        for n, k in ((64, 64), (64, 128), (32, 128), (128, 64))
+        for n, k in ((32, 64), (64, 64), (32, 128), (64, 128), (128, 64))
         for warps in (4, 8)
     ],
 }  # fmt: skip

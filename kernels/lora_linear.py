@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import lora_linear_few as few
 from . import tuned
-from .tables import on_device, shared_kib
+from .tables import index_type, on_device, shared_kib
 
 # Programs that fill a GPU about twice over. A constant, so that sums are split, and results
 # rounded, the same way on every GPU.
@@ -274,9 +275,7 @@ def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, S=None):
     ``S``: a tensor to put it in.
     """
     with on_device(x.device):
-        s = _down(x, lora_A, S)
-        y = _linear(x, weight, lora_B, s, scaling, gate, bias)
-    return y, s
+        return _with_branch(x, weight, lora_A, lora_B, scaling, gate, bias, S)
 
 
 def lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, gate, needs):
@@ -284,10 +283,10 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, gate, needs):
     need_x, need_A, need_B, need_gate = needs
     dx = da = db = dgate = None
     with on_device(dy.device):
-        if need_x or need_A or need_gate:
-            t = _down(dy, lora_B.T)
         if need_x:
-            dx = _linear(dy, weight.T, lora_A.T, t, scaling, gate, None)
+            dx, t = _with_branch(dy, weight.T, lora_B.T, lora_A.T, scaling, gate, None)
+        elif need_A or need_gate:
+            t = _down(dy, lora_B.T)
         if need_A:
             da = _wgrad(t, x, scaling, gate, torch.empty_like(lora_A, memory_format=_DENSE), False)
         if need_B:
@@ -308,16 +307,20 @@ def gate_gradient(T, S, scaling, gate):
 _DENSE = torch.contiguous_format
 
 
+def _with_branch(v, q, d, p, scaling, gate, bias, u=None):
+    """(Y, U): Y = V Q^T + bias + (s g U) P^T, U = V D^T float32, in ``u`` where one is given."""
+    if few.takes(v, p.shape[1]):
+        u = v.new_empty(v.shape[0], p.shape[1], dtype=torch.float32) if u is None else u
+        index, shared = index_type(p.shape[1], v, q, d, p), shared_kib(v.device)
+        return few.few_linear(v, q, d, p, scaling, gate, bias, u, index, shared), u
+    u = _down(v, d, u)
+    return _linear(v, q, p, u, scaling, gate, bias), u
+
+
 def _precision(dtype: torch.dtype) -> str:
     """For float32 products, what PyTorch would do; 16-bit ones have no choice."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
-
-
-def _index(r: int, *tensors):
-    """Type of offsets within a tile; what is larger than a tile is in the pointers, in 64 bits."""
-    largest = max(stride for t in tensors for stride in t.stride())
-    return tl.int32 if largest * (256 + r) < 2**31 else tl.int64
 
 
 def _down(v, p, out=None):
@@ -338,7 +341,7 @@ def _down(v, p, out=None):
     if m:
         _lora_linear_down_kernel[grid](
             v, p, u, m, k, r, *v.stride(), *p.stride(),
-            k_per_split, k % block_k == 0, _precision(v.dtype), _index(r, v, p), **config,
+            k_per_split, k % block_k == 0, _precision(v.dtype), index_type(r, v, p), **config,
         )  # fmt: skip
     return out if splits == 1 else _sum_splits(u, out)
 
@@ -358,7 +361,7 @@ def _linear(v, q, p, u, scaling, gate, bias):
             v, q, p, u, gate, bias, y, scaling, m, n, k, r,
             *v.stride(), *q.stride(), *p.stride(), _gate_stride(gate),
             0 if bias is None else bias.stride(0),
-            k % config["BLOCK_SIZE_K"] == 0, precision, _index(r, v, q, p, y), **config,
+            k % config["BLOCK_SIZE_K"] == 0, precision, index_type(r, v, q, p, y), **config,
         )  # fmt: skip
     return y
 
@@ -381,7 +384,7 @@ def _wgrad(u, v, scaling, gate, out, transposed):
     _lora_linear_wgrad_kernel[grid](
         u, v, gate, parts, scaling, m, c, r, m_per_split,
         *v.stride(), _gate_stride(gate), *((r, 1) if transposed else (1, c)),
-        _precision(v.dtype), _index(r, v, out), **config,
+        _precision(v.dtype), index_type(r, v, out), **config,
     )  # fmt: skip
     return out if splits == 1 else _sum_splits(parts, out)
 

@@ -33,7 +33,6 @@ from . import tuned
 from .hopper_load import FLAGS, load
 from .hopper_multiply import SUM_BLOCK, multiply
 from .launch import launch
-from .plan import Place, Workspace, write_down
 from .send import is_capturing
 from .tables import on_device
 
@@ -237,7 +236,7 @@ def _packed_shapes(a, b):
 def _pack_call(a, packed_a, b, packed_b):
     (n, r), k = b.shape, a.shape[1]
     blocks_a, blocks_b = triton.cdiv(r * k, 1024), triton.cdiv(n * r, 1024)
-    key = (a.dtype, dtype, *(t.data_ptr() % 16 == 0 for t in (a, b)))
+    key = (a.dtype, packed_a.dtype, *(t.data_ptr() % 16 == 0 for t in (a, b)))
     call = (
         _pack_kernel, (blocks_a + blocks_b,), key,
         a, packed_a, b, packed_b, n, k, r, blocks_a,
@@ -283,7 +282,6 @@ class _Work(NamedTuple):
     numbers: tuple[int, ...]  # as the kernel takes them, from blocks_m on
 
     @classmethod
-    @functools.lru_cache(maxsize=4096)
     def of(cls, device, m, n, c, r, backward) -> "_Work":
         rank, multiprocessors = _padded_rank(r), _multiprocessors(device)
         config = tuned.config(
@@ -382,58 +380,3 @@ def _layout(block: tuple[int, int], dtype: torch.dtype):
 
 def _descriptor(t: torch.Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(t, t.shape, t.stride(), list(block), _layout(block, t.dtype))
-
-
-# ------------------------------------------------------------------------------- plan
-
-# What the launches of a plan read and write: its inputs; what forward keeps and what backward makes
-# like it (V and T); y or dx; gradients; memory; sync. The same in csrc/lora_linear_cuda.cpp.
-X, WEIGHT, LORA_A, LORA_B, GATE, BIAS, DY, KEPT, KEPT_BACK, Y, DA, DB, MEMORY, SYNC = range(14)
-
-
-def lora_linear_plan(x, weight, lora_A, lora_B, gate, bias, dy) -> list[int]:
-    """The launches of `lora_linear_fwd`, or with ``dy`` of `lora_linear_bwd`, as numbers.
-
-    They depend on dtypes, shapes, strides and alignment alone. First come the width of what forward
-    keeps, the bytes of memory and the int32 entries of sync; then what `kernels.plan` writes.
-    Empty for a call that does not go to this kernel.
-    """
-    if not _takes(x, weight):
-        return []
-    device, (m, r) = x.device, (x.shape[0], lora_A.shape[0])
-    given = enumerate((x, weight, lora_A, lora_B, gate, bias, dy))
-    x, weight, lora_A, lora_B, gate, bias, dy = (Place.of(*pair) for pair in given)
-    c, n = weight.shape if dy is not None else weight.shape[::-1]
-    work, memory, launches = _Work.of(device, m, n, c, r, dy is not None), Workspace(MEMORY), []
-    _set_aside(device)  # for graphs, which the Python launchers make
-
-    a, b = lora_A, lora_B
-    if not _needs_no_packing(a, b, x.dtype):
-        shape_a, shape_b = _packed_shapes(a, b)
-        a, b = memory.empty(shape_a, x.dtype), memory.empty(shape_b, x.dtype)
-        launches.append(_pack_call(lora_A, a, lora_B, b))
-        b = b._replace(shape=lora_B.shape)
-
-    (u, s), y = _kept_places(KEPT, m, r, x.dtype), Place.dense(Y, x.dtype, (m, n))
-    sync = Place.dense(SYNC, torch.int32, (work.flags,))
-    if dy is None:
-        tensors = x, weight, a, b, u, s, u, x, y, gate, bias
-        launches.append(_call(work, *tensors, sync, 1.0, r))
-    else:
-        v, t = _kept_places(KEPT_BACK, m, r, x.dtype)
-        da = Place.dense(DA, lora_A.dtype, lora_A.shape)
-        db = Place.dense(DB, lora_B.dtype, lora_B.shape)
-        sums = [memory.empty(shape, torch.float32) for shape in (work.parts, work.da_parts)]
-        tensors = dy, weight, b, a, v, t, u, x, y, gate, None
-        launches.append(_call(work, *tensors, sync, 1.0, r, da, db, *sums))
-    numbers = [kept_shape(m, r)[1], memory.nbytes, work.flags, len(launches)]
-    for (kernel, grid, _, *args), options in launches:
-        numbers += write_down(kernel, grid, *args, **options)
-    return numbers
-
-
-def _kept_places(slot, m, r, dtype):
-    """`_kept_views` in a plan."""
-    rank = _padded_rank(r)
-    u = Place.dense(slot, dtype, (m, rank))
-    return u, Place.dense(slot, torch.float32, (m, r), u.numel() * dtype.itemsize)

@@ -60,6 +60,12 @@ def new_numbers(numbers: tuple, dtype: torch.dtype, device: torch.device) -> tor
     return send(values, torch.empty_like(values, device=device))
 
 
+def index_type(r: int, *tensors):
+    """Type of offsets within a tile; what is larger than a tile is in the pointers, in 64 bits."""
+    largest = max(stride for t in tensors for stride in t.stride())
+    return tl.int32 if largest * (256 + r) < 2**31 else tl.int64
+
+
 @triton.jit
 def find_row(table_ptr, n, tile, BLOCK_SIZE: tl.constexpr = 256):
     """Number of the tensor that ``tile`` belongs to; one wide look, no chain of dependent loads."""

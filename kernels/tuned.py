@@ -5,7 +5,7 @@ the launch is about: sizes as they are, tokens (M) up to a power of two, ranks a
 them. What has no row, or no table, gets the default.
 
 There is a table for each GPU by name. First comes the user's, which `deltadiff tune` writes, then
-the one that is shipped in the folder `tuned` beside this file.
+the one that is shipped beside this file.
 """
 
 import functools
@@ -32,6 +32,10 @@ OPS = {
     "lora_linear_fwd": (
         ("M", "N", "K", "rank", "itemsize", "transposed"),
         ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages"),
+    ),
+    "lora_linear_few": (
+        ("M", "N", "K", "rank", "transposed"),
+        ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps", "num_stages"),
     ),
     "lora_linear_wgrad": (
         ("M", "K", "rank", "itemsize"),
@@ -155,7 +159,7 @@ def slug(gpu: str) -> str:
 
 
 def shipped_path(gpu: str) -> Path:
-    return Path(__file__).parent / "tuned" / f"{slug(gpu)}.json"
+    return Path(__file__).with_name(f"tuned-{slug(gpu)}.json")
 
 
 def user_path(gpu: str) -> Path:

@@ -160,6 +160,7 @@ def test_verify_refuses(capsys, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     ops.choose_path.cache_clear()
     assert "interpreter" in refused(capsys, "verify", "--backend", "triton")
+    assert "NVIDIA GPUs" in refused(capsys, "verify", "--backend", "hopper")
     assert "one of cpu" in refused(capsys, "verify", "--device", "cuda:99")
 
 

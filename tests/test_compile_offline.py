@@ -107,15 +107,15 @@ def compile_all(capability: int):
     ):
         case = f"{dtype} adapters {adapter_dtype}{' tf32' * tf32}, 4096 tokens, r 16"
         lora(4096, dtype, adapter_dtype, 16, gate, tf32)
-    for m, r in ((1, 8), (32, 8), (64, 8), (4096, 128)):
+    for m, r in ((1, 8), (32, 8), (64, 64), (300, 16), (64, 128), (4096, 128)):
         for dtype in (bf16, fp32):
             case = f"{dtype} adapters float32, {m} tokens, r {r}"
             lora(m, dtype, fp32, r, None)
 
-    index, lora_linear._index = lora_linear._index, lambda *_: tl.int64
+    index, lora_linear.index_type = lora_linear.index_type, lambda *_: tl.int64
     case = "strides beyond 32 bits"
     lora(4096, bf16, bf16, 16, None)
-    lora_linear._index = index
+    lora_linear.index_type = index
 
     if capability == 90:
         lora_linear_hopper._multiprocessors = lambda device: 132
@@ -187,7 +187,8 @@ def test_kernels_compile_without_spills(compiled, capability):
     hopper = {"lora_linear_hopper_kernel", "pack_kernel"} if capability == 90 else set()
     assert {k["kernel"] for k in kernels} == hopper | {
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
-        "sum_splits_kernel", "delta_update_kernel", "adamw_step_kernel", "advance_kernel",
+        "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
+        "delta_update_kernel", "adamw_step_kernel", "advance_kernel",
     }  # fmt: skip
     assert [k for k in kernels if k["spilled"] > SPILL_LIMIT or k["registers"] == 255] == []
     assert [k for k in kernels if k["shared"] > SHARED_LIMITS[capability]] == []

@@ -231,7 +231,7 @@ def test_offsets_of_64_bits(path, dtype, randn, monkeypatch):
 
     given = inputs(randn, 40, 56, 48, 5, dtype, path.device, gate=(5,), bias=True)
     expected = outputs(lora_linear, *given, backend="triton")
-    monkeypatch.setattr(kernels, "_index", lambda *_: tl.int64)
+    monkeypatch.setattr(kernels, "index_type", lambda *_: tl.int64)
     found = outputs(lora_linear, *given, backend="triton")
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

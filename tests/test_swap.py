@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import deltadiff
-from deltadiff import LoraLinear, swap_, swap_report, unswap_
+from deltadiff import LoraLinear, ops, swap_, swap_report, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, SwapError
 
 
@@ -126,6 +126,32 @@ def test_a_backend_that_is_not_there_is_refused():
         model, backend = Model().double(), "cpp"
     with pytest.raises(BackendUnavailableError, match="backend"):
         swap_(model, r=2, backend=backend)
+
+
+@pytest.mark.parametrize("make", [lambda: Model(), lambda: peft_model()], ids=["linear", "peft"])
+def test_a_layer_that_a_backend_cannot_take_is_refused(make, monkeypatch):
+    """The sm_90 kernel takes widths that are multiples of 8: q_proj is 8 x 8, v_proj 6 x 8."""
+    pytest.importorskip("deltadiff.kernels.lora_linear_hopper")
+    monkeypatch.setattr(ops, "_why_no_hopper", lambda device, dtype: None)
+    ops.choose_path.cache_clear()
+    model = make()
+    with pytest.raises(BackendUnavailableError, match="6 x 8: TMA"):
+        swap_(model, r=2, backend="hopper")
+    assert not any(isinstance(m, LoraLinear) for m in model.modules())
+    model = Model()
+    (row, _) = swap_(model, r=2, backend="hopper", target_modules=["q_proj"]).rows
+    assert (row.path, row.reason) == ("hopper", "asked for")
+    ops.choose_path.cache_clear()
+
+
+@pytest.mark.gpu
+def test_report_of_each_layer_on_a_gpu():
+    model = Model().to("cuda", torch.bfloat16)
+    rows = {row.module.rpartition(".")[2]: row for row in swap_(model, r=2).rows}
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert rows["q_proj"].path == "hopper"
+        assert "6 x 8: TMA" in rows["v_proj"].reason
+    assert rows["v_proj"].path == "triton"
 
 
 def test_model_must_be_a_module():

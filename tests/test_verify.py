@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from deltadiff import reference
+from deltadiff import compare, reference, verify
 from deltadiff.compare import Case, Row, differing, measure, poisoned
 from deltadiff.errors import ArgumentError, BackendUnavailableError
 from deltadiff.ops import choose_path
@@ -86,6 +86,17 @@ def test_passes_on_every_gpu(op):
         assert ok, format_table([row for row in rows if not row.ok])
 
 
+@pytest.mark.gpu
+def test_paths_on_a_gpu():
+    """A row tells which kernels ran; what a backend does not take is skipped with the reason."""
+    rows, _ = run("cuda", ["lora_linear"], quick=True, seed=SEED)
+    paths = {(row.shape, row.dtype): row.path for row in rows}
+    half = torch.cuda.get_device_capability() == (9, 0)
+    assert paths["640x520x776 r=16", "bfloat16"] == ("hopper" if half else "triton")
+    assert paths["640x520x776 r=16", "float32"] == "triton"
+    assert paths["64x96x80 r=8", "bfloat16"] == "triton"  # few tokens
+
+
 # ---------------------------------------------------------------- the parts
 
 
@@ -157,6 +168,32 @@ def test_interpreter():
     assert ok, format_table(rows)
     assert {row.dtype for row in rows if row.ok is None} == {"bfloat16"}
     assert {row.dtype for row in rows if row.path == "triton" and row.ok} == {"float32", "float16"}
+
+
+def test_what_a_backend_does_not_take_is_skipped(monkeypatch):
+    def some(device, dtype, asked, layer):
+        if asked == "triton" and layer == (65, 129, 3):
+            raise BackendUnavailableError("backend", "'triton': odd", "another")
+        return choose_path(device, dtype, None, layer)
+
+    monkeypatch.setattr(compare, "choose_path", some)
+    monkeypatch.setattr(verify, "choose_path", some)
+    rows, ok = run("cpu", ["lora_linear"], "triton", quick=True, seed=SEED)
+    skipped = [row for row in rows if row.ok is None]
+    assert ok and len(skipped) == 3 < len(rows)  # not float64, which is the reference's
+    assert {(row.shape, row.note) for row in skipped} == {
+        ("37x129x65 r=3", "skipped: 'triton': odd")
+    }
+
+
+def test_the_path_of_a_call():
+    hopper = pytest.importorskip("deltadiff.kernels.lora_linear_hopper")
+    weight = torch.zeros(16, 64, dtype=torch.bfloat16)
+    many = weight.new_zeros(hopper.LEAST_TOKENS, 72)
+    assert verify.path_of_call("hopper", many[:, :64], weight) == "hopper"
+    assert verify.path_of_call("hopper", many[:-1, :64], weight) == "triton"
+    assert verify.path_of_call("hopper", many[:, 1:65], weight) == "triton"
+    assert verify.path_of_call("cpp", many[:, :64], weight) == "cpp"
 
 
 def test_nothing_checked_is_not_a_pass(monkeypatch):

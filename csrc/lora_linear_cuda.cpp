@@ -1,0 +1,247 @@
+// lora_linear on a GPU: launches the kernels of backend "hopper" as plans say that Python made, one
+// for each kind of call. Whatever has no plan goes to the launchers in Python: the other backend,
+// calls that this kernel does not take, and what is captured in a graph.
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "gpu_launch.h"
+#include "ops.h"
+
+namespace deltadiff {
+namespace {
+
+using at::Tensor;
+
+// What a launch reads and writes; the same in kernels/lora_linear_plan.py.
+enum Slot { X, WEIGHT, LORA_A, LORA_B, GATE, BIAS, DY, US, VT, Y, DA, DB, MEMORY, SYNC, SLOTS };
+
+struct Plan {
+  int64_t kept_width, memory_bytes, sync_entries;
+  std::vector<GpuLaunch> launches;  // none: Python launches
+};
+
+std::vector<int64_t> make_plan(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& dy) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("deltadiff::lora_linear_plan", "")
+                             .typed<decltype(make_plan)>();
+  return op.call(x, weight, lora_A, lora_B, gate, bias, dy);
+}
+
+// ------------------------------------------------------------------------ plans, by key
+
+// Device; then of each input dtype and alignment, sizes and strides: all that a plan depends on.
+constexpr size_t kInputs = DY + 1;
+using Key = std::array<int64_t, 1 + 5 * kInputs>;
+using Inputs = std::array<const Tensor*, kInputs>;  // null: not given
+
+struct KeyHash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = 0;
+    for (int64_t number : key) {
+      hash = (hash ^ static_cast<uint64_t>(number)) * 0x9E3779B97F4A7C15u;  // 2^64 / golden ratio
+      hash ^= hash >> 32;
+    }
+    return hash;
+  }
+};
+
+int64_t misalignment(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16;
+}
+
+Key key_of(const Inputs& inputs) {
+  Key key = {inputs[X]->get_device()};
+  auto entry = key.begin() + 1;
+  for (const Tensor* t : inputs) {
+    if (t) {
+      entry[0] = 1 + static_cast<int64_t>(t->scalar_type()) * 16 + misalignment(*t);
+      const bool matrix = t->dim() == 2;  // vectors are dense
+      entry[1] = matrix ? t->size(0) : t->numel();
+      entry[2] = matrix ? t->size(1) : 0;
+      entry[3] = matrix ? t->stride(0) : 0;
+      entry[4] = matrix ? t->stride(1) : 0;
+    }
+    entry += 5;
+  }
+  return key;
+}
+
+class Plans {
+ public:
+  std::shared_ptr<const Plan> find(const Inputs& inputs) {
+    const Key key = key_of(inputs);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = plans_.find(key);
+      if (found != plans_.end()) return found->second;
+    }
+    auto plan = make(inputs);  // not under the lock: Python may be waiting for it
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (plans_.size() >= kMost) plans_.clear();
+    return plans_[key] = std::move(plan);
+  }
+
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    plans_.clear();
+  }
+
+ private:
+  static std::shared_ptr<const Plan> make(const Inputs& inputs) {
+    const auto optional = [&](Slot slot) {
+      return inputs[slot] ? OptionalTensor(*inputs[slot]) : std::nullopt;
+    };
+    const std::vector<int64_t> numbers = make_plan(
+        *inputs[X], *inputs[WEIGHT], *inputs[LORA_A], *inputs[LORA_B], optional(GATE),
+        optional(BIAS), optional(DY));
+    if (numbers.empty()) return std::make_shared<Plan>();
+    TORCH_CHECK(numbers.size() > 4, "a plan without launches");
+    const auto launches = c10::IntArrayRef(numbers).slice(4);
+    return std::make_shared<Plan>(
+        Plan{numbers[0], numbers[1], numbers[2], read_launches(numbers[3], launches)});
+  }
+
+  static constexpr size_t kMost = 4096;
+  std::mutex mutex_;
+  std::unordered_map<Key, std::shared_ptr<const Plan>, KeyHash> plans_;
+};
+
+// These two live as long as the process: nothing of CUDA can be freed when it ends.
+Plans& plans() {
+  static auto& all = *new Plans;
+  return all;
+}
+
+// Zeros, which every launch leaves as zeros; the launches of one stream share them.
+Tensor sync_of(const Tensor& x, void* stream, int64_t entries) {
+  static auto& mutex = *new std::mutex;
+  static auto& syncs = *new std::map<std::pair<int, void*>, Tensor>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Tensor& sync = syncs[{x.get_device(), stream}];
+  if (!sync.defined() || sync.numel() < entries)
+    sync = at::zeros({std::max<int64_t>(entries, 1024)}, x.options().dtype(at::kInt));
+  return sync;
+}
+
+// ------------------------------------------------------------------------------ a call
+
+struct Call {
+  std::shared_ptr<const Plan> plan;
+  void* stream;
+};
+
+// A call with a plan, or none: Python launches.
+std::optional<Call> find_call(const Inputs& inputs, std::string_view backend) {
+  if (backend != "hopper" || !can_launch()) return std::nullopt;
+  void* stream = current_stream(inputs[X]->get_device());
+  if (is_capturing(stream)) return std::nullopt;
+  auto plan = plans().find(inputs);
+  if (plan->launches.empty()) return std::nullopt;
+  return Call{std::move(plan), stream};
+}
+
+void run(
+    const Call& call, const Inputs& inputs, std::initializer_list<std::pair<Slot, Tensor>> others,
+    double scaling) {
+  const Tensor& x = *inputs[X];
+  std::array<char*, SLOTS> slots = {};
+  const auto put = [&](Slot slot, const Tensor& t) {
+    slots[slot] = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+  };
+  for (size_t i = 0; i < kInputs; ++i)
+    if (inputs[i]) put(static_cast<Slot>(i), *inputs[i]);
+  for (const auto& [slot, t] : others) put(slot, t);
+  const Tensor memory = at::empty({call.plan->memory_bytes}, x.options().dtype(at::kByte));
+  const Tensor sync = sync_of(x, call.stream, call.plan->sync_entries);
+  put(MEMORY, memory);
+  put(SYNC, sync);
+  for (const GpuLaunch& what : call.plan->launches)
+    launch(what, slots, static_cast<float>(scaling), x.get_device(), call.stream);
+}
+
+// A gate of several entries, and a bias, are read as dense vectors.
+OptionalTensor dense(const OptionalTensor& vector) {
+  return vector ? OptionalTensor(vector->contiguous()) : std::nullopt;
+}
+
+const Tensor* given(const OptionalTensor& t) { return t ? &*t : nullptr; }
+
+bool fits_tma(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(0) % 8 == 0 && misalignment(t) == 0;
+}
+
+// S (T), which lies after U (V): kernels/lora_linear_hopper.py
+Tensor rank_part(const Tensor& kept, int64_t m, int64_t r) {
+  return kept.view({-1}).slice(0, kept.numel() - m * r).view({m, r});
+}
+
+// s sum_m T S, for each rank or in all: as in kernels/lora_linear.py
+Tensor gate_gradient(const Tensor& T, const Tensor& S, double scaling, const Tensor& gate) {
+  const Tensor products = T.to(at::kDouble) * S.to(at::kDouble);
+  const Tensor sum = gate.numel() > 1 ? products.sum(0) : products.sum();
+  return (scaling * sum).to(gate.scalar_type()).reshape(gate.sizes());
+}
+
+}  // namespace
+
+void forget_plans() { plans().forget(); }
+
+std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    double scaling, const OptionalTensor& gate, const OptionalTensor& bias,
+    std::string_view backend) {
+  static const auto python = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("deltadiff::lora_linear_fwd_python", "")
+                                 .typed<decltype(lora_linear_fwd_cuda)>();
+  const PlainTensors plain;
+  const c10::DeviceGuard guard(x.device());
+  const OptionalTensor g = dense(gate), b = dense(bias);
+  const Inputs inputs = {&x, &weight, &lora_A, &lora_B, given(g), given(b), nullptr};
+  const auto call = find_call(inputs, backend);
+  if (!call) return python.call(x, weight, lora_A, lora_B, scaling, gate, bias, backend);
+
+  Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
+  Tensor kept = at::empty({x.size(0), call->plan->kept_width}, x.options().dtype(at::kFloat));
+  run(*call, inputs, {{US, kept}, {Y, y}}, scaling);
+  return {y, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+    const Tensor& lora_B, const Tensor& S, double scaling, const OptionalTensor& gate,
+    std::array<bool, 4> needs, std::string_view backend) {
+  static const auto python = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("deltadiff::lora_linear_bwd_python", "")
+                                 .typed<decltype(lora_linear_bwd_cuda)>();
+  const PlainTensors plain;
+  const c10::DeviceGuard guard(x.device());
+  const OptionalTensor g = dense(gate);
+  const Tensor rows = fits_tma(dy) ? dy : dy.contiguous();
+  const Inputs inputs = {&x, &weight, &lora_A, &lora_B, given(g), nullptr, &rows};
+  const bool kept_as_made = S.is_contiguous() && misalignment(S) == 0;
+  const auto call = kept_as_made ? find_call(inputs, backend) : std::nullopt;
+  if (!call)
+    return python.call(dy, x, weight, lora_A, lora_B, S, scaling, gate, needs, backend);
+
+  const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
+  Tensor dx = like(x), dA = like(lora_A), dB = like(lora_B), dgate;
+  const Tensor VT_ = like(S);
+  run(*call, inputs, {{US, S}, {VT, VT_}, {Y, dx}, {DA, dA}, {DB, dB}}, scaling);
+  if (needs[3] && gate) {
+    const int64_t m = x.size(0), r = lora_A.size(0);
+    dgate = gate_gradient(rank_part(VT_, m, r), rank_part(S, m, r), scaling, *gate);
+  }
+  return {
+      needs[0] ? dx : Tensor(), needs[1] ? dA : Tensor(), needs[2] ? dB : Tensor(), dgate};
+}
+
+}  // namespace deltadiff
