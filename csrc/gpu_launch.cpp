@@ -78,17 +78,6 @@ void check(CUresult result, const char* call) {
   TORCH_CHECK(false, call, ": ", text ? text : "unknown error", " (", result, ")");
 }
 
-// PyTorch's calls leave a thread without a context as long as they find all they need in caches.
-void ensure_context(int8_t device) {
-  void* context = nullptr;
-  check(driver().get_context(&context), "cuCtxGetCurrent");
-  if (context) return;
-  int handle = 0;
-  check(driver().get_device(&handle, device), "cuDeviceGet");
-  check(driver().retain_primary(&context, handle), "cuDevicePrimaryCtxRetain");
-  check(driver().set_context(context), "cuCtxSetCurrent");
-}
-
 void encode(CUtensorMap& map, const TensorMapShape& matrix, char* address) {
   // Inner dimension first; its stride is 1 and not told.
   const uint64_t shape[] = {uint64_t(matrix.shape[1]), uint64_t(matrix.shape[0])};
@@ -202,7 +191,17 @@ bool can_launch() {
   return false;
 }
 
-void* current_stream(int8_t device) {
+void ensure_context(int device) {
+  void* context = nullptr;
+  check(driver().get_context(&context), "cuCtxGetCurrent");
+  if (context) return;
+  int handle = 0;
+  check(driver().get_device(&handle, device), "cuDeviceGet");
+  check(driver().retain_primary(&context, handle), "cuDevicePrimaryCtxRetain");
+  check(driver().set_context(context), "cuCtxSetCurrent");
+}
+
+void* current_stream(int device) {
   void* stream = nullptr;
   TORCH_CHECK(driver().torch_stream(device, &stream) == 0, "no current stream on device ", device);
   return stream;
@@ -214,9 +213,7 @@ bool is_capturing(void* stream) {
   return status != 0;
 }
 
-void launch(
-    const GpuLaunch& what, c10::ArrayRef<char*> slots, float scaling, int8_t device, void* stream) {
-  ensure_context(device);
+void launch(const GpuLaunch& what, c10::ArrayRef<char*> slots, float scaling, void* stream) {
   Arguments arguments;
   for (const Parameter& parameter : what.parameters) {
     switch (parameter.kind) {

@@ -1,7 +1,7 @@
-// Launches of kernels that Triton compiled, without Python. What is launched, with which parameters,
-// Python says once, in numbers (kernels/plan.py); the addresses are new each time.
+// Launches of kernels that Triton compiled, without Python. What is launched, and with which
+// parameters, Python says once, in numbers (kernels/plan.py); the addresses are new each time.
 //
-// Neither CUDA's headers nor its libraries are needed to build this: the driver is found at run time.
+// To build this takes neither CUDA's headers nor its libraries: the driver is found at run time.
 #pragma once
 
 #include <array>
@@ -40,14 +40,16 @@ std::vector<GpuLaunch> read_launches(int64_t count, c10::IntArrayRef numbers);
 // Whether libcuda and PyTorch's streams can be reached; false warns once, with the reason.
 bool can_launch();
 
+// Gives this thread the context of `device` if it has none: PyTorch leaves it without one as long
+// as it finds all it needs in caches.
+void ensure_context(int device);
+
 // CUDA's handle of the current stream of a device.
-void* current_stream(int8_t device);
+void* current_stream(int device);
 
 bool is_capturing(void* stream);
 
-// The context of `device` becomes this thread's if the thread has none; `slots` are the tensors'
-// addresses. Throws what the driver says of an error.
-void launch(
-    const GpuLaunch& what, c10::ArrayRef<char*> slots, float scaling, int8_t device, void* stream);
+// `slots` are the tensors' addresses. Throws what the driver says of an error.
+void launch(const GpuLaunch& what, c10::ArrayRef<char*> slots, float scaling, void* stream);
 
 }  // namespace deltadiff

@@ -64,7 +64,6 @@ TORCH_LIBRARY(deltadiff, m) {
   m.def(
       "lora_linear_plan(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? gate, "
       "Tensor? bias, Tensor? dy) -> int[]");
-  m.def("forget_plans() -> ()", forget_plans);
   m.def(
       "delta_update_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] delta_As, "
       "Tensor[] delta_Bs, float[] scales, str rounding, Tensor(b!)[] remainders, int seed, "

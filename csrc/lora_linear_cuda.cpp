@@ -90,11 +90,6 @@ class Plans {
     return plans_[key] = std::move(plan);
   }
 
-  void forget() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    plans_.clear();
-  }
-
  private:
   static std::shared_ptr<const Plan> make(const Inputs& inputs) {
     const auto optional = [&](Slot slot) {
@@ -104,8 +99,9 @@ class Plans {
         *inputs[X], *inputs[WEIGHT], *inputs[LORA_A], *inputs[LORA_B], optional(GATE),
         optional(BIAS), optional(DY));
     if (numbers.empty()) return std::make_shared<Plan>();
-    TORCH_CHECK(numbers.size() > 4, "a plan without launches");
-    const auto launches = c10::IntArrayRef(numbers).slice(4);
+    constexpr size_t kHeader = 4;
+    TORCH_CHECK(numbers.size() > kHeader, "a plan without launches");
+    const auto launches = c10::IntArrayRef(numbers).slice(kHeader);
     return std::make_shared<Plan>(
         Plan{numbers[0], numbers[1], numbers[2], read_launches(numbers[3], launches)});
   }
@@ -115,15 +111,10 @@ class Plans {
   std::unordered_map<Key, std::shared_ptr<const Plan>, KeyHash> plans_;
 };
 
-// These two live as long as the process: nothing of CUDA can be freed when it ends.
-Plans& plans() {
-  static auto& all = *new Plans;
-  return all;
-}
-
 // Zeros, which every launch leaves as zeros; the launches of one stream share them.
 Tensor sync_of(const Tensor& x, void* stream, int64_t entries) {
-  static auto& mutex = *new std::mutex;
+  static std::mutex mutex;
+  // Never freed: when the process ends, CUDA may have gone before.
   static auto& syncs = *new std::map<std::pair<int, void*>, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
   Tensor& sync = syncs[{x.get_device(), stream}];
@@ -142,9 +133,12 @@ struct Call {
 // A call with a plan, or none: Python launches.
 std::optional<Call> find_call(const Inputs& inputs, std::string_view backend) {
   if (backend != "hopper" || !can_launch()) return std::nullopt;
-  void* stream = current_stream(inputs[X]->get_device());
+  const auto device = inputs[X]->get_device();
+  ensure_context(device);
+  void* stream = current_stream(device);
   if (is_capturing(stream)) return std::nullopt;
-  auto plan = plans().find(inputs);
+  static Plans plans;
+  auto plan = plans.find(inputs);
   if (plan->launches.empty()) return std::nullopt;
   return Call{std::move(plan), stream};
 }
@@ -165,7 +159,7 @@ void run(
   put(MEMORY, memory);
   put(SYNC, sync);
   for (const GpuLaunch& what : call.plan->launches)
-    launch(what, slots, static_cast<float>(scaling), x.get_device(), call.stream);
+    launch(what, slots, static_cast<float>(scaling), call.stream);
 }
 
 // A gate of several entries, and a bias, are read as dense vectors.
@@ -192,8 +186,6 @@ Tensor gate_gradient(const Tensor& T, const Tensor& S, double scaling, const Ten
 }
 
 }  // namespace
-
-void forget_plans() { plans().forget(); }
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
@@ -234,11 +226,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
 
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   Tensor dx = like(x), dA = like(lora_A), dB = like(lora_B), dgate;
-  const Tensor VT_ = like(S);
-  run(*call, inputs, {{US, S}, {VT, VT_}, {Y, dx}, {DA, dA}, {DB, dB}}, scaling);
+  const Tensor vt = like(S);
+  run(*call, inputs, {{US, S}, {VT, vt}, {Y, dx}, {DA, dA}, {DB, dB}}, scaling);
   if (needs[3] && gate) {
     const int64_t m = x.size(0), r = lora_A.size(0);
-    dgate = gate_gradient(rank_part(VT_, m, r), rank_part(S, m, r), scaling, *gate);
+    dgate = gate_gradient(rank_part(vt, m, r), rank_part(S, m, r), scaling, *gate);
   }
   return {
       needs[0] ? dx : Tensor(), needs[1] ? dA : Tensor(), needs[2] ? dB : Tensor(), dgate};

@@ -34,9 +34,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cuda(
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
     std::array<bool, 4> needs, std::string_view backend);
 
-// Launches are planned anew: after a change of what decides on their configurations.
-void forget_plans();
-
 // The rest runs on the CPU.
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,

@@ -58,6 +58,12 @@ class PendingDelta:
         on = update_ratio if started else 0.0
         return torch.tensor([1 + on] * r + [-on] * r, dtype=wide, device=like.device)
 
+    @property
+    def rank(self) -> int:
+        """Of the one low-rank product that the forward pass needs; see `stack`."""
+        added = [p.A.shape[0] for p in self.folded or () if not p.in_weight]
+        return self.gate.shape[0] + sum(added)
+
     def started(self) -> bool:
         """Whether W has been updated. Reads one value from the device."""
         return bool(self.gate[-1] != 0)
@@ -144,7 +150,8 @@ class LoraLinear(nn.Linear):
         """Which backend this layer takes, and why."""
         if self.quantised:
             return Path("reference", f"{self.weight.dtype} weight: the base layer's own product")
-        layer = (self.out_features, self.in_features, self.r)
+        rank = self.r if self.added is None else self.added.rank
+        layer = (self.out_features, self.in_features, rank)
         return choose_path(self.weight.device, self.weight.dtype, self.backend, layer)
 
     def forward(self, x: Tensor) -> Tensor:

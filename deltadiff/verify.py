@@ -102,7 +102,7 @@ def lora_linear_rows(case, tokens, k, n, r, gates, dtype, adapter) -> Iterator[R
             case.normal(n, dtype=dtype) if gates else None,
             case.normal(tokens, n, dtype=dtype),
         ]
-        case.path = path_of_call(backend, *inputs[:2])
+        case.path = path_of_call(backend, tokens)
         given = [t for t in inputs if t is not None]
         doubles = [None if t is None else t.double() for t in inputs]
         before += deepcopy(given)
@@ -120,13 +120,13 @@ def lora_linear_rows(case, tokens, k, n, r, gates, dtype, adapter) -> Iterator[R
     yield case.equal("inputs kept", after, before)
 
 
-def path_of_call(backend: str, x: Tensor, weight: Tensor) -> str:
+def path_of_call(backend: str, tokens: int) -> str:
     """The sm_90 kernel leaves calls with few tokens to the portable ones."""
     if backend != "hopper":
         return backend
     from .kernels import lora_linear_hopper
 
-    return "hopper" if lora_linear_hopper._takes(x, weight) else "triton"
+    return "hopper" if lora_linear_hopper.takes(tokens) else "triton"
 
 
 def lora_linear_outputs(

@@ -38,6 +38,7 @@ from .tables import on_device
 
 MAX_RANK = 64
 LEAST_TOKENS = 512  # with fewer, the portable kernels are as fast
+MOST_TOKENS = 128 * 0x7FFF  # a place in the order of work has 15 bits
 NUM_WARPS = 8  # that multiply
 
 
@@ -138,13 +139,21 @@ def why_not(N: int, K: int, R: int) -> str | None:
     return None
 
 
-def _takes(x, weight) -> bool:
-    """Whether this call goes to this kernel, else to the portable ones."""
-    return x.shape[0] >= LEAST_TOKENS and _fits_tma(x) and _fits_tma(weight)
+def takes(M: int) -> bool:
+    """Whether a call of M tokens goes to this kernel, else to the portable ones.
+
+    By M alone: backward must find what forward kept, wherever x and W lie by then.
+    """
+    return LEAST_TOKENS <= M <= MOST_TOKENS
 
 
-def _fits_tma(t) -> bool:
-    return t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+def fits_tma(t) -> bool:
+    dense = t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0
+    return dense and t.data_ptr() % 16 == 0
+
+
+def _for_tma(t):
+    return t if fits_tma(t) else t.clone(memory_format=_DENSE)
 
 
 # -------------------------------------------------------------------------- launchers
@@ -160,9 +169,10 @@ def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
     m, r = x.shape[0], lora_A.shape[0]
     kept = x.new_empty(kept_shape(m, r), dtype=torch.float32)
     u, s = _kept_views(kept, r, x.dtype)
-    if not _takes(x, weight):
+    if not takes(m):
         return portable.lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, s)[0], kept
     with on_device(x.device):
+        x, weight = _for_tma(x), _for_tma(weight)
         y = x.new_empty((m, weight.shape[0]))
         a, b = _packed(lora_A, lora_B, x.dtype)
         work = _Work.of(x.device, m, y.shape[1], x.shape[1], r, False)
@@ -178,10 +188,10 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
     r = lora_A.shape[0]
     need_x, need_A, need_B, need_gate = needs
     u, s = _kept_views(kept, r, x.dtype)
-    if not _takes(x, weight):
+    if not takes(x.shape[0]):
         return portable.lora_linear_bwd(dy, x, weight, lora_A, lora_B, s, scaling, gate, needs)
-    dy = dy if _fits_tma(dy) else dy.contiguous()
     with on_device(dy.device):
+        dy, x, weight = _for_tma(dy), _for_tma(x), _for_tma(weight)
         v, t = torch.empty_like(u), torch.empty_like(s)
         dx, da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (x, lora_A, lora_B))
         a, b = _packed(lora_A, lora_B, x.dtype)
@@ -225,7 +235,7 @@ def _packed(a, b, dtype):
 
 
 def _needs_no_packing(a, b, dtype) -> bool:
-    return a.dtype == dtype and _fits_tma(a) and _fits_tma(b)
+    return a.dtype == dtype and fits_tma(a) and fits_tma(b)
 
 
 def _packed_shapes(a, b):

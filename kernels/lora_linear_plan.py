@@ -12,6 +12,10 @@ from .plan import Place, Workspace, write_down
 X, WEIGHT, LORA_A, LORA_B, GATE, BIAS, DY, US, VT, Y, DA, DB, MEMORY, SYNC = range(14)
 
 
+def _given(t) -> list:
+    return [] if t is None else [t]
+
+
 def lora_linear_plan(x, weight, lora_A, lora_B, gate, bias, dy) -> list[int]:
     """The launches of `lora_linear_fwd`, or with ``dy`` of `lora_linear_bwd`, as numbers.
 
@@ -19,7 +23,7 @@ def lora_linear_plan(x, weight, lora_A, lora_B, gate, bias, dy) -> list[int]:
     keeps, the bytes of memory and the int32 entries of sync; then what `kernels.plan` writes.
     Empty for a call that does not go to this kernel.
     """
-    if not hopper._takes(x, weight):
+    if not hopper.takes(x.shape[0]) or not all(map(hopper.fits_tma, (x, weight, *_given(dy)))):
         return []
     device, (m, r) = x.device, (x.shape[0], lora_A.shape[0])
     given = enumerate((x, weight, lora_A, lora_B, gate, bias, dy))

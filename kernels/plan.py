@@ -15,10 +15,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
 POINTER, INT32, INT64, SCALING, DESCRIPTOR = range(5)
 INTEGERS = {"i32": INT32, "i64": INT64}
+TENSOR_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 
 
 class CannotPlanError(RuntimeError):
@@ -80,7 +80,7 @@ def write_down(kernel, grid: tuple[int, ...], *args, **options) -> list[int]:
         CannotPlanError: clusters, scratch memory of Triton's own, or types that are not above.
     """
     compiled = kernel.warmup(*args, grid=grid, **options)
-    compiled.run  # loads it  # noqa: B018
+    _ = compiled.run  # loads it: the function has no address before
     metadata = compiled.metadata
     warps, ctas, shared = compiled.packed_metadata
     extras = (
@@ -88,11 +88,12 @@ def write_down(kernel, grid: tuple[int, ...], *args, **options) -> list[int]:
     )  # fmt: skip
     if ctas != 1 or len(grid) != 1 or any(getattr(metadata, name) for name in extras):
         raise CannotPlanError(f"{metadata.name}: clusters, scratch memory or launch attributes")
-    descriptors = iter(metadata.tensordesc_meta or ())
-    parameters = []
-    for arg, kind in zip(args, compiled.src.signature.values(), strict=True):
-        if kind != "constexpr":
-            parameters.append(_parameter(arg, kind, descriptors))
+    kinds, descriptors = compiled.src.signature.values(), iter(metadata.tensordesc_meta or ())
+    parameters = [
+        _parameter(arg, kind, descriptors)
+        for arg, kind in zip(args, kinds, strict=True)
+        if kind != "constexpr"
+    ]
     numbers = [compiled.function, *grid, 32 * warps, shared, len(parameters)]
     return numbers + [number for parameter in parameters for number in parameter]
 
@@ -105,10 +106,9 @@ def _parameter(arg, kind: str, descriptors) -> list[int]:
     if kind == "fp32":
         return [SCALING]
     meta = next(descriptors, None) if kind.startswith("tensordesc") else None
-    if meta is None or meta["fp4_padded"] or len(arg.shape) != 2 or arg.padding != "zero":
+    element = TENSOR_MAP_TYPES.get(arg.base.dtype) if meta else None
+    if element is None or meta["fp4_padded"] or len(arg.shape) != 2 or arg.padding != "zero":
         raise CannotPlanError(f"a parameter of type {kind}")
-    element = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["elem_size"], meta["swizzle"]
-    base = arg.base
-    return [
-        DESCRIPTOR, base.slot, base.offset, *element, *meta["block_size"], *arg.shape, *arg.strides
-    ]  # fmt: skip
+    base, size = arg.base, meta["elem_size"]
+    place = base.slot, base.offset, element, size, meta["swizzle"]
+    return [DESCRIPTOR, *place, *meta["block_size"], *arg.shape, *arg.strides]
