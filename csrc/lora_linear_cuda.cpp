@@ -169,8 +169,10 @@ OptionalTensor dense(const OptionalTensor& vector) {
 
 const Tensor* given(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
-bool fits_tma(const Tensor& t) {
-  return t.stride(1) == 1 && t.stride(0) % 8 == 0 && misalignment(t) == 0;
+// As TMA takes it: rows side by side or apart, none upon another, each at a multiple of 16 bytes.
+Tensor for_tma(const Tensor& t) {
+  const bool dense = t.stride(1) == 1 && t.stride(0) >= t.size(1) && t.stride(0) % 8 == 0;
+  return dense && misalignment(t) == 0 ? t : t.clone(at::MemoryFormat::Contiguous);
 }
 
 // S (T), which lies after U (V): kernels/lora_linear_hopper.py
@@ -217,12 +219,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
   const PlainTensors plain;
   const c10::DeviceGuard guard(x.device());
   const OptionalTensor g = dense(gate);
-  const Tensor rows = fits_tma(dy) ? dy : dy.contiguous();
+  // The others are stored tensors, which fit; a gradient is often one row, or number, expanded.
+  const Tensor rows = backend == "hopper" ? for_tma(dy) : dy;
   const Inputs inputs = {&x, &weight, &lora_A, &lora_B, given(g), nullptr, &rows};
   const bool kept_as_made = S.is_contiguous() && misalignment(S) == 0;
   const auto call = kept_as_made ? find_call(inputs, backend) : std::nullopt;
   if (!call)
-    return python.call(dy, x, weight, lora_A, lora_B, S, scaling, gate, needs, backend);
+    return python.call(rows, x, weight, lora_A, lora_B, S, scaling, gate, needs, backend);
 
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   Tensor dx = like(x), dA = like(lora_A), dB = like(lora_B), dgate;
