@@ -142,6 +142,7 @@ def choose_path(
     if native == "cpp":
         return Path("cpp", "CPU: native C++")
     major, minor = torch.cuda.get_device_capability(device)
+    no_hopper = no_hopper or lora_linear_hopper.why_slower(layer[2])
     if no_hopper is None:
         return Path("hopper", "sm_90: one launch forward, one backward")
     why = f" ({no_hopper})" if layer and (major, minor) == (9, 0) else ""

@@ -309,7 +309,7 @@ _DENSE = torch.contiguous_format
 
 def _with_branch(v, q, d, p, scaling, gate, bias, u=None):
     """(Y, U): Y = V Q^T + bias + (s g U) P^T, U = V D^T float32, in ``u`` where one is given."""
-    if few.takes(v, p.shape[1]):
+    if few.takes(v, q.shape[0], p.shape[1]):
         u = v.new_empty(v.shape[0], p.shape[1], dtype=torch.float32) if u is None else u
         index, shared = index_type(p.shape[1], v, q, d, p), shared_kib(v.device)
         return few.few_linear(v, q, d, p, scaling, gate, bias, u, index, shared), u

@@ -55,7 +55,7 @@ def _lora_linear_few_kernel(
             q = tl.load(q_ptr + q_offs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
             d = tl.load(d_ptr + d_offs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
         acc = tl.dot(v, q, acc)
-        u = tl.dot(v, d.to(v.dtype), u)
+        u = tl.dot(v, d, u)
         v_ptr += BLOCK_SIZE_K * stride_vk
         q_ptr += BLOCK_SIZE_K * stride_qk
         d_ptr += BLOCK_SIZE_K * stride_dk
@@ -117,9 +117,13 @@ def few_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
     )  # fmt: skip
 
 
-def takes(v, R: int) -> bool:
-    """Whether these products are for this kernel: 16-bit ones of few rows."""
-    return v.element_size() == 2 and 0 < v.shape[0] <= MOST_TOKENS and R <= MAX_RANK
+def takes(v, N: int, R: int) -> bool:
+    """Whether these products are for this kernel: 16-bit ones of few rows.
+
+    Odd sizes are not: rows that start anywhere cannot be loaded ahead.
+    """
+    aligned = v.shape[1] % 8 == 0 and N % 8 == 0
+    return v.element_size() == 2 and aligned and 0 < v.shape[0] <= MOST_TOKENS and R <= MAX_RANK
 
 
 # --------------------------------------------------------------------------- launcher
@@ -133,6 +137,7 @@ def few_linear(v, q, d, p, scaling, gate, bias, u, index, shared):
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
+    d = d.to(v.dtype)  # here: Triton 3.6 compiles a conversion between load and product wrongly
     y, parts, u_parts = v.new_empty((m, n)), None, None
     if splits > 1:
         parts = v.new_empty((splits, m, n), dtype=torch.float32)

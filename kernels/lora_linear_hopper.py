@@ -37,7 +37,8 @@ from .send import is_capturing
 from .tables import on_device
 
 MAX_RANK = 64
-LEAST_TOKENS = 512  # with fewer, the portable kernels are as fast
+BEST_RANK = 32  # up to which it is the fastest
+LEAST_TOKENS = 256  # with fewer, the portable kernels are faster
 MOST_TOKENS = 128 * 0x7FFF  # a place in the order of work has 15 bits
 NUM_WARPS = 8  # that multiply
 
@@ -137,6 +138,11 @@ def why_not(N: int, K: int, R: int) -> str | None:
     if N % 8 or K % 8:
         return f"{N} x {K}: TMA needs rows of a multiple of 16 bytes"
     return None
+
+
+def why_slower(R: int) -> str | None:
+    """None for a layer that is fastest here, else the reason in words."""
+    return f"rank {R} > {BEST_RANK}, where they are faster" if R > BEST_RANK else None
 
 
 def takes(M: int) -> bool:

@@ -69,7 +69,7 @@ def on_capability(monkeypatch):
     [
         ((4096, 11008, 16), None),
         ((8, 8, 1), None),
-        ((4096, 4096, 64), None),
+        ((4096, 4096, 32), None),
         ((4096, 4096, 65), "rank 65 > 64"),
         ((12, 4096, 8), "12 x 4096: TMA needs rows of a multiple of 16 bytes"),
         ((4096, 777, 8), "4096 x 777: TMA needs rows of a multiple of 16 bytes"),
@@ -87,6 +87,13 @@ def test_why_not(layer, reason, on_capability):
                 ops.choose_path(device, dtype, "hopper", layer)
         else:
             assert ops.choose_path(device, dtype, "hopper", layer).backend == "hopper"
+
+
+def test_higher_ranks_are_for_who_asks(on_capability):
+    device, layer = on_capability(9, 0), (4096, 4096, 64)
+    path = ops.choose_path(device, BF16, None, layer)
+    assert path.backend == "triton" and "rank 64 > 32" in path.reason
+    assert ops.choose_path(device, BF16, "hopper", layer).backend == "hopper"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
