@@ -137,7 +137,7 @@ def few_linear(v, q, d, p, scaling, gate, bias, u, index, shared):
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
-    d = d.to(v.dtype)  # here: Triton 3.6 compiles a conversion between load and product wrongly
+    d = d.to(v.dtype)  # not in the kernel's loop: Triton 3.6 then read outside of shared memory
     y, parts, u_parts = v.new_empty((m, n)), None, None
     if splits > 1:
         parts = v.new_empty((splits, m, n), dtype=torch.float32)
