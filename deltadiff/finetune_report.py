@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import statistics
 import sys
 from collections import Counter
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import info
+from .generate import Completion
 from .lora import lora_layers
 from .swap import swap_report
-from .training import Progress, Task
+from .training import Forward, Progress, Task
 
 
 def training(task: Task, model: nn.Module, progress: Progress, batch_size: int) -> dict:
@@ -41,14 +43,15 @@ def training(task: Task, model: nn.Module, progress: Progress, batch_size: int) 
 
 @torch.no_grad()
 def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
-    """Of what Delta-LoRA wanted to add, D = lambda s (B_T A_T - B_k A_k), the share that is in W.
+    """Of what in-place Delta-LoRA wanted to add, lambda s (B_T A_T - B_k A_k), the share in W.
 
-    share: <W_T - W_0, D> / <D, D> over all layers; size: |D| / |W_0|.
+    share: <W_T - W_0, D> / <D, D> over all layers, D being that; size: |D| / |W_0|. None for other
+    methods.
     """
     reached = wanted = before = 0.0
     for name, layer in lora_layers(model).items():
         delta = layer.delta
-        if delta is None or not delta.started():
+        if delta is None or not delta.in_weight or not delta.started():
             continue
         products = [p for p in delta.folded or () if p.in_weight]
         products.append(delta.product(layer.lora_A, layer.lora_B, layer.scaling))
@@ -60,6 +63,38 @@ def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
     if not wanted:
         return None
     return {"share": reached / wanted, "size": (wanted / before) ** 0.5}
+
+
+@torch.no_grad()
+def similarity(
+    forward: Forward, model: nn.Module, original: nn.Module
+) -> dict[str, dict[str, float]]:
+    """Cosine similarity of fine-tuned and original weights (Delta-LoRA's figure 3).
+
+    By the place of a linear layer in its block, then by block; places that no block changed are
+    left out. A fine-tuned weight is what the layer does to the identity, its low-rank branch with
+    it, so it is as exact as the dtype of the run.
+    """
+    model.eval()
+    found: dict[str, dict[str, float]] = {}
+    changed = set()
+    for name, layer in original.named_modules():
+        place = re.fullmatch(r"\D*?\.(\d+)\.(.+)", name)
+        weight = getattr(layer, "weight", None)
+        if place is None or weight is None or weight.dim() != 2 or isinstance(layer, nn.Embedding):
+            continue
+        before = weight.T if isinstance(layer, nn.Linear) else weight  # GPT-2's Conv1D: (in, out)
+        now = model.get_submodule(name)
+        like = next(p for n, p in now.named_parameters() if n.endswith("weight"))
+        eye = torch.eye(len(before), dtype=like.dtype, device=like.device)
+        with forward.autocast():
+            after = (now(eye) - now(torch.zeros_like(eye[:1]))).double()
+        before = before.to(after)
+        if not torch.equal(after, before):
+            changed.add(place[2])
+        cosine = (after * before).sum() / (after.norm() * before.norm())
+        found.setdefault(place[2], {})[place[1]] = cosine.item()
+    return {kind: blocks for kind, blocks in found.items() if kind in changed}
 
 
 def environment(device: torch.device) -> dict:
@@ -81,15 +116,25 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_predictions(path: Path, rows: Tensor, task: Task) -> None:
-    """A line a held-out example: logits of each class, or (negative log-likelihood, tokens)."""
-    labels = task.model.labels
+    """A line a held-out example: the answer and logits, or (negative log-likelihood, tokens)."""
+    labels, regression = task.model.labels, task.model.regression
+    columns = ["label", "predicted", *(f"logit {name}" for name in labels)]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        columns = [f"logit {name}" for name in labels] if labels else ["nll", "tokens"]
-        writer.writerow(["text", *(["label", "predicted"] if labels else []), *columns])
+        writer.writerow(["text", *(columns if labels or regression else ["nll", "tokens"])])
         for example, row in zip(task.heldout_examples, rows.tolist(), strict=True):
-            names = [example.label, labels[row.index(max(row))]] if labels else []
+            names = [example.label] if labels or regression else []
+            names += [labels[row.index(max(row))]] if labels else []
             writer.writerow([example.text, *names, *row])
+
+
+def write_completions(path: Path, completions: list[Completion]) -> None:
+    """A line a prompt: what the model wrote, and the references."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "completion", "references"])
+        for c in completions:
+            writer.writerow([c.prompt, c.text, "\n".join(c.references)])
 
 
 def describe(measured: dict[str, float]) -> str:
@@ -112,7 +157,7 @@ def summary(result: dict) -> str:
         lines.append(
             f"{update['share']:.1%} of the wanted update is in W (a change by {update['size']:.2%})"
         )
-    lines.append(
-        f"in {result['settings']['output']}: result.json, loss.png, predictions.csv, adapter"
-    )
+    lines += [f"without {name}: {why}" for name, why in result["metrics_left_out"].items()]
+    output = Path(result["settings"]["output"])
+    lines.append(f"in {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
     return "\n".join(lines)

@@ -3,17 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers too
-
 
 def plot_loss(path: Path, results: Mapping[str, dict], title: str) -> None:
     """Training loss over steps of one or more runs, with the held-out figure before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    for colour, (name, result) in zip(COLOURS, results.items(), strict=False):
+    figure, axes = _figure()
+    for colour, (name, result) in zip(_colours(len(results)), results.items(), strict=True):
         curve = result["loss_curve"]
         steps = range(1, len(curve) + 1)
         axes.plot(steps, curve, color=colour, alpha=0.25, linewidth=1)
@@ -21,17 +15,55 @@ def plot_loss(path: Path, results: Mapping[str, dict], title: str) -> None:
         axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{name}: {_gain(result)}")
     settings = next(iter(results.values()))["settings"]
     axes.set_xlabel(f"optimizer step ({settings['batch_size']} examples each)")
-    axes.set_ylabel("training loss (cross-entropy, nats)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(title="thin: each step; thick: running mean", framealpha=0.9)
-    FigureCanvasAgg(figure).print_png(path)
+    squared = "mse" in next(iter(results.values()))["after"]
+    axes.set_ylabel("training loss " + ("(squared error)" if squared else "(cross-entropy, nats)"))
+    _finish(figure, axes, path, title, legend="thin: each step; thick: running mean")
+
+
+def plot_similarity(path: Path, similarity: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """Cosine similarity of fine-tuned and original weights over the blocks (figure 3)."""
+    figure, axes = _figure()
+    for colour, (name, blocks) in zip(_colours(len(similarity)), similarity.items(), strict=True):
+        axes.plot(
+            [int(block) for block in blocks], list(blocks.values()), "o-", color=colour, label=name
+        )
+    axes.set_xlabel("block")
+    axes.set_ylabel("cosine similarity of fine-tuned and original weights")
+    _finish(figure, axes, path, title)
 
 
 def _gain(result: dict) -> str:
-    key = "accuracy" if "accuracy" in result["after"] else "nll_per_token"
-    name = {"nll_per_token": "loss a token"}.get(key, key)
+    key = next(iter(result["before"]))
+    name = {"nll_per_token": "loss a token", "mse": "squared error"}.get(key, key)
     return f"held-out {name} {result['before'][key]:.3f} → {result['after'][key]:.3f}"
+
+
+def _figure():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _colours(count: int):
+    """Told apart by colour-blind readers too, where a few are enough."""
+    import matplotlib
+
+    few = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+    return (
+        few[:count]
+        if count <= len(few)
+        else matplotlib.colormaps["turbo"].resampled(count)(range(count))
+    )
+
+
+def _finish(figure, axes, path: Path, title: str, legend: str | None = None) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(title=legend, framealpha=0.9)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from .data import IGNORED, Encoded, Example, batch_indices
 from .errors import ArgumentError, CheckpointError
 from .models import Model
 
-WARMUP_STEPS = 10
 READ_EVERY = 10  # steps between two looks at the loss of a GPU, each of which waits for it
 
 
@@ -60,34 +59,74 @@ class Task:
     dtype: torch.dtype
 
 
-# ------------------------------------------------------------------ loss and metric
+@dataclass(frozen=True)
+class Prepared:
+    """What a method made of a model: what is trained, what trains it, and how it is kept.
+
+    Attributes:
+        optimizer: of all that is trained.
+        save, load: write what was trained into a folder, and put it back.
+        penalty: added to the training loss, differentiable; None for none.
+        evaluating: a context in which the model is as it will be used.
+        keep: writes the finished model into a folder, where that is not what ``save`` writes.
+        search: a first stage, run with the output folder; returns what the second stage trains.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    save: Callable[[Path], object]
+    load: Callable[[Path], object]
+    penalty: Callable[[], Tensor] | None = None
+    evaluating: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    search: Callable[[Path], "Prepared"] | None = None
+    keep: Callable[[Path], object] | None = None
+
+    def write(self, output: Path) -> None:
+        """The finished model, into the output folder."""
+        if self.keep is None:
+            self.save(output / "adapter")
+        else:
+            self.keep(output / "model")
+
+
+# ----------------------------------------------------------------------------- loss
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A model with the device and the dtype that its products run in."""
+    """A model with the device and the dtype that its products run in.
+
+    ``label_smoothing`` is for training only.
+    """
 
     model: nn.Module
     device: torch.device
     dtype: torch.dtype
+    label_smoothing: float = 0.0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def loss(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, Tensor]:
-        """(loss, logits); the loss is of a class, or of every next token."""
+        """(loss, logits); the loss is of a class, of a number, or of every next token."""
         labels = batch["labels"]
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         logits = out.logits.float()
+        if labels.is_floating_point():
+            return mse_loss(logits.squeeze(-1), labels, reduction=reduction), logits
         if labels.dim() == 2:  # each token's logits are about the next one
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss = cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), reduction=reduction, ignore_index=IGNORED
-        )
+            logits.flatten(0, -2), labels.flatten(), reduction=reduction, ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing if self.model.training else 0.0,
+        )  # fmt: skip
         return (loss.view_as(labels) if reduction == "none" else loss), logits
 
 
 @torch.no_grad()
 def predict(forward: Forward, data: Encoded, batch_size: int) -> Tensor:
-    """A row an example: logits of the classes, or (negative log-likelihood, tokens)."""
+    """A row an example: what the head gives, or (negative log-likelihood, tokens)."""
     was_training = forward.model.training
     forward.model.eval()
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))  # little padding
@@ -104,22 +143,12 @@ def predict(forward: Forward, data: Encoded, batch_size: int) -> Tensor:
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 
-def metrics(rows: Tensor, data: Encoded) -> dict[str, float]:
-    """Accuracy and mean loss, or the negative log-likelihood of a token and its perplexity."""
-    if isinstance(data.labels[0], int):
-        labels = torch.tensor(data.labels)
-        accuracy = (rows.argmax(1) == labels).double().mean()
-        return {"accuracy": accuracy.item(), "loss": cross_entropy(rows, labels).item()}
-    nll = (rows[:, 0].double().sum() / rows[:, 1].sum()).item()
-    return {"nll_per_token": nll, "perplexity": math.exp(min(nll, 700))}
-
-
 # ------------------------------------------------------------------------- training
 
 
-def learning_rate(lr: float, step: int, steps: int) -> float:
+def learning_rate(lr: float, step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then linear decay to 0."""
-    warmup = min(WARMUP_STEPS, steps)
+    warmup = max(1, min(warmup, steps))
     return lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
 
 
@@ -130,7 +159,9 @@ def train(
     data: Encoded,
     progress: Progress,
     *,
+    penalty: Callable[[], Tensor] | None = None,
     lr: float,
+    warmup: int,
     steps: int,
     batch_size: int,
     seed: int,
@@ -158,9 +189,10 @@ def train(
         while progress.step < steps and not interrupt:
             indices = batch_indices(len(data), batch_size, seed, progress.step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(lr, progress.step, steps)
+                group["lr"] = learning_rate(lr, progress.step, steps, warmup)
             loss, _ = forward.loss(data.batch(indices, forward.device))
-            scaler.scale(loss).backward()
+            total = loss if penalty is None else loss + penalty()
+            scaler.scale(total).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)

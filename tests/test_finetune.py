@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltadiff import finetune, load_adapter, training
+from deltadiff import finetune, load_adapter, metrics, training
 from deltadiff.models import load_model, package_folder
 
 transformers = pytest.importorskip("transformers")
@@ -157,8 +157,10 @@ def test_what_is_left_behind(bert, reviews, tmp_path):
     words = ["--steps", "12", "--save-every", "5", "--target-modules", "query,value"]
     result = train(bert, reviews, tmp_path / "out", *words)
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"adapter", "loss.png", "predictions.csv", "result.json", "settings.json"}
-    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    plots = {"loss.png", "similarity.png"}
+    assert names == {"adapter", "predictions.csv", "result.json", "settings.json"} | plots
+    for name in plots:
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert result["settings"] == json.loads((tmp_path / "out" / "settings.json").read_text())
     assert result["examples"] == {"train": 360, "heldout": 40}
     assert sum(result["labels"].values()) == 40
@@ -187,7 +189,7 @@ def test_the_adapter_gives_the_same_predictions_on_a_new_model(method, bert, rev
     lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()[1:]
     saved = torch.tensor([[float(x) for x in line.split(",")[3:]] for line in lines])
     torch.testing.assert_close(rows, saved, rtol=1e-4, atol=1e-4)
-    assert training.metrics(rows, task.heldout) == pytest.approx(result["after"], rel=1e-3)
+    assert metrics.score(rows, task.heldout)[0] == pytest.approx(result["after"], rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

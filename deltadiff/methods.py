@@ -1,0 +1,242 @@
+"""What `--method` names: for each method, how a model is prepared and what trains it.
+
+A method is one function of a task and the settings, and a row in METHODS. The head that a
+classifier gets is trained whole under all of them. What is trained is kept in float32 where the
+model runs in 16 bits.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .checkpoint import load_adapter, save_adapter
+from .delta_lora import DeltaLoRA
+from .errors import ArgumentError, CheckpointError
+from .models import query_value
+from .swap import swap_
+from .training import Prepared, Task
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+
+def find_targets(settings: "Settings", module: nn.Module) -> str | list[str]:
+    """The layers that get a pair, as `swap_` takes them."""
+    if settings.target_modules == "qv":
+        return query_value(module)
+    all_linear = settings.target_modules == "all-linear"
+    return settings.target_modules if all_linear else settings.target_modules.split(",")
+
+
+# ---------------------------------------------------------------------- fused layers
+
+
+def _swapped(task: Task, settings: "Settings", alpha: float) -> nn.Module:
+    module = task.model.module
+    print(
+        swap_(
+            module, r=settings.r, lora_alpha=alpha, target_modules=find_targets(settings, module),
+            modules_to_save=task.model.head, seed=settings.seed,
+        )
+    )  # fmt: skip
+    return module
+
+
+def _adapter(module: nn.Module, optimizer: torch.optim.Optimizer, **more) -> Prepared:
+    return Prepared(
+        module, optimizer,
+        save=lambda folder: save_adapter(module, folder),
+        load=lambda folder: load_adapter(module, folder), **more,
+    )  # fmt: skip
+
+
+def _plain_lora(module: nn.Module, settings: "Settings") -> Prepared:
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "update_ratio": 0.0}
+    return _adapter(module, DeltaLoRA(module, **options, seed=settings.seed))
+
+
+def _lora(task: Task, settings: "Settings") -> Prepared:
+    return _plain_lora(_swapped(task, settings, settings.alpha), settings)
+
+
+def _lora_alpha_control(task: Task, settings: "Settings") -> Prepared:
+    """Delta-LoRA under Adam is this, but for the steps before K."""
+    alpha = settings.alpha * (1 + settings.update_ratio)
+    return _plain_lora(_swapped(task, settings, alpha), settings)
+
+
+def _delta_lora(task: Task, settings: "Settings") -> Prepared:
+    module = _swapped(task, settings, settings.alpha)
+    optimizer = DeltaLoRA(
+        module, lr=settings.lr, weight_decay=settings.weight_decay,
+        update_ratio=settings.update_ratio, start_step=settings.start_step,
+        w_update=settings.w_update, rounding=settings.rounding, seed=settings.seed,
+    )  # fmt: skip
+    return _adapter(module, optimizer)
+
+
+# ------------------------------------------------------------------ parts of the model
+
+
+def _whole(task: Task, settings: "Settings", chosen: Collection[str]) -> Prepared:
+    """Train the parameters named ``chosen`` themselves, and the head, with torch's AdamW."""
+    module = task.model.module
+    if not chosen:
+        given = f"{settings.method}, of whose parameters this model has none"
+        raise ArgumentError("method", given, "another method for this model")
+    head = {n for n in _names(module) if n.partition(".")[0] in task.model.head}
+    module.requires_grad_(False)
+    for prefix, owner in module.named_modules():
+        own = dict(owner.named_parameters(prefix, recurse=False))
+        trained = [p for name, p in own.items() if name in head or name in chosen]
+        if trained and not isinstance(owner, nn.Linear | nn.Embedding):
+            owner.float()  # a normalisation takes its weight and bias in one dtype
+        for p in trained:
+            p.data = p.data.float()
+            p.requires_grad_(True)
+    return Prepared(
+        module,
+        _adamw(module.parameters(), settings),
+        save=lambda folder: _save_trained(module, folder),
+        load=lambda folder: _load_trained(module, folder),
+        keep=lambda folder: _save_model(task, folder),
+    )
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Of the parameters; one that stands in two places has the first name only."""
+    return [name for name, _ in module.named_parameters()]
+
+
+def _save_trained(module: nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {n: p.detach().contiguous() for n, p in module.named_parameters() if p.requires_grad}
+    save_file(trained, folder / "trained.safetensors")
+
+
+def _save_model(task: Task, folder: Path) -> None:
+    """As transformers loads it."""
+    task.model.module.save_pretrained(folder)
+    task.model.tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _load_trained(module: nn.Module, folder: Path) -> None:
+    tensors = load_file(folder / "trained.safetensors")
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    if tensors.keys() != trained.keys():
+        raise CheckpointError(str(folder), "other parameters", "those that this method trains")
+    for name, p in trained.items():
+        p.copy_(tensors[name])
+
+
+def _full(task: Task, settings: "Settings") -> Prepared:
+    return _whole(task, settings, _names(task.model.module))
+
+
+def _full_no_embeddings(task: Task, settings: "Settings") -> Prepared:
+    """An output layer that is tied to the embeddings is frozen with them."""
+    module = task.model.module
+    tables = {n for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
+    return _whole(task, settings, [n for n in _names(module) if n.rpartition(".")[0] not in tables])
+
+
+def _full_qv(task: Task, settings: "Settings") -> Prepared:
+    """The matrices alone, as the names W_Q and W_V say."""
+    return _whole(task, settings, [f"{name}.weight" for name in query_value(task.model.module)])
+
+
+def _bitfit(task: Task, settings: "Settings") -> Prepared:
+    names = [n for n in _names(task.model.module) if n.rpartition(".")[2] == "bias"]
+    return _whole(task, settings, [n for n in names if n.partition(".")[0] not in task.model.head])
+
+
+# ------------------------------------------------------------------ through libraries
+
+
+def _peft_lora(task: Task, settings: "Settings") -> Prepared:
+    """PEFT's eager layers and torch's AdamW."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ArgumentError("method", error, "an installed peft: pip install peft") from error
+    model = task.model
+    torch.manual_seed(settings.seed)
+    config = peft.LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha,
+        target_modules=find_targets(settings, model.module),
+        modules_to_save=list(model.head) or None,
+        task_type="SEQ_CLS" if model.head else "CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        module = peft.get_peft_model(model.module, config)
+    except ValueError as error:
+        raise ArgumentError("target_modules", settings.target_modules, str(error)) from error
+
+    def load(folder: Path) -> None:
+        saved = peft.load_peft_weights(str(folder), device="cpu")
+        peft.set_peft_model_state_dict(module, saved)
+
+    return Prepared(module, _adamw(module.parameters(), settings), module.save_pretrained, load)
+
+
+def _adapter_hub(config: str) -> Callable[[Task, "Settings"], Prepared]:
+    """Bottleneck adapters of AdapterHub's library in their standard form."""
+
+    def prepare(task: Task, settings: "Settings") -> Prepared:
+        try:
+            import adapters
+        except ImportError as error:
+            given = f"{settings.method}, and AdapterHub's library does not load beside this "
+            accepted = "an installed `adapters` and the transformers that it asks for"
+            raise ArgumentError("method", f"{given}transformers: {error}", accepted) from error
+        module = task.model.module
+        adapters.init(module)
+        module.add_adapter("task", config=config)
+        module.train_adapter("task")
+        module.to(task.device)
+        trained = [n for n, p in module.named_parameters() if p.requires_grad]
+        return _whole(task, settings, trained)
+
+    return prepare
+
+
+def _adamw(params: Iterable[nn.Parameter], settings: "Settings") -> torch.optim.AdamW:
+    params = [p for p in params if p.requires_grad]
+    on_gpu = params[0].is_cuda
+    return torch.optim.AdamW(params, settings.lr, weight_decay=settings.weight_decay, fused=on_gpu)
+
+
+# ------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Method:
+    """``text`` says what it is; ``fixes``: the settings that the name stands for."""
+
+    text: str
+    prepare: Callable[[Task, "Settings"], Prepared]
+    fixes: Mapping[str, object] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "full": Method("Full fine-tuning", _full),
+    "full-no-embeddings": Method("Full, embeddings frozen", _full_no_embeddings),
+    "full-qv": Method("W_Q and W_V only", _full_qv),
+    "bitfit": Method("BitFit: biases only", _bitfit),
+    "houlsby": Method("Houlsby adapters", _adapter_hub("double_seq_bn")),
+    "pfeiffer": Method("Pfeiffer adapters", _adapter_hub("seq_bn")),
+    "lora-peft": Method("LoRA, PEFT eager", _peft_lora),
+    "lora": Method("LoRA", _lora),
+    "lora-alpha-control": Method("LoRA at alpha (1 + lambda)", _lora_alpha_control),
+    "delta-lora": Method("Delta-LoRA in place", _delta_lora),
+    "delta-lora-nearest": Method(
+        "Delta-LoRA in place, nearest", _delta_lora, {"w_update": "inplace", "rounding": "nearest"}
+    ),
+    "delta-lora-factored": Method("Delta-LoRA factored", _delta_lora, {"w_update": "factored"}),
+}
