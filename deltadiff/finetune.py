@@ -224,5 +224,5 @@ def _measure(forward: Forward, task: Task, settings: Settings) -> dict:
         "after": after,
         "metrics_left_out": left_out,
         "weight_update": report.weight_update(module, original),
-        "similarity": report.similarity(forward, module, original),
+        "similarity": report.similarity(module, original),
     }

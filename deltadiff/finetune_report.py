@@ -1,5 +1,6 @@
 """What `deltadiff finetune` writes down: result.json, predictions.csv and the closing lines."""
 
+import copy
 import csv
 import json
 import os
@@ -16,7 +17,7 @@ from . import info
 from .generate import Completion
 from .lora import lora_layers
 from .swap import swap_report
-from .training import Forward, Progress, Task
+from .training import Progress, Task
 
 
 def training(task: Task, model: nn.Module, progress: Progress, batch_size: int) -> dict:
@@ -66,16 +67,13 @@ def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
 
 
 @torch.no_grad()
-def similarity(
-    forward: Forward, model: nn.Module, original: nn.Module
-) -> dict[str, dict[str, float]]:
+def similarity(model: nn.Module, original: nn.Module) -> dict[str, dict[str, float]]:
     """Cosine similarity of fine-tuned and original weights (Delta-LoRA's figure 3).
 
     By the place of a linear layer in its block, then by block; places that no block changed are
-    left out. A fine-tuned weight is what the layer does to the identity, its low-rank branch with
-    it, so it is as exact as the dtype of the run.
+    left out. A fine-tuned weight is what the layer, in float32 and without its bias, does to the
+    identity: that has the low-rank branch in it, whatever its form.
     """
-    model.eval()
     found: dict[str, dict[str, float]] = {}
     changed = set()
     for name, layer in original.named_modules():
@@ -84,11 +82,11 @@ def similarity(
         if place is None or weight is None or weight.dim() != 2 or isinstance(layer, nn.Embedding):
             continue
         before = weight.T if isinstance(layer, nn.Linear) else weight  # GPT-2's Conv1D: (in, out)
-        now = model.get_submodule(name)
-        like = next(p for n, p in now.named_parameters() if n.endswith("weight"))
-        eye = torch.eye(len(before), dtype=like.dtype, device=like.device)
-        with forward.autocast():
-            after = (now(eye) - now(torch.zeros_like(eye[:1]))).double()
+        now = copy.deepcopy(model.get_submodule(name)).float().eval()
+        for parameter, p in now.named_parameters():
+            if parameter.rpartition(".")[2] == "bias":
+                p.zero_()
+        after = now(torch.eye(len(before), device=next(now.parameters()).device)).double()
         before = before.to(after)
         if not torch.equal(after, before):
             changed.add(place[2])
@@ -109,9 +107,13 @@ def environment(device: torch.device) -> dict:
 
 
 def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write whole or not at all."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

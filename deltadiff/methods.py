@@ -7,6 +7,7 @@ model runs in 16 bits.
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,9 +193,9 @@ def _adapter_hub(config: str) -> Callable[[Task, "Settings"], Prepared]:
         try:
             import adapters
         except ImportError as error:
-            given = f"{settings.method}, and AdapterHub's library does not load beside this "
-            accepted = "an installed `adapters` and the transformers that it asks for"
-            raise ArgumentError("method", f"{given}transformers: {error}", accepted) from error
+            accepted = "AdapterHub's `adapters`, and the transformers that it asks for"
+            reason = _why_no_adapters(error)
+            raise ArgumentError("method", f"{settings.method}: {reason}", accepted) from error
         module = task.model.module
         adapters.init(module)
         module.add_adapter("task", config=config)
@@ -204,6 +205,17 @@ def _adapter_hub(config: str) -> Callable[[Task, "Settings"], Prepared]:
         return _whole(task, settings, trained)
 
     return prepare
+
+
+def _why_no_adapters(error: ImportError) -> str:
+    try:
+        here = metadata.version("adapters")
+    except metadata.PackageNotFoundError:
+        return "adapters is not installed"
+    asks = [r for r in metadata.requires("adapters") or () if r.startswith("transformers")]
+    reason = str(error).partition(" (")[0]  # and not the path after it
+    wanted = f"it asks for {asks[0]}; here is {metadata.version('transformers')}" if asks else ""
+    return f"adapters {here} does not load ({reason}); {wanted}"
 
 
 def _adamw(params: Iterable[nn.Parameter], settings: "Settings") -> torch.optim.AdamW:

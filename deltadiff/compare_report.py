@@ -1,0 +1,160 @@
+"""What `deltadiff compare` makes of its records: tables, JSON and figures.
+
+A cell is the mean over the seeds and their standard deviation (of a sample, n - 1).
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from .finetune_report import write_text
+from .methods import METHODS
+from .plots import plot_curves, plot_metrics, plot_sweep
+
+UNITS = {
+    "accuracy": "accuracy", "loss": "loss", "matthews": "Matthews", "f1": "F1", "mse": "MSE",
+    "pearson": "Pearson", "spearman": "Spearman", "nll_per_token": "NLL a token",
+    "perplexity": "perplexity", "bleu": "BLEU", "nist": "NIST", "meteor": "METEOR",
+    "rouge_l": "ROUGE-L", "cider": "CIDEr",
+}  # fmt: skip
+
+
+def line(records: Sequence[dict]) -> str:
+    """The records of one run in a few words."""
+    if records[0]["note"]:
+        return records[0]["note"]
+    return ", ".join(f"{r['metric']} {r['value']:.4g}" for r in records)
+
+
+def grouped(records: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for r in records:
+        groups.setdefault(tuple(r.get(name) for name in names), []).append(r)
+    return groups
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, and the standard deviation where there is more than one value."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def table(records: Sequence[dict]) -> list[list[str]]:
+    """A header, and a line a method (and value of a sweep)."""
+    metrics = list(dict.fromkeys(r["metric"] for r in records if r["metric"]))
+    sweeps = any(r["sweep"] for r in records)
+    header = ["method", *(["sweep"] if sweeps else []), "seeds", *(UNITS[m] for m in metrics)]
+    rows = [[*header, "trained", "seconds", "peak MiB", ""]]
+    for (method, sweep, x), found in grouped(records, "method", "sweep", "x").items():
+        ran = [r for r in found if r["note"] is None]
+        runs = {r["seed"]: r for r in ran}.values()
+        cells = [METHODS[method].text if method in METHODS else method]
+        cells += [f"{sweep} {x:g}" if sweep else ""] if sweeps else []
+        cells.append(str(len(runs)))
+        for metric in metrics:
+            values = [r["value"] for r in ran if r["metric"] == metric]
+            cells.append(spread(values) if values else "")
+        trained = sorted({r["trainable"] for r in runs})
+        cells.append(" to ".join(f"{n:,}" for n in trained[:: max(1, len(trained) - 1)]))
+        for name in ("seconds", "peak_mib"):
+            values = [r[name] for r in runs if r[name] is not None]
+            cells.append(spread(values, 1) if values else "")
+        notes = dict.fromkeys(r["note"] for r in found if r["note"])
+        rows.append([*cells, "; ".join(notes)])
+    return rows
+
+
+def text(records: Sequence[dict]) -> str:
+    rows = table(records)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def markdown(records: Sequence[dict]) -> str:
+    header, *rows = table(records)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def caption(records: Sequence[dict]) -> str:
+    """Model, text and budget, and where it ran."""
+    r = records[0]
+    return (
+        f"{r['model']}, {r['task']}: {r['steps']} steps of {r['batch_size']}, {r['dtype']}, "
+        f"r = {r['r']}, lr {r['lr']:g}, {r['gpu']}, torch {r['torch']}"
+    )
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def write(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[Path]:
+    """``place``.json, .txt, .md and figures; ``runs``: (case, its result.json or None)."""
+    lines = [json.dumps(r, allow_nan=False) for r in records]
+    files = {
+        ".json": "[\n" + ",\n".join(lines) + "\n]\n",
+        ".txt": f"{caption(records)}\n\n{text(records)}\n",
+        ".md": f"{caption(records)}\n\n{markdown(records)}\n",
+    }
+    paths = []
+    for ending, content in files.items():
+        paths.append(place.with_name(place.name + ending))
+        write_text(paths[-1], content)
+    return paths + plots(place, records, runs)
+
+
+def plots(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[Path]:
+    """Metrics by method, loss and similarity curves by method, and a figure a sweep."""
+    paths = []
+
+    def target(name: str) -> Path:
+        paths.append(place.with_name(f"{place.name}-{name}.png"))
+        return paths[-1]
+
+    title = caption(records)
+    ran = [r for r in records if r["note"] is None]
+    if by_method := _values([r for r in ran if not r["sweep"]], "method"):
+        plot_metrics(target("metrics"), by_method, title)
+    plain = [(case, result) for case, result in runs if result and case.sweep is None]
+    if plain:
+        losses = _by_method(plain, lambda result: result["loss_curve"])
+        plot_curves(target("loss"), losses, title, "optimizer step", "training loss")
+        blocks = _by_method([run for run in plain if run[1]["similarity"]], _block_means)
+        if blocks:
+            label = "cosine similarity of fine-tuned and original weights"
+            plot_curves(target("similarity"), blocks, title, "block", label, smooth=False)
+    for (sweep,), found in grouped((r for r in ran if r["sweep"]), "sweep").items():
+        by_x = {m: _values(mine, "x") for (m,), mine in grouped(found, "method").items()}
+        plot_sweep(target(f"sweep-{sweep}"), sweep, by_x, title)
+    return paths
+
+
+Values = Mapping[object, Mapping[str, list[float]]]  # by method or x, then metric: a value a seed
+
+
+def _values(records: Iterable[dict], key: str) -> Values:
+    found: dict[object, dict[str, list[float]]] = {}
+    for r in records:
+        metric = UNITS[r["metric"]]
+        found.setdefault(r[key], {}).setdefault(metric, []).append(r["value"])
+    return found
+
+
+def _by_method(runs: Sequence[tuple], curve) -> dict[str, list[list[float]]]:
+    found: dict[str, list[list[float]]] = {}
+    for case, result in runs:
+        found.setdefault(case.settings.method, []).append(curve(result))
+    return found
+
+
+def _block_means(result: dict) -> list[float]:
+    """Mean over the linear layers of each block."""
+    blocks: dict[int, list[float]] = {}
+    for places in result["similarity"].values():
+        for block, cosine in places.items():
+            blocks.setdefault(int(block), []).append(cosine)
+    return [statistics.fmean(blocks[block]) for block in sorted(blocks)]
