@@ -21,6 +21,7 @@ r + 1e-5; and ties at its threshold lose together, where here exactly b(t) stay,
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ class AdaLoRA(DeltaLoRA):
         kinds = defaultdict(list)
         for i, m in enumerate(layers):
             kinds[m.lora_A.shape, m.lora_B.shape, m.lora_A.dtype, m.lora_A.device].append(i)
-        starts = torch.tensor([0] + [m.r for m in layers]).cumsum(0).tolist()
+        starts = list(accumulate((m.r for m in layers), initial=0))
         self._triplets, places = [], []
         for members in kinds.values():
             self._triplets.append(_Triplets([layers[i] for i in members], self.state))
@@ -287,18 +288,19 @@ class _Triplets:
         }
         double = layers[0].lora_A.dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
-        self.sensitivities, self.uncertainties = {}, {}
-        for held, name in (
-            (self.sensitivities, "sensitivity"),
-            (self.uncertainties, "uncertainty"),
-        ):
-            for part, params in self.params.items():
-                shape = (len(params), *params[0].shape)
-                held[part] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-                for p, own in zip(params, held[part], strict=True):
-                    if name in state[p]:
-                        own.copy_(state[p][name])
-                    state[p][name] = own
+        self.sensitivities = self._stack("sensitivity", state)
+        self.uncertainties = self._stack("uncertainty", state)
+
+    def _stack(self, name: str, state: dict) -> dict[str, Tensor]:
+        stacks = {}
+        for part, params in self.params.items():
+            shape = (len(params), *params[0].shape)
+            stacks[part] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            for p, own in zip(params, stacks[part], strict=True):
+                if name in state[p]:
+                    own.copy_(state[p][name])
+                state[p][name] = own
+        return stacks
 
     def orthogonality(self) -> Tensor:
         """sum_k ||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2, differentiable."""

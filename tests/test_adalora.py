@@ -469,6 +469,42 @@ def test_layers_of_one_shape_run_together_and_keep_their_order():
     assert torch.equal(model[1].gate, torch.full_like(model[1].gate, 2.0))
 
 
+def test_parameters_that_move_keep_their_importance():
+    results = []
+    for moves in (False, True):
+        model = swapped()
+        optimizer = AdaLoRA(model, lr=0.02, **SCHEDULE)
+        train(model, optimizer, range(5))
+        if moves:
+            for p in model.parameters():
+                p.data = p.data.clone()
+        train(model, optimizer, range(5, 14))
+        results.append(list(model.parameters()))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_chooses_as_an_eager_one():
+    results = []
+    for captured in (False, True):
+        model = swapped(torch.float32).cuda()
+        optimizer = AdaLoRA(model, lr=0.02, **SCHEDULE)
+        params = [p for m in lora_layers(model).values() for p in m.adapter]
+        generator, graph = torch.Generator().manual_seed(0), torch.cuda.CUDAGraph()
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        for step in range(14):
+            for p in params:
+                p.grad.copy_(torch.randn(p.shape, generator=generator))
+            if captured and step == 1:
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            graph.replay() if captured and step else optimizer.step()
+        assert sum(optimizer.ranks().values()) == 6
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
 BAD = {
     "total_step": ({"total_step": 0}, ArgumentError, "total_step"),
     "total_step type": ({"total_step": 10.0}, ArgumentTypeError, "total_step"),

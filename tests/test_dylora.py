@@ -350,6 +350,35 @@ def test_heads_are_trained_whole():
     assert (model[2].weight != head).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_captured_step_trains_the_rank_that_was_drawn(frozen):
+    results = []
+    for captured in (False, True):
+        model = swapped(torch.float32).cuda()
+        optimizer = DyLoRA(model, lr=0.02, frozen=frozen, seed=2)
+        params = [p for m in lora_layers(model).values() for p in m.adapter]
+        generator, graph = torch.Generator().manual_seed(0), torch.cuda.CUDAGraph()
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        ranks = []
+        for step in range(12):
+            ranks.append(optimizer.rank)
+            for p in params:
+                p.grad.copy_(torch.randn(p.shape, generator=generator))
+            if captured and step == 1:
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            if captured and step:
+                graph.replay()
+                optimizer.draw()
+            else:
+                optimizer.step()
+        assert len(set(ranks)) > 2
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
 BAD = {
     "r_min": ({"r_min": 0}, ArgumentError, "r_min"),
     "r_min type": ({"r_min": 1.0}, ArgumentTypeError, "r_min"),
