@@ -92,7 +92,7 @@ def load_adapter(
     Raises:
         CheckpointError: a file is missing, truncated, garbled or foreign, or was made for a base
             model with other names or shapes; nothing was changed.
-        SwapError: the model is swapped with other layers, or its W was already updated.
+        SwapError: the model is swapped with other layers or gates, or its W was already updated.
     """
     config, tensors = _read(Path(folder))
     _check_base(folder, config, _base_shapes(model))
