@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from .finetune_report import write_json
 from .info import environment
 from .measure import free_memory, slug
 from .methods import METHODS
-from .settings import Settings, given_settings, make_settings
+from .settings import Settings, given_settings, make_settings, parse_value
 from .settings import add_arguments as add_settings
 from .training import Interrupted, NonFiniteLossError
 from .verify import find_device
@@ -87,16 +88,19 @@ def cases(
     seeds: int,
     sweeps: Sequence[str] = (),
     values: Sequence[float] | None = None,
+    own: Sequence[tuple[str, str, object]] = (),
 ) -> list[Case]:
     """All runs of a comparison; a seed of all methods first, then the next seed.
 
-    What a method's name stands for comes before what is given.
+    ``own``: (pattern of methods, field, value) for some methods alone. What a method's name stands
+    for comes before what is given.
     """
 
-    def make(method: str, seed: int, named: str = "", **own) -> Settings:
+    def make(method: str, seed: int, named: str = "", **swept) -> Settings:
         place = output / "runs" / f"{method}{named}-seed{seed}"
         mine = {k: v for k, v in given.items() if k not in METHODS[method].fixes}
-        mine |= own | {"method": method, "seed": seed, "output": str(place)}
+        mine |= {name: value for pattern, name, value in own if fnmatch(method, pattern)}
+        mine |= swept | {"method": method, "seed": seed, "output": str(place)}
         return make_settings({"save_every": NEVER} | mine)
 
     first = given.get("seed", Settings.seed)
@@ -244,6 +248,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--values", nargs="+", type=float, metavar="X", help="of the sweep")
     parser.add_argument(
+        "--set", nargs="+", metavar="METHOD.OPTION=VALUE", default=[],
+        help="an option of some methods alone, such as 'full*.lr=5e-5'",
+    )  # fmt: skip
+    parser.add_argument(
         "--jobs", type=int, default=1, metavar="N",
         help="runs at a time; with more than one, times are left out (default 1)",
     )  # fmt: skip
@@ -293,12 +301,25 @@ def _cases(args: argparse.Namespace, output: Path, given: dict) -> list[Case]:
         raise ArgumentError("values", args.values, "values of one --sweep")
     if not methods and not args.sweep:
         methods = list(METHODS)
-    found = cases(given, output, methods, args.seeds, args.sweep, args.values)
+    own = [_own_option(word) for word in args.set]
+    found = cases(given, output, methods, args.seeds, args.sweep, args.values, own)
     for case in found:
         case.settings.check()
     if output.exists() and (not output.is_dir() or not _is_comparison(output)):
         raise ArgumentError("output", f"{output}, which holds something else", "a new folder")
     return found
+
+
+def _own_option(word: str) -> tuple[str, str, object]:
+    """(pattern of methods, field, value) of METHOD.OPTION=VALUE."""
+    place, equals, value = word.partition("=")
+    pattern, dot, option = place.rpartition(".")
+    if not (equals and dot):
+        raise ArgumentError("set", repr(word), "METHOD.OPTION=VALUE, such as 'full*.lr=5e-5'")
+    if not any(fnmatch(method, pattern) for method in METHODS):
+        raise ArgumentError("set", repr(word), f"one of {', '.join(METHODS)}, or a pattern of them")
+    name = option.replace("-", "_")
+    return pattern, name, parse_value(name, value)
 
 
 def _is_comparison(output: Path) -> bool:

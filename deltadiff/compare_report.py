@@ -47,13 +47,16 @@ def table(records: Sequence[dict]) -> list[list[str]]:
     """A header, and a line a method (and value of a sweep)."""
     metrics = list(dict.fromkeys(r["metric"] for r in records if r["metric"]))
     sweeps = any(r["sweep"] for r in records)
-    header = ["method", *(["sweep"] if sweeps else []), "seeds", *(UNITS[m] for m in metrics)]
-    rows = [[*header, "trained", "seconds", "peak MiB", ""]]
+    rates = len({r["lr"] for r in records}) > 1
+    header = ["method", *(["sweep"] if sweeps else []), *(["lr"] if rates else []), "seeds"]
+    header += [UNITS[m] for m in metrics]
+    rows = [[*header, "trained", "seconds", "peak MiB"]]
     for (method, sweep, x), found in grouped(records, "method", "sweep", "x").items():
         ran = [r for r in found if r["note"] is None]
         runs = {r["seed"]: r for r in ran}.values()
-        cells = [METHODS[method].text if method in METHODS else method]
+        cells = [METHODS[method].text]
         cells += [f"{sweep} {x:g}" if sweep else ""] if sweeps else []
+        cells += [f"{found[0]['lr']:g}"] if rates else []
         cells.append(str(len(runs)))
         for metric in metrics:
             values = [r["value"] for r in ran if r["metric"] == metric]
@@ -63,29 +66,36 @@ def table(records: Sequence[dict]) -> list[list[str]]:
         for name in ("seconds", "peak_mib"):
             values = [r[name] for r in runs if r[name] is not None]
             cells.append(spread(values, 1) if values else "")
-        notes = dict.fromkeys(r["note"] for r in found if r["note"])
-        rows.append([*cells, "; ".join(notes)])
+        rows.append(cells)
     return rows
+
+
+def notes(records: Sequence[dict]) -> list[str]:
+    """Why runs are not in the table, a line each."""
+    found = {(METHODS[r["method"]].text, r["note"]): None for r in records if r["note"]}
+    return [f"{name}: {note}" for name, note in found]
 
 
 def text(records: Sequence[dict]) -> str:
     rows = table(records)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *notes(records)])
 
 
 def markdown(records: Sequence[dict]) -> str:
     header, *rows = table(records)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines + [f"\n{note}" for note in notes(records)])
 
 
 def caption(records: Sequence[dict]) -> str:
     """Model, text and budget, and where it ran."""
-    r = records[0]
+    r, rates = records[0], {r["lr"] for r in records}
+    rate = f"lr {r['lr']:g}, " if len(rates) == 1 else ""
     return (
         f"{r['model']}, {r['task']}: {r['steps']} steps of {r['batch_size']}, {r['dtype']}, "
-        f"r = {r['r']}, lr {r['lr']:g}, {r['gpu']}, torch {r['torch']}"
+        f"r = {r['r']}, {rate}{r['gpu']}, torch {r['torch']}"
     )
 
 

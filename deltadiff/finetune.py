@@ -180,8 +180,8 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     peak = memory.read()
     with prepared.evaluating():
         measured = _measure(forward, task, settings)
-    if export:
-        prepared.write(output)
+        if export:
+            prepared.write(output)
     result = {
         "settings": asdict(settings),
         **report.training(task, prepared.module, progress, settings.batch_size),

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .adalora import AdaLoRA, swap_adalora_
 from .checkpoint import load_adapter, save_adapter
 from .delta_lora import DeltaLoRA
+from .dylora import DyLoRA
 from .errors import ArgumentError, CheckpointError
 from .models import query_value
 from .swap import swap_
@@ -79,6 +81,32 @@ def _delta_lora(task: Task, settings: "Settings") -> Prepared:
         w_update=settings.w_update, rounding=settings.rounding, seed=settings.seed,
     )  # fmt: skip
     return _adapter(module, optimizer)
+
+
+def _adalora(task: Task, settings: "Settings") -> Prepared:
+    """r is the average rank at the end; the branch is scaled by alpha / r from the start."""
+    module, steps = task.model.module, settings.steps
+    init_r = settings.init_r or -(-3 * settings.r // 2)
+    print(
+        swap_adalora_(
+            module, init_r=init_r, lora_alpha=settings.alpha * init_r / settings.r,
+            target_modules=find_targets(settings, module), modules_to_save=task.model.head,
+            seed=settings.seed,
+        )
+    )  # fmt: skip
+    optimizer = AdaLoRA(
+        module, lr=settings.lr, weight_decay=settings.weight_decay, total_step=steps,
+        target_r=settings.r, tinit=steps // 10, tfinal=steps // 2, deltaT=settings.deltaT,
+    )  # fmt: skip
+    return _adapter(module, optimizer, penalty=optimizer.orthogonality)
+
+
+def _dylora(task: Task, settings: "Settings") -> Prepared:
+    """Ranks 1 to r are trained; the model is used at rank r."""
+    module = _swapped(task, settings, settings.alpha)
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "seed": settings.seed}
+    optimizer = DyLoRA(module, **options)
+    return _adapter(module, optimizer, evaluating=lambda: optimizer.truncated(settings.r))
 
 
 # ------------------------------------------------------------------ parts of the model
@@ -246,6 +274,8 @@ METHODS: dict[str, Method] = {
     "lora-peft": Method("LoRA, PEFT eager", _peft_lora),
     "lora": Method("LoRA", _lora),
     "lora-alpha-control": Method("LoRA at alpha (1 + lambda)", _lora_alpha_control),
+    "adalora": Method("AdaLoRA", _adalora),
+    "dylora": Method("DyLoRA", _dylora),
     "delta-lora": Method("Delta-LoRA in place", _delta_lora),
     "delta-lora-nearest": Method(
         "Delta-LoRA in place, nearest", _delta_lora, {"w_update": "inplace", "rounding": "nearest"}

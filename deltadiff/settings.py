@@ -69,6 +69,8 @@ class Settings:
         "inplace", "write W, or add the same in factored form", choices=W_UPDATES
     )
     rounding: str | None = _method(None, "of a 16-bit W (default remainder)", choices=ROUNDINGS)
+    init_r: int | None = _method(None, "AdaLoRA's rank at the start (default 1.5 r)", kind=int)
+    deltaT: int = _method(10, "AdaLoRA's steps from one choice of singular values to the next")
     lr: float = _training(1e-3, "highest learning rate, after warm-up; then linear decay")
     weight_decay: float = _training(0.01, "decoupled, of all that is trained")
     warmup_steps: int = _training(10, "steps of linear warm-up")
@@ -91,6 +93,7 @@ class Settings:
         least = {
             "steps": 1, "batch_size": 1, "save_every": 1, "max_length": 2, "generate": -1,
             "num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "warmup_steps": 0,
+            "deltaT": 1,
         }  # fmt: skip
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
@@ -180,6 +183,25 @@ def add_arguments(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ()
             choices = f.metadata.get("choices")
             kept["metavar"] = "NAME" if f.name == "method" else None if choices else WORDS[kind]
             group.add_argument(flag, type=kind, choices=choices, help=text, **kept)
+
+
+def parse_value(name: str, text: str) -> object:
+    """The value of a field, from the command line.
+
+    Raises:
+        ArgumentError: no such field, or a text that is no value of it.
+    """
+    known = {f.name: f for f in fields(Settings) if f.default is not MISSING}
+    if name not in known:
+        raise ArgumentError(name, repr(text), f"an option, one of {', '.join(known)}")
+    f = known[name]
+    kind = f.metadata.get("kind", str if f.default is None else type(f.default))
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ArgumentError(name, repr(text), f"a value of type {kind.__name__}") from None
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, object]:
