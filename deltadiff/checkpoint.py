@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from .atomic_write import write_atomically
 from .errors import CheckpointError, SwapError
 from .lora import LoraLinear, PendingDelta, Product, lora_layers
 from .swap import SwapReport, swap_, swap_report
@@ -68,8 +68,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     config["checksum"] = _checksum(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / config["weights"], blob)
-    _write(folder / CONFIG, json.dumps(config, indent=1).encode())
+    write_atomically(folder / config["weights"], blob)
+    write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != config["weights"]:
             old.unlink(missing_ok=True)
@@ -140,25 +140,6 @@ def _describe(name: str, layer: LoraLinear, tensors: dict[str, Tensor]) -> dict:
     for i, product in enumerate(delta.folded):
         tensors |= {f"{plain}.folded_A.{i}": product.A, f"{plain}.folded_B.{i}": product.B}
     return entry
-
-
-def _write(path: Path, blob: bytes) -> None:
-    """Write a file so that ``path`` holds all of it or what it held before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 # ----------------------------------------------------------------------- reading

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import DTYPES
+from .errors import SwapError
 from .ops import Path, choose_path, lora_linear
 
 
@@ -105,13 +106,14 @@ class _Stack(torch.autograd.Function):
 
 
 class LoraLinear(nn.Linear):
-    """Linear layer with a low-rank branch, y = x W^T + bias + s (x A^T) B^T, through `lora_linear`.
+    """Linear layer with a low-rank branch, y = x W^T + bias + s g (x A^T) B^T, by `lora_linear`.
 
     Made by `deltadiff.swap_`. Shares ``weight`` and ``bias`` with the layer that it stands for.
 
     Attributes:
         lora_A: (r, in_features); lora_B: (out_features, r).
         r, lora_alpha, scaling: scaling is lora_alpha / r.
+        gate: g, one entry or r entries on the device, a parameter where it is trained; None is 1.
         original: the layer that was here before.
         delta: what Delta-LoRA has added so far, None for plain LoRA.
         added: ``delta`` where the forward pass adds it, None where W holds all of it.
@@ -125,7 +127,7 @@ class LoraLinear(nn.Linear):
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend
         self.lora_alpha = scaling * self.r
-        self.delta = None
+        self.delta = self.gate = None
         self.swapped_in = True
         # Not registered as submodules: their parameters are this layer's.
         self.__dict__["original"], self.__dict__["base"] = original, base
@@ -155,8 +157,10 @@ class LoraLinear(nn.Linear):
         return choose_path(self.weight.device, self.weight.dtype, self.backend, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b, gate = self.lora_A, self.lora_B, None
+        a, b, gate = self.lora_A, self.lora_B, self.gate
         if self.added is not None:
+            if gate is not None:
+                raise SwapError("gate", "a gate beside a factored delta", "one of the two")
             a, b, gate = self.added.stack(a, b, self.scaling)
         if self.quantised:
             s = x @ a.to(x.dtype).T

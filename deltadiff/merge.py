@@ -42,7 +42,7 @@ class MergeReport:
 
 @torch.no_grad()
 def merge_(model: nn.Module) -> MergeReport:
-    """W += s B A (and what Delta-LoRA holds beside W), in float32 and rounded once, in place.
+    """W += s B g A (and what Delta-LoRA holds beside W), in float32 and rounded once, in place.
 
     Afterwards the model is an ordinary eager model: no adapters, plain ``nn.Linear`` layers.
 
@@ -92,7 +92,9 @@ def beside_weight(layer: LoraLinear) -> list[Product]:
     def widen(t: Tensor) -> Tensor:
         return t.detach().to(wide)
 
-    products = [Product(layer.scaling * widen(layer.lora_B), widen(layer.lora_A), False)]
+    b = layer.scaling * widen(layer.lora_B)
+    b = b if layer.gate is None else b * widen(layer.gate)
+    products = [Product(b, widen(layer.lora_A), False)]
     if layer.delta is not None:
         products += [p for p in layer.delta.folded or () if not p.in_weight]
         if not layer.delta.in_weight and layer.delta.started():

@@ -97,6 +97,9 @@ def find_pairs(
         settings = [(g["update_ratio"], g["start_step"]) for g in own]
         if not any(ratio for ratio, _ in settings):
             continue
+        if layer.gate is not None:
+            given = f"an update_ratio above 0 for {name}, which has a gate"
+            raise ArgumentError("model_or_params", given, "update_ratio=0 for layers with a gate")
         if len(settings) < 2 or settings[0] != settings[1]:
             given = f"lora_A and lora_B of {name} not both there, or unlike"
             accepted = "both, with one update_ratio and start_step"

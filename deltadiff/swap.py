@@ -115,15 +115,13 @@ def swap_(
         raise ArgumentError("lora_alpha", lora_alpha, "a number above 0")
     if lora_dropout != 0:
         raise ArgumentError("lora_dropout", lora_dropout, "0 (Delta-LoRA has no dropout)")
-    candidates = _candidates(model)
-    chosen = _select(model, candidates, target_modules, modules_to_save)
+    chosen = choose_modules(model, target_modules, modules_to_save)
     kept = _match_names("modules_to_save", modules_to_save, [n for n, _ in model.named_modules()])
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     layers: dict[nn.Module, LoraLinear] = {}  # a module that stands in two places stays one
-    for name in chosen:
-        module = candidates[name]
+    for name, module in chosen.items():
         if module not in layers:
-            make = _from_peft if _is_peft(module) else _from_linear
+            make = _from_peft if is_peft(module) else _from_linear
             layers[module] = make(name, module, r, lora_alpha, adapter_dtype, backend, generator)
 
     before = model.__dict__.setdefault("_deltadiff_required_grad", {})
@@ -188,7 +186,20 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 # -------------------------------------------------------------------- selection
 
 
-def _is_peft(module: nn.Module) -> bool:
+def choose_modules(
+    model: nn.Module, target_modules: Targets = "all-linear", modules_to_save: Collection[str] = ()
+) -> dict[str, nn.Module]:
+    """The linear layers that ``target_modules`` names (see `swap_`), by name.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: targets that match nothing, with near names.
+    """
+    candidates = _candidates(model)
+    names = _select(model, candidates, target_modules, modules_to_save)
+    return {name: candidates[name] for name in names}
+
+
+def is_peft(module: nn.Module) -> bool:
     kind = type(module)
     return kind.__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
 
@@ -200,7 +211,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     def walk(prefix: str, module: nn.Module) -> None:
         for child, m in module._modules.items():
             name = f"{prefix}{child}"
-            if _is_peft(m) or (isinstance(m, nn.Linear) and not isinstance(m, LoraLinear)):
+            if is_peft(m) or (isinstance(m, nn.Linear) and not isinstance(m, LoraLinear)):
                 found[name] = m
             elif m is not None and not isinstance(m, LoraLinear):
                 walk(f"{name}.", m)
@@ -212,7 +223,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 def _select(model, candidates, targets: Targets, modules_to_save) -> list[str]:
     saved = tuple(modules_to_save) if not isinstance(modules_to_save, str) else (modules_to_save,)
     names = [n for n in candidates if not any(_ends(n, s) or f".{s}." in f".{n}" for s in saved)]
-    peft = [n for n in names if _is_peft(candidates[n])]
+    peft = [n for n in names if is_peft(candidates[n])]
     if callable(targets) and not isinstance(targets, type):
         chosen = [n for n in names if targets(n, candidates[n])]
     elif targets == "all-linear":
