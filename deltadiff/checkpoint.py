@@ -128,6 +128,7 @@ def _describe(name: str, layer: LoraLinear, tensors: dict[str, Tensor]) -> dict:
     plain, delta = _plain(name), layer.delta
     tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
     entry = {"r": layer.r, "scaling": layer.scaling, "update_ratio": None, "folded": 0}
+    entry["transposed"] = layer.transposed
     if delta is None:
         return entry
     if delta.folded is None:
@@ -187,7 +188,7 @@ def _check_base(folder, config: dict, here: dict) -> None:
 def _check_tensors(folder, config: dict, tensors: dict) -> None:
     expected = {f"{name}.saved": config["base"][name] for name in config["saved"]}
     for name, c in config["layers"].items():
-        n, k = config["base"][f"{name}.weight"]
+        n, k = config["base"][f"{name}.weight"][:: -1 if c.get("transposed") else 1]
         r = c["r"]
         pair = {"lora": (r, True), "anchor": (r, c["update_ratio"] is not None)}
         for stem, (rank, there) in pair.items():

@@ -6,11 +6,17 @@ stage 2   `apply_` gives the selected modules pairs of their own, the others sha
 """
 
 from .diffora_gates import Candidates, GateMatrix, Selection, find_candidates, random_selection
+from .diffora_rounds import Split, search, split
+from .diffora_search import Search
 
 __all__ = [
     "Candidates",
     "GateMatrix",
+    "Search",
     "Selection",
+    "Split",
     "find_candidates",
     "random_selection",
+    "search",
+    "split",
 ]

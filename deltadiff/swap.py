@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import DTYPES, check_number
 from .errors import ArgumentError, ArgumentTypeError, SwapError
-from .lora import LoraLinear, lora_layers
+from .lora import LoraLinear, is_conv1d, linear_shape, lora_layers
 from .ops import choose_path
 
 Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
@@ -79,9 +79,10 @@ def swap_(
 ) -> SwapReport:
     """Replace linear layers by fast LoRA layers, in place. Weights are shared, not copied.
 
-    ``nn.Linear`` gets a new low-rank pair: A by Kaiming's uniform rule, B = 0 (Delta-LoRA,
-    Algorithm 1). PEFT's ``lora.Linear`` keeps its pair and scaling; ``r``, ``lora_alpha`` and
-    ``adapter_dtype`` do not apply to it. Everything else is frozen, except ``modules_to_save``.
+    ``nn.Linear`` (or GPT-2's ``Conv1D``) gets a new low-rank pair: A by Kaiming's uniform rule,
+    B = 0 (Delta-LoRA, Algorithm 1). PEFT's ``lora.Linear`` keeps its pair and scaling; ``r``,
+    ``lora_alpha`` and ``adapter_dtype`` do not apply to it. Everything else is frozen, except
+    ``modules_to_save``.
 
     Args:
         model: any module that contains linear layers.
@@ -204,6 +205,12 @@ def is_peft(module: nn.Module) -> bool:
     return kind.__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return (isinstance(module, nn.Linear) and not isinstance(module, LoraLinear)) or is_conv1d(
+        module
+    )
+
+
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Linear layers and PEFT LoRA layers by name, but nothing inside such a layer."""
     found: dict[str, nn.Module] = {}
@@ -211,7 +218,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     def walk(prefix: str, module: nn.Module) -> None:
         for child, m in module._modules.items():
             name = f"{prefix}{child}"
-            if is_peft(m) or (isinstance(m, nn.Linear) and not isinstance(m, LoraLinear)):
+            if is_peft(m) or _is_linear(m):
                 found[name] = m
             elif m is not None and not isinstance(m, LoraLinear):
                 walk(f"{name}.", m)
@@ -275,9 +282,9 @@ def _no_match(argument: str, targets: object, names: list[str]) -> ArgumentError
 
 def _from_linear(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLinear:
     w = module.weight
-    n, k = module.out_features, module.in_features
     if w.numel() == 0 or hasattr(w, "device_mesh"):
         raise ArgumentTypeError(f"weight of {name}", _describe(w), "a whole tensor (gather it)")
+    n, k = linear_shape(module)
     if r > min(n, k):
         raise ArgumentError("r", r, f"1 to {min(n, k)}, the smaller side of {name} {n} x {k}")
     own = w.dtype if w.dtype in DTYPES else torch.float32
@@ -304,13 +311,13 @@ def _from_peft(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLi
     base, dropout = module.get_base_layer(), module.lora_dropout[adapter]
     if getattr(dropout, "p", 0.0) != 0:
         raise ArgumentError(f"lora_dropout of {name}", dropout.p, "0 (Delta-LoRA has no dropout)")
-    if not isinstance(base, nn.Linear) or getattr(module, "use_dora", {}).get(adapter, False):
+    if not _is_linear(base) or getattr(module, "use_dora", {}).get(adapter, False):
         raise ArgumentTypeError(
-            name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear"
+            name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear or Conv1D"
         )
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if base.weight.dtype in DTYPES:
-        layer = (base.out_features, base.in_features, a.weight.shape[0])
+        layer = (*linear_shape(base), a.weight.shape[0])
         choose_path(base.weight.device, base.weight.dtype, backend, layer)
     if b.bias is not None:
         raise ArgumentTypeError(name, "a PEFT layer with lora_bias", "lora_bias=False")
