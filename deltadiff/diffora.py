@@ -8,6 +8,7 @@ stage 2   `apply_` gives the selected modules pairs of their own, the others sha
 from .diffora_gates import Candidates, GateMatrix, Selection, find_candidates, random_selection
 from .diffora_rounds import Split, search, split
 from .diffora_search import Search
+from .diffora_sharing import apply_, selection_of
 
 __all__ = [
     "Candidates",
@@ -15,8 +16,10 @@ __all__ = [
     "Search",
     "Selection",
     "Split",
+    "apply_",
     "find_candidates",
     "random_selection",
     "search",
+    "selection_of",
     "split",
 ]

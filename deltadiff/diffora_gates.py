@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ class Candidates:
 
     layers: tuple[str, ...]
     modules: tuple[tuple[str, ...], ...]
-    outside: tuple[str, ...] = ()
+    outside: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def types(self) -> tuple[str, ...]:

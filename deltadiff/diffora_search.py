@@ -45,6 +45,7 @@ class Search:
         candidates: which layers and modules.
         report: what `swap_` did.
         logits: (layers, types) float32 parameter; entries without a module stay 0.
+        heads: by name, what was trained beside the pairs; after `close` the trained values.
         optimizer, gate_optimizer: of A and B, of the logits.
         round, index: gate steps so far, and inner steps since the last one.
         gate_losses, inner_losses: of all steps; complete after `check`.
@@ -95,8 +96,8 @@ class Search:
         self.layers = {name: model.get_submodule(name) for name in places}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
-        heads = {name: p for name, p in self.trained.items() if id(p) not in pairs}
-        self._heads_before = {name: p.detach().clone() for name, p in heads.items()}
+        self.heads = {name: p for name, p in self.trained.items() if id(p) not in pairs}
+        self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
         self.optimizer = DeltaLoRA(
             self.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay, update_ratio=0.0
         )
@@ -253,7 +254,7 @@ class Search:
         unswap_(self.model)
         for name, before in self._heads_before.items():
             p = self.trained[name]
-            self.trained[name] = p.detach().clone()
+            self.heads[name] = p.detach().clone()
             p.copy_(before)
 
     def _check_open(self) -> None:

@@ -128,6 +128,8 @@ class LoraLinear(nn.Linear):
         lora_A: (r, in_features); lora_B: (out_features, r).
         r, lora_alpha, scaling: scaling is lora_alpha / r.
         gate: g, one entry or r entries on the device, a parameter where it is trained; None is 1.
+        share_group: name of the group of layers that hold this very pair, whose W Delta-LoRA
+            leaves alone (DiffoRA's weight sharing); None for a pair of the layer's own.
         original: the layer that was here before.
         delta: what Delta-LoRA has added so far, None for plain LoRA.
         added: ``delta`` where the forward pass adds it, None where W holds all of it.
@@ -137,7 +139,7 @@ class LoraLinear(nn.Linear):
     def __init__(self, original: nn.Module, base: nn.Module, lora_A, lora_B, scaling, backend=None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear_shape(base)
-        self.transposed = is_conv1d(base)
+        self.transposed, self.share_group = is_conv1d(base), None
         self.weight, self.bias = base.weight, base.bias
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend

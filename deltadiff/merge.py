@@ -10,7 +10,7 @@ from .errors import SwapError
 from .lora import LoraLinear, Product, lora_layers
 from .param_groups import check_writable
 from .reference import join_remainder
-from .swap import take_out
+from .swap import SELECTION, take_out
 
 BLOCK = 2**22  # elements of a weight that are handled at once
 
@@ -63,7 +63,8 @@ def merge_(model: nn.Module) -> MergeReport:
         w = layer.matrix
         rows.append(MergeRow(name, tuple(w.shape), w.dtype, _merge_layer(layer)))
     take_out(model, {layer: layer.base for layer in layers.values()})
-    model.__dict__.pop("_deltadiff_required_grad", None)
+    for note in ("_deltadiff_required_grad", SELECTION):
+        model.__dict__.pop(note, None)
     return MergeReport(tuple(rows))
 
 

@@ -14,18 +14,24 @@ from .errors import ArgumentError, ArgumentTypeError, SwapError
 from .lora import LoraLinear, is_conv1d, linear_shape, lora_layers
 from .ops import choose_path
 
+SELECTION = "_deltadiff_selection"  # where a model keeps what DiffoRA selected
+
 Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
 class SwapRow:
-    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why."""
+    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why.
+
+    ``shares``: the group of layers that train one pair between them; empty for a pair of its own.
+    """
 
     module: str
     shape: tuple[int, int]
     r: int
     path: str
     reason: str
+    shares: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,17 @@ class SwapReport:
     rows: tuple[SwapRow, ...]
     trainable: int
     total: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        cells = [("module", "out x in", "r", "path", "reason")]
+        cells = [["module", "out x in", "r", "path", "reason"]]
         for row in self.rows:
             shape = f"{row.shape[0]} x {row.shape[1]}"
-            cells.append((row.module, shape, str(row.r), row.path, row.reason))
+            cells.append([row.module, shape, str(row.r), row.path, row.reason])
+        if any(row.shares for row in self.rows):
+            shares = ["shares its pair in", *(row.shares for row in self.rows)]
+            for line, group in zip(cells, shares, strict=True):
+                line.insert(3, group)
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -51,7 +62,7 @@ class SwapReport:
             f"{len(self.rows)} layers swapped; {self.trainable:,} of {self.total:,} parameters "
             f"are trained ({share:.2%})"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def swap_report(model: nn.Module) -> SwapReport:
@@ -59,7 +70,8 @@ def swap_report(model: nn.Module) -> SwapReport:
     rows = []
     for name, layer in lora_layers(model).items():
         shape = (layer.out_features, layer.in_features)
-        rows.append(SwapRow(name, shape, layer.r, layer.path.backend, layer.path.reason))
+        path, group = layer.path, layer.share_group or ""
+        rows.append(SwapRow(name, shape, layer.r, path.backend, path.reason, group))
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters))
@@ -160,6 +172,7 @@ def unswap_(model: nn.Module) -> nn.Module:
                 "`merge_`, or DeltaLoRA(w_update='inplace')",
             )  # fmt: skip
     take_out(model, {layer: layer.original for layer in layers.values()})
+    model.__dict__.pop(SELECTION, None)
     for name, required in model.__dict__.pop("_deltadiff_required_grad", {}).items():
         p = dict(model.named_parameters()).get(name)
         if p is not None:

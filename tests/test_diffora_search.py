@@ -282,7 +282,7 @@ def test_a_new_head_is_trained_with_the_pairs_and_given_back():
     assert not torch.equal(trained, before)
     state.close()
     assert torch.equal(model.classifier.weight, before)
-    assert torch.equal(state.trained["classifier.weight"], trained)
+    assert torch.equal(state.heads["classifier.weight"], trained)
 
 
 # ------------------------------------------------------------------ steps that must not be
