@@ -430,3 +430,25 @@ def test_a_state_of_other_candidates_is_refused():
     with pytest.raises(ArgumentError, match=r"layers.0.a.lora_A: got shape \(2, 6\)"):
         other.load_state_dict(saved)
     assert find_candidates(stack("abc")).layers == ("layers.0",)
+
+
+def test_steps_through_a_compiled_model():
+    """No graph breaks; compiled for gate steps and for inner steps, then not again."""
+    torch._dynamo.reset()
+    results = []
+    for compiles in (False, True):
+        model = stack("ab", "ab")
+        forward = torch.compile(model, fullgraph=True) if compiles else model
+        state = Search(model, r=2, lr=1e-2, seed=0)
+        for k in range(4):
+            if k == 2:  # both kinds have been seen
+                torch.compiler.set_stance("fail_on_recompile")
+            try:
+                for step in (state.inner_step, state.gate_step):
+                    step(lambda k=k, f=forward: squares(f, data(k)))
+            finally:
+                torch.compiler.set_stance("default")
+        results.append((state.logits.detach(), *[p.detach() for p in state.trained.values()]))
+    torch._dynamo.reset()
+    for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-5)
