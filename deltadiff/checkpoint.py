@@ -34,6 +34,8 @@ CONFIG = "adapter.json"
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write the low-rank pairs, what Delta-LoRA has added, and other trainable parameters.
 
+    A pair that layers share is written once. DiffoRA's selection and gates go with the adapter.
+
     Args:
         model: a swapped model.
         folder: made where it is missing; an adapter in it is replaced, atomically.

@@ -35,7 +35,7 @@ class DeltaLoRA(torch.optim.Optimizer):
     """AdamW with the Delta-LoRA update of the frozen weights (Algorithm 1).
 
     All trainable parameters get AdamW (decoupled weight decay, as `torch.optim.AdamW`, moments in
-    float32); those that are the pair of a `LoraLinear` also move its weight. ``update_ratio=0`` is
+    float32); those that are a `LoraLinear`'s own pair also move its weight. ``update_ratio=0`` is
     plain LoRA. With updates from the first step on, Delta-LoRA under Adam is LoRA with
     lora_alpha (1 + lambda).
 

@@ -132,6 +132,10 @@ class GateMatrix:
         return cls(candidates, tuple(map(tuple, table)))
 
     def __post_init__(self):
+        shape = (len(self.candidates.types),) * len(self.candidates.layers)
+        if tuple(map(len, self.values)) != shape:
+            given = f"rows of {', '.join(str(len(row)) for row in self.values)}"
+            raise ArgumentError("values", given, f"{len(shape)} rows of {shape[0]}")
         for name, (i, j) in self.candidates.places.items():
             value = self.values[i][j]
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:

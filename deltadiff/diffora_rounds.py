@@ -144,11 +144,12 @@ def search(
     def batch(part: Sequence[int], seed: int, step: int) -> list[int]:
         return [part[i] for i in batch_indices(len(part), batch_size, seed, step)]
 
+    done = state.round if state.index == inner_steps else max(0, state.round - 1)
     on_terminal = sys.stderr.isatty()
     with (
         catch_interrupt() as interrupt,
         tqdm(
-            total=rounds, initial=state.round, unit="round", desc="search",
+            total=rounds, initial=done, unit="round", desc="search",
             mininterval=0.2 if on_terminal else 15,
         ) as bar,
     ):  # fmt: skip

@@ -98,16 +98,19 @@ class Search:
         pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
         self.heads = {name: p for name, p in self.trained.items() if id(p) not in pairs}
         self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
-        self.optimizer = DeltaLoRA(
-            self.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay, update_ratio=0.0
-        )
+        try:
+            options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+            self.optimizer = DeltaLoRA(self.trained.values(), update_ratio=0.0, **options)
+        except ArgumentError:
+            unswap_(model)
+            raise
 
         shape = len(self.candidates.layers), len(self.candidates.types)
         device = next(iter(self.layers.values())).weight.device
         self.logits = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+        self._slots = [i * shape[1] + j for i, j in places.values()]  # in the flattened logits
         missing = torch.ones(shape, dtype=torch.bool)
-        for i, j in places.values():
-            missing[i, j] = False
+        missing.view(-1)[self._slots] = False
         self._missing = missing.to(device) if missing.any() else None
         self.gate_optimizer = torch.optim.Adam(
             [self.logits], lr=gate_lr, betas=gate_betas, weight_decay=gate_weight_decay,
@@ -119,7 +122,7 @@ class Search:
         # Not 0 from a step on that must not be taken: no later one is, until the host looks.
         self._failed = torch.zeros((), dtype=torch.float32, device=device)
         self.optimizer.found_inf = self.gate_optimizer.found_inf = self._failed
-        self._unread: list[tuple[str, int, int, Tensor]] = []
+        self._unread: list[tuple[tuple[int, int], tuple[int, int], Tensor]] = []
         self._read_every = 1 if device.type == "cpu" else READ_EVERY
         self.round = self.index = 0
         self.gate_losses: list[float] = []
@@ -152,7 +155,7 @@ class Search:
             self._hand_out(self._fixed)
             for p in self.trained.values():
                 p.requires_grad_(True)
-        self._take(self.gate_optimizer, (self.round + 1, 0), value.detach(), [self.logits.grad])
+        self._take(self.gate_optimizer, (self.round + 1, 0), value.detach(), [self.logits])
         with torch.no_grad():
             self._fixed.copy_(self._softmax())
         return value.detach()
@@ -165,8 +168,8 @@ class Search:
         self._check_open()
         value = self._evaluate(loss)
         value.backward()
-        grads = [p.grad for p in self.trained.values() if p.grad is not None]
-        self._take(self.optimizer, (self.round, self.index + 1), value.detach(), grads)
+        place = self.round, self.index + 1
+        self._take(self.optimizer, place, value.detach(), list(self.trained.values()))
         return value.detach()
 
     def _softmax(self) -> Tensor:
@@ -178,11 +181,9 @@ class Search:
 
     def _hand_out(self, gates: Tensor) -> None:
         """Give each layer its entry, a 0-dim view."""
-        entries, width = gates.flatten().unbind(), gates.shape[1]
-        for layer, (i, j) in zip(
-            self.layers.values(), self.candidates.places.values(), strict=True
-        ):
-            layer.gate = entries[i * width + j]
+        entries = gates.flatten().unbind()
+        for layer, slot in zip(self.layers.values(), self._slots, strict=True):
+            layer.gate = entries[slot]
 
     @staticmethod
     def _evaluate(loss: Loss) -> Tensor:
@@ -196,12 +197,14 @@ class Search:
         return value.view(())
 
     @torch.no_grad()
-    def _take(self, optimizer, place: tuple[int, int], loss: Tensor, grads: list[Tensor]) -> None:
+    def _take(self, optimizer, place: tuple[int, int], loss: Tensor, params: list[Tensor]) -> None:
         """Step, unless this loss or gradient or an earlier one is not finite; note the loss.
 
         ``place``: round and index after it.
         """
-        largest = torch.stack(torch._foreach_norm(grads, float("inf"))).max()
+        grads = [p.grad for p in params if p.grad is not None]
+        norms = torch._foreach_norm(grads, float("inf"))  # of two dtypes, with a 16-bit head
+        largest = torch.stack([norm.float() for norm in norms]).max()
         failed = ~(loss.isfinite() & largest.isfinite())
         self._failed.copy_(torch.maximum(self._failed, failed.float()))
         optimizer.step()

@@ -229,5 +229,7 @@ def test_gates_and_selections_made_by_hand_are_checked():
     with pytest.raises(ArgumentError, match="gate of l.0.b"):
         matrix([0.5, float("nan")])
     candidates = matrix([0.5, 0.5]).candidates
+    with pytest.raises(ArgumentError, match="values: got rows of 1; accepted: 1 rows of 2"):
+        GateMatrix(candidates, ((0.5,),))
     with pytest.raises(ArgumentError, match=r"l\.0\.z"):
         Selection(candidates, frozenset({"l.0.z"}), 0.5)

@@ -130,7 +130,7 @@ def test_going_on_after_ctrl_c_is_bit_by_bit_the_same(tmp_path, stop_at):
     with pytest.raises(Interrupted, match=r"search\.pt"):
         search(state, loss, data, folder=tmp_path / "run", **SETTINGS)
     assert len(calls) == stop_at  # the step that was under way is the last
-    again = new(("abc", "ab"))
+    again = new()
     with torch.no_grad():  # nothing of it may be left
         again.logits.fill_(0.1)
         for p in again.trained.values():

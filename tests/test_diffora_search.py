@@ -271,8 +271,9 @@ def test_a_search_on_real_architectures_and_the_model_after_it(name):
         assert torch.equal(p, q), n
 
 
-def test_a_new_head_is_trained_with_the_pairs_and_given_back():
-    model = build("bert")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_head_is_trained_with_the_pairs_and_given_back(dtype):
+    model = build("bert").to(dtype)
     before = model.classifier.weight.detach().clone()
     state = Search(model, r=2, modules_to_save=["classifier"], lr=1e-2)
     state.gate_step(lambda: loss_of(model, range(8)))

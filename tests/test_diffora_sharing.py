@@ -366,6 +366,15 @@ def test_options_that_cannot_be(options, error, words):
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
+def test_shared_pairs_that_cannot_be_leave_the_model_as_it_was():
+    model = stack("ab", "ab")
+    for block in model.layers:
+        block.a.to(torch.bfloat16)  # these may have bfloat16 pairs, the others not
+    with pytest.raises(ArgumentError, match="adapter_dtype.*layers.0.b"):
+        apply_(model, select(model, "layers.0.a", "layers.1.a"), adapter_dtype=torch.bfloat16)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
 def test_selections_and_models_that_cannot_be():
     model = stack("ab", "ab")
     selection = select(model, "layers.0.a", "layers.1.b")
