@@ -61,6 +61,14 @@ SWEEPS = {
         lambda settings: (0.0, 1.0, 2.0, 3.0, 4.0, 5.0),
     ),
     "k": Sweep("Delta-LoRA, table 9", "start_step", ("delta-lora",), _start_steps),
+    "ratio": Sweep(
+        "DiffoRA, table 4", "ratio", ("diffora", "diffora-random"),
+        lambda settings: (0.2, 0.4, 0.5, 0.7, 0.9),
+    ),
+    "sharing": Sweep(
+        "DiffoRA, table 5 (0: no sharing)", "share_r", ("diffora",),
+        lambda settings: (0, settings.share_r),
+    ),
 }  # fmt: skip
 
 
@@ -167,9 +175,10 @@ def records(
     head |= {"seed": case.settings.seed, "sweep": case.sweep, "x": case.x}
     result = result or {}
     known_peak = where["driver"] is not None  # resident memory of a process tells no run apart
+    seconds = [result.get("seconds"), result.get("search", {"seconds": 0})["seconds"]]
     cost = {
         "trainable": result.get("trainable_parameters"),
-        "seconds": round(result["seconds"], 3) if result and alone else None,
+        "seconds": round(sum(seconds), 3) if alone and None not in seconds else None,
         "peak_mib": round(result["peak_memory_mib"], 1) if result and known_peak else None,
         "share": (result.get("weight_update") or {}).get("share"),
         "note": note,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from . import finetune_report as report
-from . import presets
+from . import presets, search_stage
 from .data import encode, find_labels, read_examples, split_examples
 from .errors import ArgumentError
 from .generate import complete
@@ -29,6 +29,7 @@ from .plots import plot_loss, plot_similarity
 from .settings import DTYPES, Settings, given_settings, make_settings, read_settings
 from .settings import add_arguments as add_settings
 from .training import (
+    FirstStage,
     Forward,
     Interrupted,
     NonFiniteLossError,
@@ -154,8 +155,8 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     prepared = METHODS[settings.method].prepare(task, settings)
     output.mkdir(parents=True, exist_ok=True)
     report.write_json(output / "settings.json", asdict(settings))
-    if prepared.search is not None:
-        prepared = prepared.search(output)
+    if isinstance(prepared, FirstStage):
+        prepared = prepared.run(output)
 
     forward = Forward(prepared.module, task.device, task.dtype, settings.label_smoothing)
     scaler = torch.amp.GradScaler(task.device.type, enabled=task.dtype == torch.float16)
@@ -187,6 +188,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         **report.training(task, prepared.module, progress, settings.batch_size),
         "before": progress.before,
         **measured,
+        **prepared.about,
         "peak_memory_mib": peak,
         "environment": report.environment(task.device),
     }
@@ -197,6 +199,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     report.write_json(output / "result.json", result)
     for folder in find_checkpoints(output):
         shutil.rmtree(folder)
+    (output / search_stage.FILE).unlink(missing_ok=True)
     return result
 
 

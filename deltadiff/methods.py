@@ -15,14 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from . import diffora
 from .adalora import AdaLoRA, swap_adalora_
 from .checkpoint import load_adapter, save_adapter
 from .delta_lora import DeltaLoRA
 from .dylora import DyLoRA
 from .errors import ArgumentError, CheckpointError
 from .models import query_value
+from .search_stage import search_stage
 from .swap import swap_
-from .training import Prepared, Task
+from .training import FirstStage, Prepared, Task
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -44,10 +46,19 @@ def _swapped(task: Task, settings: "Settings", alpha: float) -> nn.Module:
     print(
         swap_(
             module, r=settings.r, lora_alpha=alpha, target_modules=find_targets(settings, module),
+            lora_dropout=settings.lora_dropout, use_rslora=settings.use_rslora,
             modules_to_save=task.model.head, seed=settings.seed,
         )
     )  # fmt: skip
     return module
+
+
+def _refuse(settings: "Settings", *names: str) -> None:
+    """Options of the low-rank branch that a method has not."""
+    for name in names:
+        value = getattr(settings, name)
+        if value:
+            raise ArgumentError(name, value, f"{type(value)()} for method {settings.method}")
 
 
 def _adapter(module: nn.Module, optimizer: torch.optim.Optimizer, **more) -> Prepared:
@@ -58,23 +69,13 @@ def _adapter(module: nn.Module, optimizer: torch.optim.Optimizer, **more) -> Pre
     )  # fmt: skip
 
 
-def _plain_lora(module: nn.Module, settings: "Settings") -> Prepared:
-    options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "update_ratio": 0.0}
-    return _adapter(module, DeltaLoRA(module, **options, seed=settings.seed))
+def _plain(module: nn.Module, settings: "Settings") -> Prepared:
+    """AdamW, and W stays as it is."""
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    return _adapter(module, DeltaLoRA(module, **options, update_ratio=0.0))
 
 
-def _lora(task: Task, settings: "Settings") -> Prepared:
-    return _plain_lora(_swapped(task, settings, settings.alpha), settings)
-
-
-def _lora_alpha_control(task: Task, settings: "Settings") -> Prepared:
-    """Delta-LoRA under Adam is this, but for the steps before K."""
-    alpha = settings.alpha * (1 + settings.update_ratio)
-    return _plain_lora(_swapped(task, settings, alpha), settings)
-
-
-def _delta_lora(task: Task, settings: "Settings") -> Prepared:
-    module = _swapped(task, settings, settings.alpha)
+def _with_deltas(module: nn.Module, settings: "Settings") -> Prepared:
     optimizer = DeltaLoRA(
         module, lr=settings.lr, weight_decay=settings.weight_decay,
         update_ratio=settings.update_ratio, start_step=settings.start_step,
@@ -83,8 +84,24 @@ def _delta_lora(task: Task, settings: "Settings") -> Prepared:
     return _adapter(module, optimizer)
 
 
+def _lora(task: Task, settings: "Settings") -> Prepared:
+    return _plain(_swapped(task, settings, settings.alpha), settings)
+
+
+def _lora_alpha_control(task: Task, settings: "Settings") -> Prepared:
+    """Delta-LoRA under Adam is this, but for the steps before K."""
+    alpha = settings.alpha * (1 + settings.update_ratio)
+    return _plain(_swapped(task, settings, alpha), settings)
+
+
+def _delta_lora(task: Task, settings: "Settings") -> Prepared:
+    _refuse(settings, "lora_dropout")
+    return _with_deltas(_swapped(task, settings, settings.alpha), settings)
+
+
 def _adalora(task: Task, settings: "Settings") -> Prepared:
     """r is the average rank at the end; the branch is scaled by alpha / r from the start."""
+    _refuse(settings, "lora_dropout", "use_rslora")
     module, steps = task.model.module, settings.steps
     init_r = settings.init_r or -(-3 * settings.r // 2)
     print(
@@ -107,6 +124,53 @@ def _dylora(task: Task, settings: "Settings") -> Prepared:
     options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "seed": settings.seed}
     optimizer = DyLoRA(module, **options)
     return _adapter(module, optimizer, evaluating=lambda: optimizer.truncated(settings.r))
+
+
+# --------------------------------------------------------------------------- DiffoRA
+
+
+def _second_stage(
+    task: Task, settings: "Settings", selection: diffora.Selection, search: diffora.Search | None
+) -> nn.Module:
+    module = task.model.module
+    print(
+        diffora.apply_(
+            module, selection, r=settings.r, lora_alpha=settings.alpha,
+            share_r=settings.share_r or 1, share=settings.share_r > 0, warm_start=search,
+            lora_dropout=settings.lora_dropout, modules_to_save=task.model.head,
+            seed=settings.seed,
+        )
+    )  # fmt: skip
+    return module
+
+
+def _diffora(task: Task, settings: "Settings") -> FirstStage:
+    _refuse(settings, "use_rslora")
+    targets = find_targets(settings, task.model.module)
+    return search_stage(
+        task, settings, targets,
+        lambda *found: _plain(_second_stage(task, settings, *found), settings),
+    )  # fmt: skip
+
+
+def _diffora_delta_lora(task: Task, settings: "Settings") -> FirstStage:
+    """W of the selected modules is updated too."""
+    _refuse(settings, "use_rslora", "lora_dropout")
+    targets = find_targets(settings, task.model.module)
+    return search_stage(
+        task, settings, targets,
+        lambda *found: _with_deltas(_second_stage(task, settings, *found), settings),
+    )  # fmt: skip
+
+
+def _diffora_random(task: Task, settings: "Settings") -> Prepared:
+    """The control: as many modules of each layer, at random, and no search."""
+    _refuse(settings, "use_rslora", "warm_start")
+    module = task.model.module
+    targets = find_targets(settings, module)
+    candidates = diffora.find_candidates(module, targets, task.model.head)
+    selection = diffora.random_selection(candidates, settings.ratio, settings.seed)
+    return _plain(_second_stage(task, settings, selection, None), settings)
 
 
 # ------------------------------------------------------------------ parts of the model
@@ -197,7 +261,8 @@ def _peft_lora(task: Task, settings: "Settings") -> Prepared:
     model = task.model
     torch.manual_seed(settings.seed)
     config = peft.LoraConfig(
-        r=settings.r, lora_alpha=settings.alpha,
+        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
         target_modules=find_targets(settings, model.module),
         modules_to_save=list(model.head) or None,
         task_type="SEQ_CLS" if model.head else "CAUSAL_LM",
@@ -260,7 +325,7 @@ class Method:
     """``text`` says what it is; ``fixes``: the settings that the name stands for."""
 
     text: str
-    prepare: Callable[[Task, "Settings"], Prepared]
+    prepare: Callable[[Task, "Settings"], Prepared | FirstStage]
     fixes: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -281,4 +346,8 @@ METHODS: dict[str, Method] = {
         "Delta-LoRA in place, nearest", _delta_lora, {"w_update": "inplace", "rounding": "nearest"}
     ),
     "delta-lora-factored": Method("Delta-LoRA factored", _delta_lora, {"w_update": "factored"}),
+    "diffora": Method("DiffoRA", _diffora),
+    "diffora-no-sharing": Method("DiffoRA without sharing", _diffora, {"share_r": 0}),
+    "diffora-random": Method("DiffoRA's control: modules at random", _diffora_random),
+    "diffora-delta-lora": Method("DiffoRA + Delta-LoRA", _diffora_delta_lora),
 }

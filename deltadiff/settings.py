@@ -34,6 +34,7 @@ def _group(title: str):
 
 _text = _group("model and text")
 _method = _group("method")
+_diffora = _group("DiffoRA")
 _training = _group("training")
 _scores = _group("generated text")
 _run = _group("run")
@@ -60,6 +61,8 @@ class Settings:
     method: str = _method("delta-lora", "what to train", choices=tuple(METHODS))
     r: int = _method(8, "rank")
     alpha: float = _method(16.0, "the low-rank branch is scaled by alpha / r")
+    lora_dropout: float = _method(0.0, "dropout before the low-rank branch; not for Delta-LoRA")
+    use_rslora: bool = _method(False, "scale the branch by alpha / sqrt(r)")
     target_modules: str = _method(
         "all-linear", 'names with commas between, "all-linear", or "qv" for query and value'
     )
@@ -71,6 +74,15 @@ class Settings:
     rounding: str | None = _method(None, "of a 16-bit W (default remainder)", choices=ROUNDINGS)
     init_r: int | None = _method(None, "AdaLoRA's rank at the start (default 1.5 r)", kind=int)
     deltaT: int = _method(10, "AdaLoRA's steps from one choice of singular values to the next")
+    ratio: float = _diffora(0.5, "rho, the share of each layer's modules that is selected")
+    share_r: int = _diffora(2, "rank of the pairs that the other modules share; 0 freezes them")
+    search_rounds: int = _diffora(20, "V: steps on the gates")
+    inner_steps: int = _diffora(5, "T: steps on the pairs after each of them")
+    gate_lr: float = _diffora(0.01, "learning rate of the gates")
+    search_share: float = _diffora(
+        0.5, "share of the training text that the search takes, half of it to validate"
+    )
+    warm_start: bool = _diffora(False, "selected pairs go on from the search; the paper starts new")
     lr: float = _training(1e-3, "highest learning rate, after warm-up; then linear decay")
     weight_decay: float = _training(0.01, "decoupled, of all that is trained")
     warmup_steps: int = _training(10, "steps of linear warm-up")
@@ -93,7 +105,7 @@ class Settings:
         least = {
             "steps": 1, "batch_size": 1, "save_every": 1, "max_length": 2, "generate": -1,
             "num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "warmup_steps": 0,
-            "deltaT": 1,
+            "deltaT": 1, "search_rounds": 1, "inner_steps": 1, "share_r": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             if getattr(self, name) < lowest:

@@ -69,17 +69,17 @@ class Prepared:
         penalty: added to the training loss, differentiable; None for none.
         evaluating: a context in which the model is as it will be used.
         keep: writes the finished model into a folder, where that is not what ``save`` writes.
-        search: a first stage, run with the output folder; returns what the second stage trains.
+        about: more entries for result.json.
     """
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer | None
+    optimizer: torch.optim.Optimizer
     save: Callable[[Path], object]
     load: Callable[[Path], object]
     penalty: Callable[[], Tensor] | None = None
     evaluating: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    search: Callable[[Path], "Prepared"] | None = None
     keep: Callable[[Path], object] | None = None
+    about: dict[str, object] = field(default_factory=dict)
 
     def write(self, output: Path) -> None:
         """The finished model, into the output folder."""
@@ -87,6 +87,13 @@ class Prepared:
             self.save(output / "adapter")
         else:
             self.keep(output / "model")
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A stage that comes before, such as a search; ``run`` takes the output folder."""
+
+    run: Callable[[Path], Prepared]
 
 
 # ----------------------------------------------------------------------------- loss

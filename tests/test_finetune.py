@@ -1,8 +1,10 @@
 """`deltadiff finetune` on tiny random models: learning, stopping, resuming, bad input, results."""
 
 import argparse
+import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import DULL, FUN, NEUTRAL
 
 from deltadiff import finetune, load_adapter, metrics, training
 from deltadiff.models import load_model, package_folder
@@ -326,3 +329,131 @@ def test_the_head_is_the_same_every_time(bert):
     first, second = (load_model(bert, ("a", "b"), seed=7) for _ in range(2))
     assert first.head == ("classifier",)
     assert torch.equal(first.module.classifier.weight, second.module.classifier.weight)
+
+
+# -------------------------------------------------------- numbers, text, the schedule
+
+
+@pytest.fixture(scope="module")
+def praise(tmp_path_factory) -> str:
+    """How many words of praise stand in each text."""
+    draw = random.Random(1)
+    lines = ["text\tlabel"]
+    for _ in range(300):
+        count = draw.randint(0, 3)
+        words = draw.choices(NEUTRAL, k=4) + draw.choices(FUN, k=count)
+        draw.shuffle(words)
+        lines.append(f"{' '.join(words)}\t{count / 2}")
+    path = tmp_path_factory.mktemp("data") / "praise.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_a_regression_learns(method, bert, praise, tmp_path):
+    pytest.importorskip("scipy")
+    result = train(bert, praise, tmp_path / "out", "--regression", "--method", method)
+    assert set(result["after"]) == {"mse", "pearson", "spearman"}
+    assert result["after"]["mse"] < (0.5 if method == "lora" else 1) * result["before"]["mse"]
+    assert result["after"]["pearson"] > (0.8 if method == "lora" else 0.1)
+    lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "text,label,predicted" and len(lines) == 31
+    saved = [float(line.rpartition(",")[2]) for line in lines[1:]]
+    labels = [float(line.split(",")[1]) for line in lines[1:]]
+    mse = sum((a - b) ** 2 for a, b in zip(saved, labels, strict=True)) / 30
+    assert mse == pytest.approx(result["after"]["mse"], rel=1e-4)
+
+
+def test_a_regression_is_merged(bert, praise, tmp_path):
+    from deltadiff.__main__ import main
+
+    train(bert, praise, tmp_path / "out", "--regression", "--method", "lora", "--steps", "3")
+    words = ["merge", bert, str(tmp_path / "out" / "adapter"), str(tmp_path / "merged")]
+    assert main(words) == 0
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    """A word, and what is said of it: three sayings of each."""
+    lines = ["prompt,text"]
+    for fun, dull in zip(FUN, DULL, strict=True):
+        lines += [f"{fun},the film is {dull}", f"{fun},a {dull} film", f"{fun},very {dull} plot"]
+    path = tmp_path_factory.mktemp("data") / "pairs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("beams", ["1", "3"])
+def test_completions_are_scored(beams, llama, pairs, tmp_path):
+    pytest.importorskip("rouge_score")
+    words = ["--prompt-column", "prompt", "--heldout", pairs, "--generate", "4"]
+    words += [
+        "--num-beams",
+        beams,
+        "--max-new-tokens",
+        "6",
+        "--method",
+        "lora",
+        "--batch-size",
+        "5",
+    ]
+    result = train(llama, pairs, tmp_path / "out", *words, labels=False)
+    with (tmp_path / "out" / "completions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prompt"] for row in rows] == FUN[:4]  # in the order of the text
+    assert all(row["references"].count("\n") == 2 for row in rows)
+    learnt = [row["completion"] in row["references"].split("\n") for row in rows]
+    assert sum(learnt) >= 3
+    assert result["after"]["rouge_l"] > 80  # three words are too few for BLEU's 4-grams
+    assert set(result["metrics_left_out"]).isdisjoint(result["after"])
+
+
+def test_text_with_labels_is_not_completed(bert, reviews, tmp_path, capsys):
+    words = ["--label-column", "label", "--generate", "3", "--output", tmp_path / "out"]
+    assert command(bert, reviews, *words) == 2
+    assert "generate: got 3" in capsys.readouterr().err
+
+
+def test_epochs_instead_of_steps(bert, reviews, tmp_path):
+    words = ["--label-column", "label", "--output", tmp_path / "out", "--device", "cpu"]
+    assert command(bert, reviews, *words, "--epochs", "0.5", "--batch-size", "50") == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(result["loss_curve"]) == 4  # half of 360 texts in steps of 50
+    assert (result["settings"]["steps"], result["settings"]["epochs"]) == (4, 0.5)
+
+
+def test_the_learning_rate():
+    rates = [training.learning_rate(1.0, step, 10, warmup=4) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert training.learning_rate(1.0, 0, 10, warmup=0) == 1
+
+
+def test_label_smoothing_is_for_training_only(bert, reviews, tmp_path):
+    words = ["--method", "lora", "--steps", "1", "--lr", "1e-6"]
+    plain = train(bert, reviews, tmp_path / "a", *words)
+    smooth = train(bert, reviews, tmp_path / "b", *words, "--label-smoothing", "0.3")
+    assert plain["before"] == smooth["before"]
+    assert plain["loss_curve"] != smooth["loss_curve"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--epochs", "0"], "epochs: got 0"),
+        (["--epochs", "1", "--steps", "3"], "epochs: got 1.0 beside steps 3"),
+        (["--warmup-ratio", "1"], "warmup_ratio: got 1"),
+        (["--weight-decay", "-1"], "weight_decay: got -1"),
+        (["--label-smoothing", "1"], "label_smoothing: got 1"),
+        (["--generate", "-2"], "generate: got -2"),
+        (["--num-beams", "0"], "num_beams: got 0"),
+        (["--regression", "--label-column", "none"], "regression: got no label column"),
+        (["--regression"], "label_column: got"),
+        (["--preset", "delta-lora/none"], "preset: got 'delta-lora/none'"),
+        (["--lora-dropout", "1", "--method", "lora"], "lora_dropout: got 1"),
+    ],
+)
+def test_more_bad_input(words, told, bert, reviews, tmp_path, capsys):
+    fixed = [] if "--label-column" in words else ["--label-column", "label"]
+    assert command(bert, reviews, *fixed, *words, "--output", tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

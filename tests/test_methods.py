@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 
 import pytest
 import torch
 
-from deltadiff import finetune
+from deltadiff import diffora_rounds, finetune, training
 from deltadiff.adalora import AdaLoRA
 from deltadiff.delta_lora import DeltaLoRA
 from deltadiff.dylora import DyLoRA
@@ -46,6 +48,7 @@ COUNTS = {
     "delta-lora-nearest": 4 * PAIRS + HEAD,
     "delta-lora-factored": 4 * PAIRS + HEAD,
 }
+DIFFORA = ("diffora", "diffora-no-sharing", "diffora-random", "diffora-delta-lora")
 ADAPTERS = ("houlsby", "pfeiffer")  # AdapterHub's library is made for another transformers
 
 
@@ -76,7 +79,7 @@ def test_the_number_of_trained_parameters(method, bert, reviews):
 
 
 def test_every_method_is_counted_here():
-    assert set(COUNTS) | set(ADAPTERS) == set(METHODS)
+    assert set(COUNTS) | set(ADAPTERS) | set(DIFFORA) == set(METHODS)
 
 
 def test_which_parameters_are_trained(bert, reviews):
@@ -160,6 +163,126 @@ def test_the_saved_model_gives_the_same_predictions(bert, reviews, tmp_path):
         )
         assert model.config.id2label[found.argmax().item()] == predicted
     assert result["weight_update"] is None
+
+
+# --------------------------------------------------------------------------- DiffoRA
+
+WIDTHS = dict.fromkeys(("query", "key", "value"), 2 * D)
+WIDTHS = {f"attention.self.{name}": width for name, width in WIDTHS.items()}
+WIDTHS |= {"attention.output.dense": 2 * D, "intermediate.dense": D + F, "output.dense": D + F}
+SEARCH = ["--search-rounds", 3, "--inner-steps", 2, "--r", 4]
+
+
+def chosen(output) -> dict[str, set[str]]:
+    """Module type -> the blocks in which it got a pair of its own, from the adapter."""
+    config = json.loads((output / "adapter" / "adapter.json").read_text())
+    found: dict[str, set[str]] = {kind: set() for kind in WIDTHS}
+    for layer, row in config["selection"]["layers"].items():
+        for kind, selected in row.items():
+            found[kind] |= {layer.rpartition(".")[2]} if selected else set()
+    return found
+
+
+@pytest.mark.parametrize("method", DIFFORA)
+def test_diffora(method, bert, reviews, tmp_path):
+    result = run(tmp_path, method, bert, reviews, "--steps", 60, *SEARCH)
+    output = tmp_path / "out"
+    selected = chosen(output)
+    assert sum(map(len, selected.values())) == 2 * 3  # half of six, in each block
+    own = sum(4 * WIDTHS[kind] * len(blocks) for kind, blocks in selected.items())
+    shared = sum(2 * WIDTHS[kind] for kind, blocks in selected.items() if len(blocks) < 2)
+    shared = 0 if method == "diffora-no-sharing" else shared
+    assert result["trainable_parameters"] == own + shared + HEAD
+    assert result["after"]["loss"] < result["before"]["loss"]
+    assert not (output / "search.pt").exists()
+    assert (result["weight_update"] is not None) == (method == "diffora-delta-lora")
+    if method == "diffora-random":
+        assert "search" not in result and not (output / "gates.json").exists()
+        return
+    gates = json.loads((output / "gates.json").read_text())["layers"]
+    assert all(sum(row.values()) == pytest.approx(1) and len(row) == 6 for row in gates.values())
+    for layer, row in gates.items():  # the largest three
+        mine = {kind for kind, blocks in selected.items() if layer.rpartition(".")[2] in blocks}
+        assert min(row[k] for k in mine) >= max(row[k] for k in set(row) - mine)
+    assert (output / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert len(result["search"]["validation_loss"]) == 3
+    assert len(result["search"]["training_loss"]) == 6
+    assert result["search"]["seconds"] > 0
+
+
+def stop_at(monkeypatch, place, number: int) -> None:
+    """Ctrl-C at the given call of ``batch_indices`` where ``place`` looks it up."""
+    original, calls = place.batch_indices, []
+
+    def indices(*args):
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(place, "batch_indices", indices)
+
+
+@pytest.mark.parametrize("stage", ["search", "training"])
+@pytest.mark.parametrize("more", [[], ["--warm-start", "--lora-dropout", 0.1]])
+def test_diffora_goes_on_in_either_stage(stage, more, bert, reviews, tmp_path, monkeypatch):
+    words = ["--steps", 12, *SEARCH, *more]
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", "diffora", bert, reviews, *words)
+    place = {"search": diffora_rounds, "training": training}[stage]
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser)
+    out = str(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_at(patch, place, 5)
+        args = [bert, reviews, "--output", out, "--label-column", "label", "--device", "cpu"]
+        args += ["--lr", "0.01", "--method", "diffora", *map(str, words)]
+        assert finetune.run(parser.parse_args(args)) == 130
+    assert (tmp_path / "out" / "search.pt").exists()
+    assert finetune.run(parser.parse_args(["--resume", out])) == 0
+    parts = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert parts["loss_curve"] == whole["loss_curve"]
+    assert parts["after"] == whole["after"]
+    gates = [(tmp_path / d / "gates.json").read_text() for d in ("out", "whole/out")]
+    assert gates[0] == gates[1]
+    assert parts["search"]["seconds"] is None  # not all of it was here
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--ratio", 0.1], "ratio: got 0.1 of 6 modules"),
+        (["--search-share", 0.01], "search_share: got 0.01 of 360 examples"),
+        (["--search-share", 2], "share: got 2"),
+        (["--target-modules", "query"], "target_modules: got one module in"),
+        (["--gate-lr", -1], "gate_lr: got -1"),
+        (["--use-rslora"], "use_rslora: got True"),
+    ],
+)
+def test_a_search_that_cannot_be(words, told, bert, reviews, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser)
+    out = tmp_path / "out"
+    args = [
+        bert,
+        reviews,
+        "--label-column",
+        "label",
+        "--method",
+        "diffora",
+        "--output",
+        out,
+        *words,
+    ]
+    assert finetune.run(parser.parse_args(list(map(str, args)))) == 2
+    assert told in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["delta-lora", "adalora", "diffora-delta-lora"])
+def test_dropout_where_there_is_none(method, bert, reviews):
+    with pytest.raises(ArgumentError, match="lora_dropout: got 0.1"):
+        prepare(method, bert, reviews, lora_dropout=0.1)
 
 
 # ------------------------------------------------------------------------ similarity
