@@ -7,7 +7,7 @@ import torch
 from small_models import ARCHITECTURES, Block, Stack, build, loss_of
 from torch import nn
 
-from deltadiff import swap_
+from deltadiff import DeltaLoRA, merge_, swap_
 from deltadiff.diffora import Search, find_candidates
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
 from deltadiff.lora import lora_layers
@@ -354,6 +354,26 @@ def test_a_gradient_that_is_not_finite_stops_it_too():
     with pytest.raises(NonFiniteLossError, match="a gradient is not finite"):
         state.inner_step(loss)
     assert_same(snapshot(state), before)
+
+
+# ------------------------------------------------------------------ beside other parts
+
+
+def test_merging_keeps_what_the_gates_let_through():
+    model = stack("ab", "ba", dtype=torch.float64)
+    state = warmed(model)
+    state.gate_step(lambda: squares(model, data(9, torch.float64)))
+    x, _ = data(7, torch.float64)
+    y = model(x)
+    merge_(model)
+    torch.testing.assert_close(model(x), y, atol=1e-12, rtol=0)
+
+
+def test_delta_lora_does_not_update_weights_behind_a_gate():
+    model = stack("ab")
+    Search(model, r=2)
+    with pytest.raises(ArgumentError, match="layers.0.a, which has a gate"):
+        DeltaLoRA(model, update_ratio=0.5)
 
 
 # ------------------------------------------------------------------ bad input
