@@ -473,3 +473,25 @@ def test_steps_through_a_compiled_model():
     torch._dynamo.reset()
     for eager, other in zip(*results, strict=True):
         torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_steps_never_wait_for_the_device():
+    found = []
+    for device in ("cpu", "cuda"):
+        model = stack("abc", "ab").to(device)
+        state = Search(model, r=2, lr=1e-2, seed=0)
+        batches = [[t.to(device) for t in data(k)] for k in range(6)]
+        for k, batch in enumerate(batches):
+            if k == 3:
+                state.check()  # so that no look at the losses falls due below
+                torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+            try:
+                state.inner_step(lambda batch=batch, model=model: squares(model, batch))
+                state.gate_step(lambda batch=batch, model=model: squares(model, batch))
+            except BaseException:
+                torch.cuda.set_sync_debug_mode("default")
+                raise
+        torch.cuda.set_sync_debug_mode("default")
+        found.append([v for row in state.gates().values for v in row if v is not None])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
