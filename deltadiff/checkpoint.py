@@ -252,13 +252,9 @@ def _check_tensors(folder, config: dict, tensors: dict) -> None:
 
 def _check_owners(folder, config: dict) -> None:
     """A pair is stored under the name of a layer that it fits, and that stores its own."""
+    base = config["base"]
     kinds = {
-        name: (
-            _owner(name, c) == name,
-            c["r"],
-            c.get("transposed"),
-            config["base"][f"{name}.weight"],
-        )
+        name: (_owner(name, c) == name, c["r"], c.get("transposed"), base[f"{name}.weight"])
         for name, c in config["layers"].items()
     }
     for name, c in config["layers"].items():

@@ -226,9 +226,8 @@ def is_peft(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return (isinstance(module, nn.Linear) and not isinstance(module, LoraLinear)) or is_conv1d(
-        module
-    )
+    eager = isinstance(module, nn.Linear) and not isinstance(module, LoraLinear)
+    return eager or is_conv1d(module)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,7 +9,16 @@ from small_models import build, loss_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_, unswap_
+from deltadiff import (
+    DeltaLoRA,
+    load_adapter,
+    lora_linear,
+    merge_,
+    save_adapter,
+    swap_,
+    unswap_,
+)
+from deltadiff.finetune_report import weight_update
 from deltadiff.lora import lora_layers
 from deltadiff.reference import join_remainder
 
@@ -140,3 +149,32 @@ def test_it_compiles():
     x = torch.randn(4, 12)
     compiled = torch.compile(conv, fullgraph=True)
     torch.testing.assert_close(compiled(x), conv(x))
+
+
+def test_the_share_of_the_update_that_is_in_the_weights():
+    model = build("gpt2")
+    swap_(model, r=2, seed=0)
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=0.5)
+    for _ in range(4):
+        loss_of(model, range(8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert weight_update(model, build("gpt2"))["share"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [8, 512])
+def test_gpu_transposed_weight_on_the_path_that_it_takes(randn, assert_close, tokens):
+    def run(dtype, backend=None):
+        x = randn_x.to("cuda", dtype).requires_grad_()
+        a, b = (t.to("cuda", dtype).requires_grad_() for t in pair)
+        y = lora_linear(x, stored.to("cuda", dtype).T, a, b, scaling=2.0, backend=backend)
+        y.backward(randn_y.to("cuda", dtype))
+        return [t.cpu() for t in (y, x.grad, a.grad, b.grad)]
+
+    randn_x, randn_y = randn(tokens, 256), randn(tokens, 512)
+    stored, pair = randn(256, 512, scale=0.02), (randn(8, 256, scale=0.05), randn(512, 8))
+    truth = run(torch.float64, "reference")
+    eager = run(torch.bfloat16, "reference")
+    for found, e, t in zip(run(torch.bfloat16), eager, truth, strict=True):
+        assert_close(found, e, t.double(), factor=3)

@@ -7,7 +7,7 @@ import torch
 from small_models import ARCHITECTURES, Block, Stack, build, loss_of
 from torch import nn
 
-from deltadiff import swap_
+from deltadiff import DeltaLoRA, merge_, swap_
 from deltadiff.diffora import Search, find_candidates
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
 from deltadiff.lora import lora_layers
@@ -356,6 +356,26 @@ def test_a_gradient_that_is_not_finite_stops_it_too():
     assert_same(snapshot(state), before)
 
 
+# ------------------------------------------------------------------ beside other parts
+
+
+def test_merging_keeps_what_the_gates_let_through():
+    model = stack("ab", "ba", dtype=torch.float64)
+    state = warmed(model)
+    state.gate_step(lambda: squares(model, data(9, torch.float64)))
+    x, _ = data(7, torch.float64)
+    y = model(x)
+    merge_(model)
+    torch.testing.assert_close(model(x), y, atol=1e-12, rtol=0)
+
+
+def test_delta_lora_does_not_update_weights_behind_a_gate():
+    model = stack("ab")
+    Search(model, r=2)
+    with pytest.raises(ArgumentError, match="layers.0.a, which has a gate"):
+        DeltaLoRA(model, update_ratio=0.5)
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -453,3 +473,25 @@ def test_steps_through_a_compiled_model():
     torch._dynamo.reset()
     for eager, other in zip(*results, strict=True):
         torch.testing.assert_close(eager, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_gpu_steps_never_wait_for_the_device():
+    found = []
+    for device in ("cpu", "cuda"):
+        model = stack("abc", "ab").to(device)
+        state = Search(model, r=2, lr=1e-2, seed=0)
+        batches = [[t.to(device) for t in data(k)] for k in range(6)]
+        for k, batch in enumerate(batches):
+            if k == 3:
+                state.check()  # so that no look at the losses falls due below
+                torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+            try:
+                state.inner_step(lambda batch=batch, model=model: squares(model, batch))
+                state.gate_step(lambda batch=batch, model=model: squares(model, batch))
+            except BaseException:
+                torch.cuda.set_sync_debug_mode("default")
+                raise
+        torch.cuda.set_sync_debug_mode("default")
+        found.append([v for row in state.gates().values for v in row if v is not None])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
