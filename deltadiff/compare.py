@@ -152,12 +152,14 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 result = finetune(settings, resume=resume, export=False)
-            except ArgumentError as error:  # a package may be there next time
-                note, final = " ".join(str(error).split()), False
+            except ArgumentError as error:  # what it lacks may be there next time
+                cannot = error.argument == "method"
+                note = f"cannot run: {error.given}" if cannot else f"failed: {error}"
+                note, final = " ".join(note.split()), False
             except torch.OutOfMemoryError:
-                note = "out of memory"
+                note = "failed: out of memory"
             except NonFiniteLossError as error:
-                note = str(error)
+                note = f"failed: {error}"
     free_memory(device)
     found = records(case, task, result, note, environment(device), alone)
     if final:
@@ -292,7 +294,7 @@ def run(args: argparse.Namespace) -> int:
     paths = report.write(place, ordered, results)
     print("\n" + report.text(ordered))
     print("\n".join(f"written: {path}" for path in paths))
-    return int(any(r["note"] and not r["note"].startswith("method: ") for r in ordered))
+    return int(any(r["note"] and r["note"].startswith("failed") for r in ordered))
 
 
 def _cases(args: argparse.Namespace, output: Path, given: dict) -> list[Case]:

@@ -44,12 +44,17 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def table(records: Sequence[dict]) -> list[list[str]]:
-    """A header, and a line a method (and value of a sweep)."""
+    """A header, and a line a method (and value of a sweep).
+
+    "update in W": the share of Delta-LoRA's wanted update that W holds.
+    """
     metrics = list(dict.fromkeys(r["metric"] for r in records if r["metric"]))
     sweeps = any(r["sweep"] for r in records)
     rates = len({r["lr"] for r in records}) > 1
     header = ["method", *(["sweep"] if sweeps else []), *(["lr"] if rates else []), "seeds"]
     header += [UNITS[m] for m in metrics]
+    shares = any(r["share"] is not None for r in records)
+    header += ["update in W"] if shares else []
     rows = [[*header, "trained", "seconds", "peak MiB"]]
     for (method, sweep, x), found in grouped(records, "method", "sweep", "x").items():
         ran = [r for r in found if r["note"] is None]
@@ -60,6 +65,9 @@ def table(records: Sequence[dict]) -> list[list[str]]:
         cells.append(str(len(runs)))
         for metric in metrics:
             values = [r["value"] for r in ran if r["metric"] == metric]
+            cells.append(spread(values) if values else "")
+        if shares:
+            values = [r["share"] for r in runs if r["share"] is not None]
             cells.append(spread(values) if values else "")
         trained = sorted({r["trainable"] for r in runs})
         cells.append(" to ".join(f"{n:,}" for n in trained[:: max(1, len(trained) - 1)]))

@@ -105,15 +105,17 @@ class Settings:
         least = {
             "steps": 1, "batch_size": 1, "save_every": 1, "max_length": 2, "generate": -1,
             "num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "warmup_steps": 0,
-            "deltaT": 1, "search_rounds": 1, "inner_steps": 1, "share_r": 0,
+            "deltaT": 1, "search_rounds": 1, "inner_steps": 1, "share_r": 0, "start_step": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ArgumentError(name, getattr(self, name), f"an int of at least {lowest}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ArgumentError("lr", self.lr, "a finite number above 0")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ArgumentError("weight_decay", self.weight_decay, "a finite number of at least 0")
+        for name in ("weight_decay", "update_ratio"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ArgumentError(name, value, "a finite number of at least 0")
         if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):
             raise ArgumentError("epochs", self.epochs, "a finite number above 0")
         for name in ("warmup_ratio", "label_smoothing"):
