@@ -143,7 +143,7 @@ def plots(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[P
         plot_curves(target("loss"), losses, title, "optimizer step", "training loss")
         blocks = _by_method([run for run in plain if run[1]["similarity"]], _block_means)
         if blocks:
-            label = "cosine similarity of fine-tuned and original weights"
+            label = "cosine similarity of the weights that changed and the original ones"
             plot_curves(target("similarity"), blocks, title, "block", label, smooth=False)
     for (sweep,), found in grouped((r for r in ran if r["sweep"]), "sweep").items():
         by_x = {m: _values(mine, "x") for (m,), mine in grouped(found, "method").items()}
@@ -170,7 +170,7 @@ def _by_method(runs: Sequence[tuple], curve) -> dict[str, list[list[float]]]:
 
 
 def _block_means(result: dict) -> list[float]:
-    """Mean over the linear layers of each block."""
+    """Mean over the linear layers of each block, those of kinds that no block changed left out."""
     blocks: dict[int, list[float]] = {}
     for places in result["similarity"].values():
         for block, cosine in places.items():

@@ -28,6 +28,7 @@ def plot_similarity(path: Path, similarity: Mapping[str, Mapping[str, float]], t
         axes.plot(
             [int(block) for block in blocks], list(blocks.values()), "o-", color=colour, label=name
         )
+    axes.ticklabel_format(useOffset=False)
     axes.set_xlabel("block")
     axes.set_ylabel("cosine similarity of fine-tuned and original weights")
     _finish(figure, axes, path, title)
@@ -87,6 +88,7 @@ def plot_curves(
         mean = list(map(statistics.fmean, zip(*seeds, strict=True)))
         mean = _running_mean(mean, max(1, len(mean) // 12)) if smooth else mean
         axes.plot(range(smooth, len(mean) + smooth), mean, color=colour, label=name)
+    axes.ticklabel_format(useOffset=False)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     figure.set_size_inches(9.5, 5.5)

@@ -58,7 +58,9 @@ class Settings:
     regression: bool = _text(False, "the labels are numbers: one output, mean squared error")
     heldout: str = _text("0.1", "share of the examples to evaluate on, or a file of its own")
     max_length: int = _text(128, "tokens after which a text is cut")
-    method: str = _method("delta-lora", "what to train", choices=tuple(METHODS))
+    method: str = _method(
+        "delta-lora", f"what to train: {', '.join(METHODS)}", choices=tuple(METHODS)
+    )
     r: int = _method(8, "rank")
     alpha: float = _method(16.0, "the low-rank branch is scaled by alpha / r")
     lora_dropout: float = _method(0.0, "dropout before the low-rank branch; not for Delta-LoRA")
