@@ -181,6 +181,7 @@ def records(
     cost = {
         "trainable": result.get("trainable_parameters"),
         "seconds": round(sum(seconds), 3) if alone and None not in seconds else None,
+        "step_ms": round(result["seconds_per_step"] * 1e3, 3) if result and alone else None,
         "peak_mib": round(result["peak_memory_mib"], 1) if result and known_peak else None,
         "share": (result.get("weight_update") or {}).get("share"),
         "note": note,

@@ -46,7 +46,8 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 def table(records: Sequence[dict]) -> list[list[str]]:
     """A header, and a line a method (and value of a sweep).
 
-    "update in W": the share of Delta-LoRA's wanted update that W holds.
+    "update in W": the share of Delta-LoRA's wanted update that W holds. "seconds" are those of all
+    steps, of a search too, with what was compiled in them; "ms a step" is the median of a run.
     """
     metrics = list(dict.fromkeys(r["metric"] for r in records if r["metric"]))
     sweeps = any(r["sweep"] for r in records)
@@ -55,7 +56,7 @@ def table(records: Sequence[dict]) -> list[list[str]]:
     header += [UNITS[m] for m in metrics]
     shares = any(r["share"] is not None for r in records)
     header += ["update in W"] if shares else []
-    rows = [[*header, "trained", "seconds", "peak MiB"]]
+    rows = [[*header, "trained", "seconds", "ms a step", "peak MiB"]]
     for (method, sweep, x), found in grouped(records, "method", "sweep", "x").items():
         ran = [r for r in found if r["note"] is None]
         runs = {r["seed"]: r for r in ran}.values()
@@ -71,7 +72,7 @@ def table(records: Sequence[dict]) -> list[list[str]]:
             cells.append(spread(values) if values else "")
         trained = sorted({r["trainable"] for r in runs})
         cells.append(" to ".join(f"{n:,}" for n in trained[:: max(1, len(trained) - 1)]))
-        for name in ("seconds", "peak_mib"):
+        for name in ("seconds", "step_ms", "peak_mib"):
             values = [r[name] for r in runs if r[name] is not None]
             cells.append(spread(values, 1) if values else "")
         rows.append(cells)

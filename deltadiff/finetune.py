@@ -2,8 +2,8 @@
 
 Text with labels trains a classifier or a regression (an encoder or a decoder with a new linear
 head); text without labels trains a causal language model. The output folder holds result.json,
-loss.png, similarity.png, predictions.csv and what was trained, and while a run lasts its
-settings.json and latest checkpoint.
+settings.json, predictions.csv (and completions.csv), what was trained, figures of the loss, the
+metrics and the similarity of weights, and while a run lasts its latest checkpoint.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .generate import complete
 from .methods import METHODS
 from .metrics import score, score_text
 from .models import load_model
-from .plots import plot_loss, plot_similarity
+from .plots import plot_loss, plot_metric_curve, plot_similarity
 from .settings import DTYPES, Settings, given_settings, make_settings, read_settings
 from .settings import add_arguments as add_settings
 from .training import (
@@ -161,14 +161,18 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     forward = Forward(prepared.module, task.device, task.dtype, settings.label_smoothing)
     scaler = torch.amp.GradScaler(task.device.type, enabled=task.dtype == torch.float16)
     optimizer = prepared.optimizer
+
+    def evaluate() -> dict[str, float]:
+        with prepared.evaluating():
+            rows = predict(forward, task.heldout, settings.batch_size)
+        return score(rows, task.heldout)[0]
+
     checkpoints = find_checkpoints(output) if resume else []
     if checkpoints:
         progress = load_checkpoint(checkpoints[-1], optimizer, scaler, prepared.load)
         print(f"going on after step {progress.step} of {settings.steps}")
     else:
-        with prepared.evaluating():
-            rows = predict(forward, task.heldout, settings.batch_size)
-        progress = Progress(before=score(rows, task.heldout)[0])
+        progress = Progress(before=evaluate())
         print("before: " + report.describe(progress.before), flush=True)
         torch.manual_seed(settings.seed)  # dropout; a checkpoint restores it
     memory.reset()
@@ -177,6 +181,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         warmup=settings.warmup, steps=settings.steps, batch_size=settings.batch_size,
         seed=settings.seed, save_every=settings.save_every,
         save=lambda: save_checkpoint(output, progress, optimizer, scaler, prepared.save),
+        evaluate_every=settings.evaluate_every, evaluate=evaluate,
     )  # fmt: skip
     peak = memory.read()
     with prepared.evaluating():
@@ -187,6 +192,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         "settings": asdict(settings),
         **report.training(task, prepared.module, progress, settings.batch_size),
         "before": progress.before,
+        "metric_curve": progress.curve,
         **measured,
         **prepared.about,
         "peak_memory_mib": peak,
@@ -194,6 +200,8 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     }
     title = f"Fine-tuning {Path(settings.model).name} on {Path(settings.data).name}"
     plot_loss(output / "loss.png", {settings.method: result}, title)
+    if progress.curve:
+        plot_metric_curve(output / "metrics.png", progress.before, progress.curve, title)
     if result["similarity"]:
         plot_similarity(output / "similarity.png", result["similarity"], title)
     report.write_json(output / "result.json", result)

@@ -21,6 +21,20 @@ def plot_loss(path: Path, results: Mapping[str, dict], title: str) -> None:
     _finish(figure, axes, path, title, legend="thin: each step; thick: running mean")
 
 
+def plot_metric_curve(
+    path: Path, before: Mapping[str, float], curve: list[Mapping[str, float]], title: str
+) -> None:
+    """A panel a metric: its held-out value over the steps."""
+    figure, panels = _panels(len(before), (1 + 3.4 * len(before), 4))
+    for axes, metric in zip(panels, before, strict=True):
+        points = [(0, before[metric]), *((c["step"], c[metric]) for c in curve if metric in c)]
+        axes.plot(*zip(*points, strict=True), "o-", color=_colours(1)[0])
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(f"held-out {metric}")
+        axes.grid(alpha=0.3)
+    _save(figure, path, title)
+
+
 def plot_similarity(path: Path, similarity: Mapping[str, Mapping[str, float]], title: str) -> None:
     """Cosine similarity of fine-tuned and original weights over the blocks (figure 3)."""
     figure, axes = _figure()

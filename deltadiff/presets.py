@@ -110,7 +110,7 @@ def _diffora_glue(task: str) -> Preset:
         "lr": lr, "batch_size": batch_size, "epochs": float(epochs), "share_r": share_r, "r": r,
         "alpha": 16.0, "lora_dropout": dropout, "warmup_steps": warmup_steps,
     }  # fmt: skip
-    early = {"early stop 5": "there is no evaluation during the training"}
+    early = {"early stop 5": "a run here goes on to its last step"}
     return Preset(
         "DiffoRA, table 6",
         DIFFORA | K_OF_SIX | settings | _regression(task),

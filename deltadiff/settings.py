@@ -93,6 +93,7 @@ class Settings:
     steps: int = _training(100, "optimizer steps")
     epochs: float | None = _training(None, "the same in passes over the text", kind=float)
     batch_size: int = _training(32, "examples a step")
+    evaluate_every: int = _training(0, "steps between looks at the held-out text; 0: at the end")
     generate: int = _scores(0, "held-out prompts to complete and to score; -1: all of them")
     num_beams: int = _scores(1, "beams of the search")
     length_penalty: float = _scores(1.0, "exponent of the length that a beam's score is divided by")
@@ -108,6 +109,7 @@ class Settings:
             "steps": 1, "batch_size": 1, "save_every": 1, "max_length": 2, "generate": -1,
             "num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "warmup_steps": 0,
             "deltaT": 1, "search_rounds": 1, "inner_steps": 1, "share_r": 0, "start_step": 0,
+            "evaluate_every": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             if getattr(self, name) < lowest:

@@ -42,6 +42,7 @@ class Progress:
     step_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     before: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)  # held-out, and "step"
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,12 @@ def train(
     seed: int,
     save_every: int,
     save: Callable[[], object],
+    evaluate_every: int = 0,
+    evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Train from ``progress.step`` to ``steps``; calls ``save`` now and then and when interrupted.
+
+    ``evaluate`` gives what ``progress.curve`` gets every so many steps (0: never).
 
     Raises:
         NonFiniteLossError, Interrupted.
@@ -207,13 +212,17 @@ def train(
             progress.step += 1
             progress.tokens += sum(len(data.ids[i]) for i in indices)
             saves = progress.step % save_every == 0 and progress.step < steps
-            if len(losses) == read_every or saves or interrupt or progress.step == steps:
+            looks = evaluate_every and progress.step % evaluate_every == 0
+            ends = interrupt or progress.step == steps
+            if len(losses) == read_every or saves or looks or ends:
                 _read_losses(losses, progress)
                 seconds = time.perf_counter() - started
                 progress.step_seconds += [seconds / len(losses)] * len(losses)
                 bar.set_postfix(loss=f"{progress.losses[-1]:.4f}", refresh=False)
                 bar.update(len(losses))
                 losses.clear()
+                if looks:
+                    progress.curve.append({"step": progress.step, **evaluate()})
                 if saves and not interrupt:
                     save()
                 started = time.perf_counter()

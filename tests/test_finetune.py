@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import DULL, FUN, NEUTRAL
 
 from deltadiff import finetune, load_adapter, metrics, training
 from deltadiff.models import load_model, package_folder
@@ -337,6 +336,8 @@ def test_the_head_is_the_same_every_time(bert):
 @pytest.fixture(scope="module")
 def praise(tmp_path_factory) -> str:
     """How many words of praise stand in each text."""
+    from tiny_models import FUN, NEUTRAL  # here, so that pytest has it as a plugin first
+
     draw = random.Random(1)
     lines = ["text\tlabel"]
     for _ in range(300):
@@ -375,6 +376,8 @@ def test_a_regression_is_merged(bert, praise, tmp_path):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> str:
     """A word, and what is said of it: three sayings of each."""
+    from tiny_models import DULL, FUN
+
     lines = ["prompt,text"]
     for fun, dull in zip(FUN, DULL, strict=True):
         lines += [f"{fun},the film is {dull}", f"{fun},a {dull} film", f"{fun},very {dull} plot"]
@@ -400,7 +403,7 @@ def test_completions_are_scored(beams, llama, pairs, tmp_path):
     result = train(llama, pairs, tmp_path / "out", *words, labels=False)
     with (tmp_path / "out" / "completions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["prompt"] for row in rows] == FUN[:4]  # in the order of the text
+    assert [row["prompt"] for row in rows] == ["great", "fine", "clever", "warm"]  # as in the text
     assert all(row["references"].count("\n") == 2 for row in rows)
     learnt = [row["completion"] in row["references"].split("\n") for row in rows]
     assert sum(learnt) >= 3
@@ -426,6 +429,20 @@ def test_the_learning_rate():
     rates = [training.learning_rate(1.0, step, 10, warmup=4) for step in range(10)]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert training.learning_rate(1.0, 0, 10, warmup=0) == 1
+
+
+def test_the_metrics_along_the_way(bert, reviews, tmp_path):
+    words = ["--steps", "9", "--evaluate-every", "4"]
+    plain = train(bert, reviews, tmp_path / "a", "--steps", "9")
+    result = train(bert, reviews, tmp_path / "b", *words)
+    assert [c["step"] for c in result["metric_curve"]] == [4, 8]
+    assert all(set(c) == {"step", *result["before"]} for c in result["metric_curve"])
+    assert result["loss_curve"] == plain["loss_curve"] and plain["metric_curve"] == []
+    assert (tmp_path / "b" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "a" / "metrics.png").exists()
+    ends = train(bert, reviews, tmp_path / "c", "--steps", "9", "--evaluate-every", "9")
+    last = {k: v for k, v in ends["metric_curve"][0].items() if k != "step"}
+    assert last == ends["after"]
 
 
 def test_label_smoothing_is_for_training_only(bert, reviews, tmp_path):
