@@ -12,6 +12,8 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -138,11 +140,11 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
         Interrupted, KeyboardInterrupt: the same call goes on with it.
     """
     folder, settings = case.folder, case.settings
+    _check_same(settings, folder)
     earlier = _read(folder / "records.json")
     if earlier is not None:
-        _check_same(settings, folder)
         return earlier
-    resume = any(folder.glob("checkpoint-*"))
+    resume = (folder / "settings.json").exists() and not (folder / "result.json").exists()
     if folder.exists() and not resume:
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -152,18 +154,19 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 result = finetune(settings, resume=resume, export=False)
-            except ArgumentError as error:  # what it lacks may be there next time
-                cannot = error.argument == "method"
-                note = f"cannot run: {error.given}" if cannot else f"failed: {error}"
-                note, final = " ".join(note.split()), False
-            except torch.OutOfMemoryError:
-                note = "failed: out of memory"
-            except NonFiniteLossError as error:
-                note = f"failed: {error}"
+            except Interrupted:
+                raise
+            except (NonFiniteLossError, torch.OutOfMemoryError) as error:
+                note = f"failed: {str(error).splitlines()[0]}"
+            except Exception as error:  # one method must not end the others; the log has it all
+                cannot = isinstance(error, ArgumentError) and error.argument == "method"
+                reason = error.given if cannot else f"{type(error).__name__}: {error}"
+                note = textwrap.shorten(f"{'cannot run' if cannot else 'failed'}: {reason}", 400)
+                final = False  # what it lacks may be there next time
+                traceback.print_exc()
     free_memory(device)
     found = records(case, task, result, note, environment(device), alone)
     if final:
-        folder.mkdir(exist_ok=True)
         write_json(folder / "records.json", found)
     return found
 
@@ -188,23 +191,15 @@ def records(
     }
     tail = {name: Path(settings[name]).name for name in ("model", "data", "heldout")}
     tail |= {k: v for k, v in settings.items() if k not in (*WHERE, *head, *tail)}
-    before = result.get("before", {})
+    before, after = result.get("before", {}), result.get("after", {None: None})
     return [
-        {
-            **head,
-            "metric": name,
-            "value": value,
-            "before": before.get(name),
-            **cost,
-            **tail,
-            **where,
-        }
-        for name, value in result.get("after", {None: None}).items()
+        head | {"metric": name, "value": value, "before": before.get(name)} | cost | tail | where
+        for name, value in after.items()
     ]
 
 
 def _check_same(settings: Settings, folder: Path) -> None:
-    """That the folder's records are of these settings."""
+    """That what the folder holds was made with these settings."""
     held, wanted = _read(folder / "settings.json") or {}, dataclasses.asdict(settings)
     skipped = (*WHERE, "steps") if settings.epochs else WHERE  # steps follow from epochs
     for name, value in held.items():

@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -166,6 +167,7 @@ def test_a_run_that_fails_is_a_note_and_exit_code_1(bert, reviews, tmp_path, mon
 
     def finetune(settings, **more):
         if settings.method == "lora":
+            Path(settings.output).mkdir()
             raise NonFiniteLossError("the loss is nan at step 3")
         return real(settings, **more)
 
@@ -177,6 +179,24 @@ def test_a_run_that_fails_is_a_note_and_exit_code_1(bert, reviews, tmp_path, mon
     (failed,) = [r for r in load(tmp_path / "out") if r["method"] == "lora"]
     assert failed["metric"] is None and failed["value"] is None and failed["trainable"] is None
     assert run(bert, reviews, tmp_path / "out", *words) == 1  # it is not run again
+
+
+def test_an_error_of_one_method_does_not_end_the_others(bert, reviews, tmp_path, monkeypatch):
+    real = compare.finetune
+
+    def finetune(settings, **more):
+        if settings.method == "lora":
+            raise RuntimeError("a kernel did not compile")
+        return real(settings, **more)
+
+    words = ["--methods", "lora", "bitfit", "--seeds", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "finetune", finetune)
+        assert run(bert, reviews, tmp_path / "out", *words) == 1
+    notes = {r["method"]: r["note"] for r in load(tmp_path / "out")}
+    assert notes == {"lora": "failed: RuntimeError: a kernel did not compile", "bitfit": None}
+    assert "Traceback" in (tmp_path / "out" / "runs" / "lora-seed0.log").read_text()
+    assert run(bert, reviews, tmp_path / "out", *words) == 0  # it is tried again
 
 
 def test_several_jobs_leave_the_times_out(bert, reviews, tmp_path):
