@@ -73,7 +73,7 @@ def table(records: Sequence[dict]) -> list[list[str]]:
         trained = sorted({r["trainable"] for r in runs})
         cells.append(" to ".join(f"{n:,}" for n in trained[:: max(1, len(trained) - 1)]))
         for name in ("seconds", "step_ms", "peak_mib"):
-            values = [r[name] for r in runs if r[name] is not None]
+            values = [r[name] for r in runs if r.get(name) is not None]
             cells.append(spread(values, 1) if values else "")
         rows.append(cells)
     return rows
@@ -99,13 +99,14 @@ def markdown(records: Sequence[dict]) -> str:
 
 
 def caption(records: Sequence[dict]) -> str:
-    """Model, text and budget, and where it ran."""
-    r, rates = records[0], {r["lr"] for r in records}
-    rate = f"lr {r['lr']:g}, " if len(rates) == 1 else ""
-    return (
-        f"{r['model']}, {r['task']}: {r['steps']} steps of {r['batch_size']}, {r['dtype']}, "
-        f"r = {r['r']}, {rate}{r['gpu']}, torch {r['torch']}"
-    )
+    """Model, text and budget, what else is the same in all records, and where it ran."""
+    r = records[0]
+    words = [f"{r['model']}, {r['task']}: {r['steps']} steps of {r['batch_size']}", r["dtype"]]
+    names = {"r": "r", "lr": "lr", "update_ratio": "lambda", "start_step": "K"}
+    for field, name in names.items():
+        if len({r[field] for r in records}) == 1:
+            words.append(f"{name} {r[field]:g}")
+    return ", ".join([*words, r["gpu"], f"torch {r['torch']}"])
 
 
 # ------------------------------------------------------------------------------ files

@@ -144,23 +144,19 @@ def _second_stage(
     return module
 
 
-def _diffora(task: Task, settings: "Settings") -> FirstStage:
-    _refuse(settings, "use_rslora")
-    targets = find_targets(settings, task.model.module)
-    return search_stage(
-        task, settings, targets,
-        lambda *found: _plain(_second_stage(task, settings, *found), settings),
-    )  # fmt: skip
+def _search_then(train: Callable[[nn.Module, "Settings"], Prepared], *refused: str):
+    """A method that searches, and trains what was selected with ``train``."""
 
+    def prepare(task: Task, settings: "Settings") -> FirstStage:
+        _refuse(settings, "use_rslora", *refused)
+        targets = find_targets(settings, task.model.module)
 
-def _diffora_delta_lora(task: Task, settings: "Settings") -> FirstStage:
-    """W of the selected modules is updated too."""
-    _refuse(settings, "use_rslora", "lora_dropout")
-    targets = find_targets(settings, task.model.module)
-    return search_stage(
-        task, settings, targets,
-        lambda *found: _with_deltas(_second_stage(task, settings, *found), settings),
-    )  # fmt: skip
+        def second(*found) -> Prepared:
+            return train(_second_stage(task, settings, *found), settings)
+
+        return search_stage(task, settings, targets, second)
+
+    return prepare
 
 
 def _diffora_random(task: Task, settings: "Settings") -> Prepared:
@@ -346,8 +342,10 @@ METHODS: dict[str, Method] = {
         "Delta-LoRA in place, nearest", _delta_lora, {"w_update": "inplace", "rounding": "nearest"}
     ),
     "delta-lora-factored": Method("Delta-LoRA factored", _delta_lora, {"w_update": "factored"}),
-    "diffora": Method("DiffoRA", _diffora),
-    "diffora-no-sharing": Method("DiffoRA without sharing", _diffora, {"share_r": 0}),
+    "diffora": Method("DiffoRA", _search_then(_plain)),
+    "diffora-no-sharing": Method("DiffoRA without sharing", _search_then(_plain), {"share_r": 0}),
     "diffora-random": Method("DiffoRA's control: modules at random", _diffora_random),
-    "diffora-delta-lora": Method("DiffoRA + Delta-LoRA", _diffora_delta_lora),
+    "diffora-delta-lora": Method(
+        "DiffoRA + Delta-LoRA", _search_then(_with_deltas, "lora_dropout")
+    ),
 }
