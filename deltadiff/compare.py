@@ -178,14 +178,15 @@ def records(
     settings = dataclasses.asdict(case.settings)
     head = {"op": "compare", "method": case.settings.method, "task": task}
     head |= {"seed": case.settings.seed, "sweep": case.sweep, "x": case.x}
-    result = result or {}
+    result, search = result or {}, (result or {}).get("search", {})
     known_peak = where["driver"] is not None  # resident memory of a process tells no run apart
-    seconds = [result.get("seconds"), result.get("search", {"seconds": 0})["seconds"]]
+    seconds = [result.get("seconds"), search.get("seconds", 0)]
+    peaks = [s.get("peak_memory_mib") or 0 for s in (result, search)]
     cost = {
         "trainable": result.get("trainable_parameters"),
         "seconds": round(sum(seconds), 3) if alone and None not in seconds else None,
         "step_ms": round(result["seconds_per_step"] * 1e3, 3) if result and alone else None,
-        "peak_mib": round(result["peak_memory_mib"], 1) if result and known_peak else None,
+        "peak_mib": round(max(peaks), 1) if result and known_peak else None,
         "share": (result.get("weight_update") or {}).get("share"),
         "note": note,
     }

@@ -156,7 +156,9 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     output.mkdir(parents=True, exist_ok=True)
     report.write_json(output / "settings.json", asdict(settings))
     if isinstance(prepared, FirstStage):
+        memory.reset()
         prepared = prepared.run(output)
+        prepared.about["search"]["peak_memory_mib"] = memory.read()
 
     forward = Forward(prepared.module, task.device, task.dtype, settings.label_smoothing)
     scaler = torch.amp.GradScaler(task.device.type, enabled=task.dtype == torch.float16)

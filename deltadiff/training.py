@@ -92,7 +92,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class FirstStage:
-    """A stage that comes before, such as a search; ``run`` takes the output folder."""
+    """A search that comes before; ``run`` takes the output folder, and tells of it in ``about``."""
 
     run: Callable[[Path], Prepared]
 
