@@ -142,7 +142,6 @@ def choose_path(
     if native == "cpp":
         return Path("cpp", "CPU: native C++")
     major, minor = torch.cuda.get_device_capability(device)
-    no_hopper = no_hopper or lora_linear_hopper.why_slower(layer[2])
     if no_hopper is None:
         return Path("hopper", "sm_90: one launch forward, one backward")
     why = f" ({no_hopper})" if layer and (major, minor) == (9, 0) else ""
@@ -184,7 +183,8 @@ if not _CPP_MISSING:
     def _lora_linear_fwd_shapes(x, weight, lora_A, lora_B, scaling, gate, bias, backend):
         """What torch.compile has to know: y, and the S that this backend keeps."""
         m, r = x.shape[0], lora_A.shape[0]
-        shape = lora_linear_hopper.kept_shape(m, r) if backend == "hopper" else (m, r)
+        gated, hopper = gate is not None, backend == "hopper"
+        shape = lora_linear_hopper.kept_shape(m, r, gated) if hopper else (m, r)
         dtype = x.dtype if backend == "cpp" else torch.float32
         return x.new_empty((m, weight.shape[0])), x.new_empty(shape, dtype=dtype)
 
