@@ -113,14 +113,18 @@ def _lora_linear_hopper_kernel(
 
 def hopper_config(M: int, N: int, rank: int, multiprocessors: int) -> dict:
     """Width of the tiles, stages of loading, rows of a group."""
-    overhead = {256: 1.0, 128: 1.1, 64: 1.35}  # of narrower tiles, which load more for each product
+    # Time of a tile, in columns of the widest one: narrower ones load more for each product.
+    tile = {256: 256, 128: 141, 64: 86}
 
     def cost(width):
-        waves = triton.cdiv(triton.cdiv(M, 128) * triton.cdiv(N, width), multiprocessors)
-        return waves * width * overhead[width]
+        blocks_m = triton.cdiv(M, 128)
+        # A rank item, of one or two blocks of rows, is bound by what it loads.
+        items = triton.cdiv(blocks_m, _rows(width, rank)) * (150 if width == 256 else 100)
+        work = blocks_m * triton.cdiv(N, width) * tile[width] + items
+        return triton.cdiv(work, multiprocessors * tile[width]) * tile[width]
 
     # Other work than tiles has to find room in the stages.
-    width = min((w for w in overhead if w >= min(2 * rank, 256) or rank <= 32), key=cost)
+    width = min((w for w in tile if w >= min(2 * rank, 256) or rank <= 32), key=cost)
     return dict(
         BLOCK_SIZE_M=128, BLOCK_SIZE_N=width, BLOCK_SIZE_K=64,
         STAGES={256: 3, 128: 5, 64: 7}[width], GROUP_SIZE_M=16,
