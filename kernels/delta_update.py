@@ -27,7 +27,10 @@ from .tables import TRITON_DTYPES, capability, device_numbers, find_row, new_num
 W, A, B, DELTA_A, DELTA_B, REMAINDER = (tl.constexpr(i) for i in range(6))
 STRIDES, SIZES, SCALE, INDEX, DENSE, COLUMNS = (tl.constexpr(i) for i in (6, 18, 21, 22, 23, 24))
 
-MAX_RANK_BLOCK = 64  # columns of [dB, B' - dB] to one step of the product
+# A product is made in steps of 16 ranks, the least that `tl.dot` takes. Up to so many steps the
+# factor that serves all tiles of a strip stays in registers.
+RANK_BLOCK = tl.constexpr(16)
+MAX_KEPT_BLOCKS = 4
 
 
 @triton.jit
@@ -144,13 +147,13 @@ def _swap_pairs(x):
 
 
 @triton.jit
-def _left(b, db, scale, n0, start, N, R, BLOCK_SIZE_N, RANK_BLOCK):
-    """Columns of [dB, B' - dB] from ``start`` on, times the scale."""
+def _left(b, db, scale, n0, start, N, R, BLOCK_SIZE_N):
+    """RANK_BLOCK columns of [dB, B' - dB] from ``start`` on, times the scale."""
     b_ptr, stride_bn, stride_br = b
     db_ptr, stride_dbn, stride_dbr = db
     b_ptr += n0.to(tl.int64) * stride_bn  # what is far away goes to the pointers, in 64 bits
     db_ptr += n0.to(tl.int64) * stride_dbn
-    offs_n, offs_r = tl.arange(0, BLOCK_SIZE_N)[:, None], start + tl.arange(0, RANK_BLOCK)[None, :]
+    offs_n, offs_r = tl.arange(0, BLOCK_SIZE_N)[:, None], tl.arange(0, RANK_BLOCK)[None, :] + start
     is_db, mask = offs_r < R, (offs_n < N - n0) & (offs_r < 2 * R)
     offs_r = tl.where(is_db, offs_r, offs_r - R)
     delta = tl.load(db_ptr + (offs_n * stride_dbn + offs_r * stride_dbr), mask=mask, other=0.0)
@@ -159,11 +162,11 @@ def _left(b, db, scale, n0, start, N, R, BLOCK_SIZE_N, RANK_BLOCK):
 
 
 @triton.jit
-def _right(a, da, k0, start, K, R, BLOCK_SIZE_K, RANK_BLOCK):
-    """Rows of [A'; dA] from ``start`` on, a tile of their columns."""
+def _right(a, da, k0, start, K, R, BLOCK_SIZE_K):
+    """RANK_BLOCK rows of [A'; dA] from ``start`` on, a tile of their columns."""
     a_ptr, stride_ar, stride_ak = a
     da_ptr, stride_dar, stride_dak = da
-    offs_r, offs_k = start + tl.arange(0, RANK_BLOCK)[:, None], tl.arange(0, BLOCK_SIZE_K)[None, :]
+    offs_r, offs_k = tl.arange(0, RANK_BLOCK)[:, None] + start, tl.arange(0, BLOCK_SIZE_K)[None, :]
     mask_k, is_a = offs_k < K - k0, offs_r < R
     a_ptr += tl.cast(k0, tl.int64) * stride_ak
     da_ptr += tl.cast(k0, tl.int64) * stride_dak - R.to(tl.int64) * stride_dar
@@ -206,10 +209,10 @@ def _add_product(left, right, acc, PRECISION: tl.constexpr):
 @triton.jit
 def _update_strip(
     row, n0, first, seed, step, apply,
-    dense: tl.constexpr, one_block: tl.constexpr, rounding: tl.constexpr,
-    w_dtype: tl.constexpr, adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
-    TILES: tl.constexpr, RANK_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    dense: tl.constexpr, rounding: tl.constexpr, w_dtype: tl.constexpr,
+    adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, TILES: tl.constexpr,
+    KEPT_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The whole update of the rows from n0 on, TILES tiles from column ``first`` on."""
     N, K = tl.load(row + SIZES).to(tl.int32), tl.load(row + SIZES + 1).to(tl.int32)
@@ -231,8 +234,9 @@ def _update_strip(
     da = _matrix(row, DELTA_A, tl.float32, dense, 8)
     db = _matrix(row, DELTA_B, tl.float32, dense, 1)
     scale = tl.load(row + SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-    if one_block:
-        left = _left(b, db, scale, n0, 0, N, R, BLOCK_SIZE_N, RANK_BLOCK)
+    lefts = ()
+    for i in tl.static_range(KEPT_BLOCKS):
+        lefts += (_left(b, db, scale, n0, i * RANK_BLOCK, N, R, BLOCK_SIZE_N),)
     last = tl.minimum(first + TILES * BLOCK_SIZE_K, K)
     for k0 in tl.range(first, last, BLOCK_SIZE_K, num_stages=STAGES):
         mask = mask_n & (offs_k < K - k0)
@@ -240,14 +244,14 @@ def _update_strip(
         if rounding == "remainder":
             low = tl.load(low_ptrs + tl.cast(k0, tl.int64) * stride_lk, mask=mask, other=0)
         acc = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_K), tl.float32)
-        if one_block:
-            right = _right(a, da, k0, 0, K, R, BLOCK_SIZE_K, RANK_BLOCK)
-            acc = _add_product(left, _swap_pairs(right), acc, PRECISION)
-        else:
+        for i in tl.static_range(KEPT_BLOCKS):
+            right = _right(a, da, k0, i * RANK_BLOCK, K, R, BLOCK_SIZE_K)
+            acc = _add_product(lefts[i], _swap_pairs(right), acc, PRECISION)
+        if KEPT_BLOCKS == 0:
             for start in range(0, 2 * R, RANK_BLOCK):
-                part = _left(b, db, scale, n0, start, N, R, BLOCK_SIZE_N, RANK_BLOCK)
-                right = _right(a, da, k0, start, K, R, BLOCK_SIZE_K, RANK_BLOCK)
-                acc = _add_product(part, _swap_pairs(right), acc, PRECISION)
+                left = _left(b, db, scale, n0, start, N, R, BLOCK_SIZE_N)
+                right = _right(a, da, k0, start, K, R, BLOCK_SIZE_K)
+                acc = _add_product(left, _swap_pairs(right), acc, PRECISION)
         acc = _swap_pairs(acc)
 
         wide = acc + (_join_remainder(w, low) if rounding == "remainder" else w.to(tl.float32))
@@ -269,10 +273,10 @@ def _update_strip(
 @triton.jit(do_not_specialize=["n", "seed"])
 def _delta_update_kernel(
     table_ptr, n, seed: tl.int64, step_ptr, apply_ptr,
-    all_dense: tl.constexpr, one_block: tl.constexpr, rounding: tl.constexpr,
-    w_dtype: tl.constexpr, adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
-    TILES: tl.constexpr, RANK_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    all_dense: tl.constexpr, rounding: tl.constexpr, w_dtype: tl.constexpr,
+    adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, TILES: tl.constexpr,
+    KEPT_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Looked at where W is stored: to wait here would cost every strip a trip to memory.
     apply = 1
@@ -288,31 +292,36 @@ def _delta_update_kernel(
     step = tl.load(step_ptr).to(tl.int32)
     if all_dense or tl.load(row + DENSE) != 0:
         _update_strip(
-            row, n0, first, seed, step, apply, True, one_block, rounding,
+            row, n0, first, seed, step, apply, True, rounding,
             w_dtype, adapter_dtype, remainder_dtype,
-            PRECISION, BLOCK_SIZE_N, BLOCK_SIZE_K, TILES, RANK_BLOCK, STAGES,
+            PRECISION, BLOCK_SIZE_N, BLOCK_SIZE_K, TILES, KEPT_BLOCKS, STAGES,
         )  # fmt: skip
     else:
-        # Addresses of any strides take registers: a few rows at a time, or they would spill.
+        # Addresses of any strides take registers: small tiles, and no factor kept.
         for part in range(0, BLOCK_SIZE_N, 16):
             _update_strip(
-                row, n0 + part, first, seed, step, apply, False, one_block, rounding,
+                row, n0 + part, first, seed, step, apply, False, rounding,
                 w_dtype, adapter_dtype, remainder_dtype,
-                PRECISION, 16, BLOCK_SIZE_K, TILES, RANK_BLOCK, 1,
+                PRECISION, 16, 64, TILES * BLOCK_SIZE_K // 64, 0, 1,
             )  # fmt: skip
 
 
 # --------------------------------------------------------------- launch configuration
 
 
-def delta_update_config(capability: tuple[int, int], rounding: str) -> dict:
-    """Blocks, tiles of a strip, warps and stages. They do not change the result."""
+def delta_update_config(capability: tuple[int, int], rounding: str, rank: int) -> dict:
+    """Blocks, tiles of a strip, warps and stages, for a product of rank ``rank``, which is 2r.
+
+    They do not change the result.
+    """
     if capability < (9, 0):  # older tensor cores take more registers
         return dict(BLOCK_SIZE_N=32, BLOCK_SIZE_K=64, TILES=16, num_warps=4, num_stages=2)
-    blocks = dict(BLOCK_SIZE_K=128, TILES=8, num_stages=2)
-    if rounding != "remainder":
-        blocks = dict(BLOCK_SIZE_K=64, TILES=16, num_stages=4)
-    return dict(BLOCK_SIZE_N=64, num_warps=4, **blocks)
+    blocks = dict(BLOCK_SIZE_N=64, BLOCK_SIZE_K=64, TILES=8, num_warps=4)
+    if rank > 16:  # more to compute: more programs at a time
+        return dict(**blocks, num_stages=3)
+    if rounding == "stochastic":
+        return dict(**blocks, num_stages=4)
+    return {**blocks, "BLOCK_SIZE_K": 128, "num_stages": 3}  # memory likes long pieces of rows
 
 
 def product_precision(rounding: str, device: torch.device) -> str:
@@ -350,20 +359,19 @@ class DeltaUpdate:
             TRITON_DTYPES[w.dtype], TRITON_DTYPES[a.dtype],
             tl.int16 if w.dtype == torch.bfloat16 else tl.float16,
         )  # fmt: skip
+        rank = 2 * max(a.shape[0] for a in lora_As)
         self.options = tuned.config(
             "delta_update", self.device, delta_update_config,
-            (capability(self.device), rounding),
-            (2 * max(a.shape[0] for a in lora_As), w.element_size(), rounding),
+            (capability(self.device), rounding, rank), (rank, w.element_size(), rounding),
         )  # fmt: skip
         names = ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "TILES", "num_stages")
         block_n, block_k, tiles, stages = (self.options.pop(name) for name in names)
         self.blocks, self.strip = (block_n, block_k), (block_n, block_k * tiles)
         all_dense = all(_is_dense(*ts) for ts in self.matrices)
-        rank = triton.next_power_of_2(2 * max(a.shape[0] for a in lora_As))
-        rank_block = min(max(rank, 16), MAX_RANK_BLOCK)
+        blocks = triton.cdiv(rank, RANK_BLOCK.value)
         self.constants = (
-            all_dense, rank <= rank_block, rounding, *dtypes,
-            product_precision(rounding, self.device), block_n, block_k, tiles, rank_block, stages,
+            all_dense, rounding, *dtypes, product_precision(rounding, self.device),
+            block_n, block_k, tiles, blocks if blocks <= MAX_KEPT_BLOCKS else 0, stages,
         )  # fmt: skip
         self.key = *self.constants, *self.options.values()
         self.table = make_table(self._numbers(scales), torch.int64, self.device)
@@ -395,8 +403,8 @@ class DeltaUpdate:
         with on_device(self.device):
             launch(
                 _delta_update_kernel, (self.strips,), key,
-                self.table, self.rows, self.seed, step, apply,
-                *self.constants, **self.options,
+                self.table, self.rows, self.seed, step, apply, *self.constants,
+                **self.options, num_stages=1,  # of loops that do not say how many
             )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ DEFAULTS = {
     "lora_linear_few": lora_linear_few.few_config(64, 64, 64, 8, 99),
     "lora_linear_wgrad": lora_linear.wgrad_config(64, 64, 8, 2),
     "lora_linear_hopper": lora_linear_hopper.hopper_config(*ARGS),
-    "delta_update": delta_update.delta_update_config((9, 0), "nearest"),
+    "delta_update": delta_update.delta_update_config((9, 0), "nearest", 16),
 }
 
 
@@ -170,7 +170,7 @@ REMAINDER = Update(4, torch.float16, "remainder", 64)
 
 def clock(seconds) -> Clock:
     """The seconds of each round are what ``seconds`` makes of an update's configuration."""
-    args = "delta_update", CPU, delta_update.delta_update_config, ((0, 0), "remainder"), (8, 2, "remainder")
+    args = "delta_update", CPU, delta_update.delta_update_config, ((0, 0), "remainder", 8), (8, 2, "remainder")
     return Clock(lambda _: tuned.config(*args), lambda calls, _: list(map(seconds, calls)))
 
 
