@@ -19,8 +19,9 @@ import triton.language as tl
 
 from . import tuned
 from .launch import launch
+from .seen import Seen
 from .send import send
-from .tables import TRITON_DTYPES, capability, device_numbers, find_row, new_numbers, on_device
+from .tables import TRITON_DTYPES, capability, find_row, new_numbers, on_device
 
 # A row of the table: the pointers of W, A', B', dA, dB and the remainder; their strides, two each;
 # then N, K, r, the bits of the scale, the position in the list, and whether the tile is dense.
@@ -263,7 +264,8 @@ def _update_strip(
                 first_block = ((n0 + tl.arange(0, BLOCK_SIZE_N)).to(tl.int64) * K + k0) >> 3
                 random = _bits_of_blocks(first_block, seed, step, index, BLOCK_SIZE_K // 8)
             else:
-                random = _bits_of_elements((n0 + offs_n).to(tl.int64) * K + (k0 + offs_k), seed, step, index)
+                element = (n0 + offs_n).to(tl.int64) * K + (k0 + offs_k)
+                random = _bits_of_elements(element, seed, step, index)
             new = _round_stochastic(wide, random, w_dtype)
         else:
             new = wide.to(w_dtype)
@@ -309,7 +311,9 @@ def _delta_update_kernel(
 # --------------------------------------------------------------- launch configuration
 
 
-def delta_update_config(capability: tuple[int, int], rounding: str, rank: int) -> dict:
+def delta_update_config(
+    capability: tuple[int, int], rounding: str, rank: int, itemsize: int
+) -> dict:
     """Blocks, tiles of a strip, warps and stages, for a product of rank ``rank``, which is 2r.
 
     They do not change the result.
@@ -321,7 +325,9 @@ def delta_update_config(capability: tuple[int, int], rounding: str, rank: int) -
         return dict(**blocks, num_stages=3)
     if rounding == "stochastic":
         return dict(**blocks, num_stages=4)
-    return {**blocks, "BLOCK_SIZE_K": 128, "num_stages": 3}  # memory likes long pieces of rows
+    if capability < (10, 0):  # where it fits the registers: memory likes long pieces of rows
+        blocks["BLOCK_SIZE_K"] = 256 // itemsize
+    return dict(**blocks, num_stages=3)
 
 
 def product_precision(rounding: str, device: torch.device) -> str:
@@ -337,24 +343,23 @@ def product_precision(rounding: str, device: torch.device) -> str:
 
 
 class DeltaUpdate:
-    """The update of weights that stay where they are; the table is made once.
+    """The update of weights that stay where they are, none of which it holds; the table is made
+    once.
 
     Args:
         weights, ..., seed: as `deltadiff.delta_update_`; adapters of one dtype.
         positions: of the weights in their list, for the random bits; None is their order.
-        make_table: `device_numbers` where one table may serve several calls.
     """
 
     def __init__(
         self, weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed,
-        positions=None, make_table=new_numbers,
+        positions=None,
     ):  # fmt: skip
         w, a = weights[0], lora_As[0]
         self.device, self.seed, self.rows = w.device, seed, len(weights)
-        self.matrices = list(
+        matrices = list(
             zip(weights, lora_As, lora_Bs, delta_As, delta_Bs, remainders or weights, strict=True)
         )
-        self.positions = range(self.rows) if positions is None else positions
         dtypes = (
             TRITON_DTYPES[w.dtype], TRITON_DTYPES[a.dtype],
             tl.int16 if w.dtype == torch.bfloat16 else tl.float16,
@@ -362,37 +367,40 @@ class DeltaUpdate:
         rank = 2 * max(a.shape[0] for a in lora_As)
         self.options = tuned.config(
             "delta_update", self.device, delta_update_config,
-            (capability(self.device), rounding, rank), (rank, w.element_size(), rounding),
+            (capability(self.device), rounding, rank, w.element_size()),
+            (rank, w.element_size(), rounding),
         )  # fmt: skip
         names = ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "TILES", "num_stages")
         block_n, block_k, tiles, stages = (self.options.pop(name) for name in names)
         self.blocks, self.strip = (block_n, block_k), (block_n, block_k * tiles)
-        all_dense = all(_is_dense(*ts) for ts in self.matrices)
+        all_dense = all(_is_dense(*ts) for ts in matrices)
         blocks = triton.cdiv(rank, RANK_BLOCK.value)
         self.constants = (
             all_dense, rounding, *dtypes, product_precision(rounding, self.device),
             block_n, block_k, tiles, blocks if blocks <= MAX_KEPT_BLOCKS else 0, stages,
         )  # fmt: skip
         self.key = *self.constants, *self.options.values()
-        self.table = make_table(self._numbers(scales), torch.int64, self.device)
+        positions = range(self.rows) if positions is None else positions
+        firsts, rows, self.strips = [], [], 0
+        for position, ts in zip(positions, matrices, strict=True):
+            w, a = ts[:2]
+            firsts.append(self.strips)
+            rows.append([
+                *(t.data_ptr() for t in ts), *(s for t in ts for s in t.stride()),
+                *w.shape, a.shape[0], 0, position, _is_dense(*ts),
+            ])  # fmt: skip
+            self.strips += math.prod(map(triton.cdiv, w.shape, self.strip))
+        self._firsts, self._rows = firsts, rows
+        self.table = new_numbers(self._numbers(scales), torch.int64, self.device)
 
     def rescale(self, scales: list[float]) -> None:
         """Other scales, in place: a captured graph reads them at its next replay."""
-        numbers = torch.tensor(self._numbers(scales), dtype=torch.int64)
-        send(numbers, self.table)
+        send(torch.tensor(self._numbers(scales), dtype=torch.int64), self.table)
 
     def _numbers(self, scales) -> tuple[int, ...]:
-        rows, first_strips, self.strips = [], [], 0
-        for position, ts, scale in zip(self.positions, self.matrices, scales, strict=True):
-            w, a = ts[:2]
-            first_strips.append(self.strips)
-            rows.append((
-                *(t.data_ptr() for t in ts), *(s for t in ts for s in t.stride()),
-                *w.shape, a.shape[0], _float_bits(scale), position, _is_dense(*ts),
-            ))  # fmt: skip
-            strips = (triton.cdiv(size, part) for size, part in zip(w.shape, self.strip, strict=True))
-            self.strips += math.prod(strips)
-        return (*first_strips, *(number for row in rows for number in row))
+        for row, scale in zip(self._rows, scales, strict=True):
+            row[SCALE.value] = _float_bits(scale)
+        return (*self._firsts, *(number for row in self._rows for number in row))
 
     def __call__(self, step: torch.Tensor, apply: torch.Tensor | None) -> None:
         """The update, unless ``apply`` is 0. 0-dim tensors, ``step`` int64."""
@@ -408,19 +416,33 @@ class DeltaUpdate:
             )  # fmt: skip
 
 
+_prepared = Seen()
+
+
 def delta_update_(
-    weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed, step, apply
-):
-    """The update of every weight, in place; see `deltadiff.delta_update_` for the arguments."""
+    weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed, step, apply,
+    key=None,
+):  # fmt: skip
+    """The update of every weight, in place; see `deltadiff.delta_update_` for the arguments.
+
+    ``key``: stands for all of them but ``step`` and ``apply``; the launch of a key is prepared
+    once.
+    """
     if apply is not None and apply.dtype == torch.bool:
         apply = apply.view(torch.int8)
-    lists = weights, lora_As, lora_Bs, delta_As, delta_Bs, scales
-    # One launch for each dtype of adapters, so usually one.
-    for adapter_dtype in dict.fromkeys(a.dtype for a in lora_As):
-        mine = [i for i, a in enumerate(lora_As) if a.dtype == adapter_dtype]
-        own = ([ts[i] for i in mine] for ts in lists)
-        low = [remainders[i] for i in mine] if remainders else []
-        DeltaUpdate(*own, rounding, low, seed, mine, device_numbers)(step, apply)
+
+    def prepare() -> list[DeltaUpdate]:
+        """One launch for each dtype of adapters, so usually one."""
+        found, lists = [], (weights, lora_As, lora_Bs, delta_As, delta_Bs, scales)
+        for adapter_dtype in dict.fromkeys(a.dtype for a in lora_As):
+            mine = [i for i, a in enumerate(lora_As) if a.dtype == adapter_dtype]
+            own = ([ts[i] for i in mine] for ts in lists)
+            low = [remainders[i] for i in mine] if remainders else []
+            found.append(DeltaUpdate(*own, rounding, low, seed, mine))
+        return found
+
+    for update in _prepared.get(key, prepare):
+        update(step, apply)
 
 
 def _is_dense(w, a, b, delta_a, delta_b, low) -> bool:

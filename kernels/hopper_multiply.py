@@ -63,7 +63,7 @@ def _rank_item(
     acc = gl.zeros((BLOCK_SIZE_M, RANK), gl.float32, layout)
     if ROWS == 2:
         more_acc = gl.zeros((BLOCK_SIZE_M, RANK), gl.float32, layout)
-    for k in range(steps):
+    for _ in range(steps):
         i = it % STAGES
         mbarrier.wait(ready.index(i), (it // STAGES) & 1)
         if BACKWARD:
