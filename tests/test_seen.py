@@ -1,11 +1,11 @@
-"""Checks and launches of `adamw_step_` and `delta_update_` that are made once for the same tensors."""
+"""Checks and launches of lists of tensors that came before are not made again."""
 
 import pytest
 import torch
+from deltadiff.kernels.seen import Seen, fingerprint
 
 from deltadiff import adamw_step_, delta_update_, ops
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.kernels.seen import Seen, fingerprint
 
 pytest.importorskip("deltadiff._C", exc_type=ImportError)
 
