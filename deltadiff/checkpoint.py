@@ -82,7 +82,8 @@ def load_adapter(
     """Put a saved adapter on its base model; an eager model is swapped first.
 
     W is not written: what in-place Delta-LoRA had added to it is applied in the forward pass, until
-    `merge_` or further in-place training folds it in.
+    `merge_` or further in-place training folds it in. A model that is swapped already keeps its own
+    ``lora_dropout``.
 
     Args:
         model: the base model, eager or swapped with the same layers and ranks.
@@ -104,10 +105,10 @@ def load_adapter(
     else:
         kinds: dict[tuple, set[str]] = {}
         for name, c in config["layers"].items():
-            kinds.setdefault((c["r"], c["scaling"]), set()).add(name)
-        for (r, scaling), names in kinds.items():
+            kinds.setdefault((c["r"], c.get("lora_dropout", 0.0)), set()).add(name)
+        for (r, dropout), names in kinds.items():
             swap_(
-                model, r=r, lora_alpha=scaling * r, backend=backend,
+                model, r=r, lora_dropout=dropout, backend=backend,
                 target_modules=lambda name, _, names=names: _plain(name) in names,
             )  # fmt: skip
         layers = {_plain(name): layer for name, layer in lora_layers(model).items()}
@@ -127,7 +128,10 @@ def _describe(name: str, layer: LoraLinear, tensors: dict[str, Tensor]) -> dict:
     """The JSON entry of a layer; adds the layer's tensors to ``tensors``."""
     plain, delta = _plain(name), layer.delta
     tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
-    entry = {"r": layer.r, "scaling": layer.scaling, "update_ratio": None, "folded": 0}
+    entry = {
+        "r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling,
+        "lora_dropout": layer.lora_dropout, "update_ratio": None, "folded": 0,
+    }  # fmt: skip
     if delta is None:
         return entry
     if delta.folded is None:
@@ -241,7 +245,8 @@ def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
 def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor]) -> None:
     layer.lora_A.copy_(tensors[f"{name}.lora_A"])
     layer.lora_B.copy_(tensors[f"{name}.lora_B"])
-    layer.scaling, layer.lora_alpha = entry["scaling"], entry["scaling"] * entry["r"]
+    layer.scaling = entry["scaling"]
+    layer.lora_alpha = entry.get("lora_alpha", layer.scaling * layer.r)  # older ones have none
     layer.delta = None
     ratio, device = entry["update_ratio"], layer.lora_A.device
     if ratio is None and not entry["folded"]:

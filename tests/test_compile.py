@@ -140,11 +140,11 @@ def test_operations_are_what_their_schemas_say(device, dtype, adapter, randn):
     backend = deltadiff.choose_path(x.device, dtype).backend
     op = torch.ops.deltadiff
     for gate in (None, randn(device=device), randn(R, device=device)):
-        args = x, w, a, b, 0.5, gate, bias, backend
+        args = x, w, a, b, 0.5, gate, bias, 0.0, None, backend
         opcheck(op.lora_linear_fwd.default, args)
         _, s = op.lora_linear_fwd(*args)
         for needs in ([True, True, True, gate is not None], [False, False, True, False]):
-            opcheck(op.lora_linear_bwd.default, (dy, x, w, a, b, s, 0.5, gate, needs, backend))
+            opcheck(op.lora_linear_bwd.default, (dy, x, w, a, b, s, 0.5, gate, needs, 0.0, None, backend))
         leaves = [t if t is None or t is w else t.clone().requires_grad_() for t in args[:4]]
         opcheck(op.lora_linear.default, (*leaves, *args[4:]))
         opcheck(op.lora_linear.default, (leaves[0].detach().view(2, 3, 24), *args[1:]))

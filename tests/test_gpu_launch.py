@@ -189,10 +189,10 @@ def record(folder: Path) -> None:
     assert not ops._GLUON_MISSING
 
     def forward(*args):
-        return torch.ops.deltadiff.lora_linear_fwd.default.redispatch(gpu, *args, "hopper")
+        return torch.ops.deltadiff.lora_linear_fwd.default.redispatch(gpu, *args, 0.0, None, "hopper")
 
     def backward(*args):
-        return torch.ops.deltadiff.lora_linear_bwd.default.redispatch(gpu, *args, "hopper")
+        return torch.ops.deltadiff.lora_linear_bwd.default.redispatch(gpu, *args, 0.0, None, "hopper")
 
     def both(launchers, case):
         m, n, k, r, gate = case["m"], 512, 768, case["r"], case["gate"]
