@@ -79,8 +79,11 @@ def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
 
 
 def check_dropout(name: str, p: object) -> float:
-    if not 0 <= check_number(name, p) < 1:
-        raise ArgumentError(name, repr(p), "a probability >= 0 and < 1")
+    accepted = "a probability >= 0 and < 1"
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise ArgumentTypeError(name, f"{p!r} ({type(p).__name__})", accepted)
+    if not 0 <= p < 1:
+        raise ArgumentError(name, repr(p), accepted)
     return float(p)
 
 

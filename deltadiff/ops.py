@@ -305,7 +305,7 @@ def lora_linear(
     seed = check_seed(seed, x.device) if p else None
     args = x, weight, lora_A, lora_B, scaling, gate, bias
     layer = _layer(weight, lora_A)
-    backend, native = _lora_linear_path(x.device, x.dtype, backend, layer, p > 0)
+    backend, native = _lora_linear_path(x.device, x.dtype, backend, layer, seed is not None)
     kernel_args = *args[:4], scaling / (1 - p), gate, bias, p, seed, backend
     if native:
         try:
