@@ -19,7 +19,7 @@ class Dropout {
   // multiple of 8; neighbouring elements of its rows lie side by side.
   void drop_(const at::Tensor& part, int64_t row = 0, int64_t column = 0) const;
 
-  // Rows (dim 0) or columns (dim 1) of x after dropout: a copy, or a view where nothing is left out.
+  // Rows (dim 0) or columns (dim 1) of x after dropout: a copy, or a view if nothing is left out.
   at::Tensor narrow(const at::Tensor& x, int64_t dim, int64_t start, int64_t length) const;
 
  private:

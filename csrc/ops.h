@@ -17,8 +17,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 using OptionalTensorList = c10::List<OptionalTensor>;
 
 // On any device, differentiable; `backend` names the kernels of lora_linear_fwd and lora_linear_bwd
-// where a device has more than one. `dropout`: the share of x that the low-rank branch does not see,
-// a multiple of 1/65536, with a 0-dim int64 `seed` where it is not 0; `scaling` makes up for it.
+// where a device has more than one. `dropout`: the share of x that the low-rank branch does not
+// see, a multiple of 1/65536, with a 0-dim int64 `seed` where it is not 0; `scaling` makes up for
+// what is left out.
 at::Tensor lora_linear(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,

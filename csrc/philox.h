@@ -1,8 +1,8 @@
-// Random bits: Philox4x32-7 with counter (element / 8, step, index) and key seed. Included by kernels
-// after simd.h, so once for each instruction set; no include guard, no includes.
+// Random bits: Philox4x32-7 with counter (element / 8, step, index) and key seed. Included by the
+// kernels that each_isa.h includes, after simd.h; no include guard, no includes.
 
-// Puts the bits of elements [first, first + count) at out + the returned offset, which is first % 8;
-// there must be room for 8 * kLanes more.
+// Puts the bits of elements [first, first + count) at out + the returned offset, first % 8. There
+// must be room for 8 * kLanes more.
 static int random_bits(
     uint16_t* out, uint64_t seed, uint32_t step, uint32_t index, uint64_t first, int64_t count) {
   constexpr int kBlocks = kLanes / 2;  // a word for each 64 bits; their high halves are noise

@@ -87,7 +87,9 @@ def _lora_linear_fwd_kernel(
             acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
             stride_pn, stride_pr, dtype, PRECISION, INDEX, BLOCK_SIZE_R,
         )  # fmt: skip
-        keep = kept_by_dropout(seed_ptr, dropout, m0 + offs_m, n0, N, BLOCK_SIZE_N)
+        keep = kept_by_dropout(
+            tl.load(seed_ptr), dropout, m0 + offs_m, n0, N, BLOCK_SIZE_N
+        )  # fmt: skip
         acc = tl.where(keep, acc, 0.0)
     acc = add_product(
         acc,
@@ -130,12 +132,13 @@ def _lora_linear_wgrad_kernel(
     v_offs = offs_m[:, None] * stride_vm + offs_c[None, :] * stride_vc
     v_ptr += start * stride_vm + c0 * stride_vc
     u_ptr += start * R
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), tl.float32)
     for m in range(start, end, BLOCK_SIZE_M):
         mask_m = offs_m < end - m
         v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        if seed_ptr is not None:
-            keep = kept_by_dropout(seed_ptr, dropout, m + offs_m, c0, C, BLOCK_SIZE_C)
+        if seed is not None:
+            keep = kept_by_dropout(seed, dropout, m + offs_m, c0, C, BLOCK_SIZE_C)
             v = tl.where(keep, v, 0.0)
         u = scaled_rank_tile(
             u_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_r, mask_m, R, v.dtype
@@ -274,7 +277,7 @@ def _with_branch(
 
     ``drop_v``: dropout of V in U; ``drop_branch``: of what is added to V Q^T.
     """
-    drops = drop_v[0] is not None or drop_branch[0] is not None
+    drops = drop_v[0] is not None or drop_branch[0] is not None  # which that kernel cannot do
     if not drops and few.takes(v, q.shape[0], p.shape[1]):
         u = v.new_empty(v.shape[0], p.shape[1], dtype=torch.float32) if u is None else u
         index, shared = index_type(p.shape[1], v, q, d, p), shared_kib(v.device)

@@ -28,7 +28,7 @@ def scaled_rank_tile(
 @triton.jit
 def _add_section(
     acc, v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k, start, end, K, stride_vk, stride_qk,
-    seed_ptr, dropout, rows,
+    seed, dropout, rows,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
     """acc + V Q^T over columns start to end; the pointers are to column 0 of the tile's rows.
@@ -45,8 +45,8 @@ def _add_section(
             mask_k = offs_k < K - k
             v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             q = tl.load(q_ptr + q_offs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        if seed_ptr is not None:
-            keep = kept_by_dropout(seed_ptr, dropout, rows, k, K, BLOCK_SIZE_K)
+        if seed is not None:
+            keep = kept_by_dropout(seed, dropout, rows, k, K, BLOCK_SIZE_K)
             v = tl.where(keep, v, 0.0)
         acc = tl.dot(v, q.to(v.dtype), acc, input_precision=PRECISION)
         v_ptr += BLOCK_SIZE_K * stride_vk
@@ -61,7 +61,7 @@ def add_product(
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + V Q^T over columns start to end, float32; seed, dropout, rows: see `_add_section`.
+    """acc + V Q^T over columns start to end, float32; V after dropout as in `_add_section`.
 
     float32 operands are summed in sections and these added up: the error of one long sum grows
     with its length, and here nothing else rounds.
@@ -69,18 +69,19 @@ def add_product(
     offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
     v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
     q_offs = offs_n[None, :] * stride_qn + offs_k[:, None] * stride_qk
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     if v_ptr.dtype.element_ty == tl.float32:
         for first in range(start, end, SECTION):
             acc += _add_section(
                 tl.zeros_like(acc), v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k,
                 first, tl.minimum(first + SECTION, end), K, stride_vk, stride_qk,
-                seed_ptr, dropout, rows, EVEN_K, PRECISION, BLOCK_SIZE_K,
+                seed, dropout, rows, EVEN_K, PRECISION, BLOCK_SIZE_K,
             )  # fmt: skip
     else:
         acc = _add_section(
             acc, v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k,
             start, end, K, stride_vk, stride_qk,
-            seed_ptr, dropout, rows, EVEN_K, PRECISION, BLOCK_SIZE_K,
+            seed, dropout, rows, EVEN_K, PRECISION, BLOCK_SIZE_K,
         )  # fmt: skip
     return acc
 

@@ -48,12 +48,12 @@ def bits_of_elements(element, seed, step, index):
 
 
 @triton.jit
-def kept_by_dropout(seed_ptr, dropout, rows, column, width, COLUMNS: tl.constexpr):
+def kept_by_dropout(seed, dropout, rows, column, width, COLUMNS: tl.constexpr):
     """Which elements of a tile stay: each with probability 1 - ``dropout``.
 
     The tile: ``rows`` (int64), and COLUMNS columns from ``column`` on, both multiples of 8, of a
     matrix ``width`` wide. A row of it is cut into blocks of eight elements, the last may be short.
     """
     first_block = rows * tl.cdiv(width, 8) + column // 8
-    bits = bits_of_blocks(first_block, tl.load(seed_ptr), 0, 0, COLUMNS // 8)
+    bits = bits_of_blocks(first_block, seed, 0, 0, COLUMNS // 8)
     return bits >= (tl.cast(dropout, tl.float32) * 65536).to(tl.int32)
