@@ -66,7 +66,7 @@ TORCH_LIBRARY(deltadiff, m) {
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
   m.def(
       "lora_linear_plan(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? gate, "
-      "Tensor? bias, Tensor? dy) -> int[]");
+      "Tensor? bias, Tensor? dy, bool need_A, bool need_B) -> int[]");
   m.def(
       "delta_update_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] delta_As, "
       "Tensor[] delta_Bs, float[] scales, str rounding, Tensor(b!)[] remainders, int seed, "

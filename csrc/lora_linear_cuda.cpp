@@ -24,24 +24,30 @@ enum Slot { X, WEIGHT, LORA_A, LORA_B, GATE, BIAS, DY, US, VT, Y, DA, DB, MEMORY
 
 struct Plan {
   int64_t kept_width, memory_bytes, sync_entries;
+  bool factor_gradients;  // whether the launches make dA and dB
   std::vector<GpuLaunch> launches;  // none: Python launches
 };
 
 std::vector<int64_t> make_plan(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-    const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& dy) {
+    const OptionalTensor& gate, const OptionalTensor& bias, const OptionalTensor& dy, bool need_A,
+    bool need_B) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("deltadiff::lora_linear_plan", "")
                              .typed<decltype(make_plan)>();
-  return op.call(x, weight, lora_A, lora_B, gate, bias, dy);
+  return op.call(x, weight, lora_A, lora_B, gate, bias, dy, need_A, need_B);
 }
 
 // ------------------------------------------------------------------------ plans, by key
 
-// Device; then of each input dtype and alignment, sizes and strides: all that a plan depends on.
+// Device and which gradients are asked for; then of each input dtype and alignment, sizes and
+// strides: all that a plan depends on.
 constexpr size_t kInputs = DY + 1;
-using Key = std::array<int64_t, 1 + 5 * kInputs>;
-using Inputs = std::array<const Tensor*, kInputs>;  // null: not given
+using Key = std::array<int64_t, 2 + 5 * kInputs>;
+
+struct Inputs : std::array<const Tensor*, kInputs> {  // null: not given
+  bool need_A = false, need_B = false;
+};
 
 struct KeyHash {
   size_t operator()(const Key& key) const {
@@ -59,8 +65,8 @@ int64_t misalignment(const Tensor& t) {
 }
 
 Key key_of(const Inputs& inputs) {
-  Key key = {inputs[X]->get_device()};
-  auto entry = key.begin() + 1;
+  Key key = {inputs[X]->get_device(), 2 * inputs.need_A + inputs.need_B};
+  auto entry = key.begin() + 2;
   for (const Tensor* t : inputs) {
     if (t) {
       entry[0] = 1 + static_cast<int64_t>(t->scalar_type()) * 16 + misalignment(*t);
@@ -97,13 +103,14 @@ class Plans {
     };
     const std::vector<int64_t> numbers = make_plan(
         *inputs[X], *inputs[WEIGHT], *inputs[LORA_A], *inputs[LORA_B], optional(GATE),
-        optional(BIAS), optional(DY));
+        optional(BIAS), optional(DY), inputs.need_A, inputs.need_B);
     if (numbers.empty()) return std::make_shared<Plan>();
-    constexpr size_t kHeader = 4;
+    constexpr size_t kHeader = 5;
     TORCH_CHECK(numbers.size() > kHeader, "a plan without launches");
     const auto launches = c10::IntArrayRef(numbers).slice(kHeader);
     return std::make_shared<Plan>(
-        Plan{numbers[0], numbers[1], numbers[2], read_launches(numbers[3], launches)});
+        Plan{numbers[0], numbers[1], numbers[2], numbers[3] != 0,
+             read_launches(numbers[4], launches)});
   }
 
   static constexpr size_t kMost = 4096;
@@ -175,9 +182,18 @@ Tensor for_tma(const Tensor& t) {
   return dense && misalignment(t) == 0 ? t : t.clone(at::MemoryFormat::Contiguous);
 }
 
-// S (T), which lies after U (V): kernels/lora_linear_hopper.py
+// U (V), and with a gate S (T) after it: kernels/lora_linear_hopper.py
+Tensor product_part(const Tensor& kept, int64_t m, int64_t r, at::ScalarType dtype) {
+  const int64_t pitch = (r + 7) / 8 * 8;
+  return kept.view({-1}).slice(0, 0, m * pitch / 2).view(dtype).view({m, pitch}).slice(1, 0, r);
+}
+
 Tensor rank_part(const Tensor& kept, int64_t m, int64_t r) {
   return kept.view({-1}).slice(0, kept.numel() - m * r).view({m, r});
+}
+
+Tensor product(const Tensor& p, const Tensor& q, at::ScalarType dtype) {
+  return at::mm(p, q, at::kFloat).to(dtype);
 }
 
 // s sum_m T S, for each rank or in all: as in kernels/lora_linear.py
@@ -199,7 +215,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(
   const PlainTensors plain;
   const c10::DeviceGuard guard(x.device());
   const OptionalTensor g = dense(gate), b = dense(bias);
-  const Inputs inputs = {&x, &weight, &lora_A, &lora_B, given(g), given(b), nullptr};
+  const Inputs inputs = {{&x, &weight, &lora_A, &lora_B, given(g), given(b), nullptr}};
   const auto call = find_call(inputs, backend);
   if (!call)
     return python.call(
@@ -224,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
   const OptionalTensor g = dense(gate);
   // The others are stored tensors, which fit; a gradient is often one row, or number, expanded.
   const Tensor rows = backend == "hopper" ? for_tma(dy) : dy;
-  const Inputs inputs = {&x, &weight, &lora_A, &lora_B, given(g), nullptr, &rows};
+  const Inputs inputs = {
+      {&x, &weight, &lora_A, &lora_B, given(g), nullptr, &rows}, needs[1], needs[2]};
   const bool kept_as_made = S.is_contiguous() && misalignment(S) == 0;
   const auto call = kept_as_made ? find_call(inputs, backend) : std::nullopt;
   if (!call)
@@ -235,8 +252,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
   Tensor dx = like(x), dA = like(lora_A), dB = like(lora_B), dgate;
   const Tensor vt = like(S);
   run(*call, inputs, {{US, S}, {VT, vt}, {Y, dx}, {DA, dA}, {DB, dB}}, scaling);
+  const int64_t m = x.size(0), r = lora_A.size(0);
+  if (!call->plan->factor_gradients) {
+    const at::ScalarType half = x.scalar_type(), own = lora_A.scalar_type();
+    if (needs[1]) dA = product(product_part(vt, m, r, half).t(), x, own);
+    if (needs[2]) dB = product(rows.t(), product_part(S, m, r, half), own);
+  }
   if (needs[3] && gate) {
-    const int64_t m = x.size(0), r = lora_A.size(0);
     dgate = gate_gradient(rank_part(vt, m, r), rank_part(S, m, r), scaling, *gate);
   }
   return {

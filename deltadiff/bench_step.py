@@ -1,9 +1,11 @@
 """`deltadiff bench step`: the optimizer step of Delta-LoRA, its parts and the whole.
 
-The floor of each case is a copy of as many bytes as the case has to read and write.
+The floor of each case is a copy of as many bytes as the case has to read and write. It is never
+captured in a CUDA graph, where copies take longer.
 """
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -32,14 +34,14 @@ def step_cases(device: torch.device, quick: bool = False) -> list[Case]:
     gpu = device.type == "cuda"
     side = 256 if quick and not gpu else 4096
     shapes = [(side, side)] * (64 if gpu else 4)
-    r, half = 8, torch.bfloat16
+    r, half, graphs = 8, torch.bfloat16, (False, True)[: 1 + gpu]
     kinds = [(half, rounding) for rounding in ROUNDINGS]
     if not quick:
         kinds += [(torch.float32, None), (torch.float16, "remainder")]
     cases = [delta_update_case(shapes, r, dtype, rounding, gpu) for dtype, rounding in kinds]
-    cases += [adamw_case(shapes, r, wants_delta) for wants_delta in (False, True)]
+    cases += [adamw_case(shapes, r, *how) for how in itertools.product((False, True), graphs)]
     for rounding in ROUNDINGS:
-        cases += [step_case(shapes, r, half, rounding, graph) for graph in (False, True)[: 1 + gpu]]
+        cases += [step_case(shapes, r, half, rounding, graph) for graph in graphs]
     if gpu and not quick:
         cases += [step_case(LLAMA_7B, r, half, "remainder", g, "Llama-2-7B") for g in (False, True)]
     return cases
@@ -57,7 +59,8 @@ def _case(op, shapes, dtype, rounding, graph, floor_bytes, flops, build, **rest)
 
     def with_floor(device: torch.device) -> dict[str, Variant]:
         torch.manual_seed(0)
-        return {"copy": Variant(lambda: copies(floor_bytes, device)), **build(device)}
+        copy = Variant(lambda: copies(floor_bytes, device), capture=False)
+        return {"copy": copy, **build(device)}
 
     return Case(fields, "copy", with_floor)
 
@@ -156,7 +159,7 @@ def addmm_update(weights, new, old, scale: float) -> None:
 # ------------------------------------------------------------------- adamw_step
 
 
-def adamw_case(shapes: Shapes, r: int, wants_delta: bool) -> Case:
+def adamw_case(shapes: Shapes, r: int, wants_delta: bool, graph: bool) -> Case:
     """AdamW on all A and B. PyTorch's optimizers do not yield the delta; they are the same in both.
 
     Bytes an element: 4 (4 reads: p, g, m, v; 3 writes: p, m, v; 1 more for the delta).
@@ -164,13 +167,13 @@ def adamw_case(shapes: Shapes, r: int, wants_delta: bool) -> Case:
     """
     entries = _entries(shapes, r)
     return _case(
-        "adamw_step", shapes, torch.float32, None, False, entries * (28 + 4 * wants_delta),
-        15 * entries, functools.partial(_build_adamw, shapes, r, wants_delta),
+        "adamw_step", shapes, torch.float32, None, graph, entries * (28 + 4 * wants_delta),
+        15 * entries, functools.partial(_build_adamw, shapes, r, wants_delta, graph),
         shape={"tensors": 2 * len(shapes), "r": r}, delta=wants_delta,
     )  # fmt: skip
 
 
-def _build_adamw(shapes, r, wants_delta, device) -> dict[str, Variant]:
+def _build_adamw(shapes, r, wants_delta, graph, device) -> dict[str, Variant]:
     params, grads = (
         [t for pair in zip(*_factors(shapes, r, device, 1.0), strict=True) for t in pair]
         for _ in range(2)
@@ -186,7 +189,7 @@ def _build_adamw(shapes, r, wants_delta, device) -> dict[str, Variant]:
         own = [p.clone().requires_grad_() for p in params]
         for p, g in zip(own, grads, strict=True):
             p.grad = g
-        return torch.optim.AdamW(own, **HYPER, **{how: True}).step
+        return torch.optim.AdamW(own, **HYPER, **{how: True}, capturable=graph).step
 
     return {
         "deltadiff": Variant(ours),

@@ -163,22 +163,18 @@ def remainder_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.int16 if dtype == torch.bfloat16 else dtype
 
 
+def check_adamw_options(lr, betas, eps, weight_decay) -> tuple[float, ...]:
+    return (
+        check_number("lr", lr, 0),
+        *check_betas(betas),
+        check_number("eps", eps, 0),
+        check_number("weight_decay", weight_decay, 0),
+    )
+
+
 def check_adamw_step(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    steps,
-    lr,
-    betas,
-    eps,
-    weight_decay,
-    deltas,
-    anchors,
-    anchor_now,
-    grad_scale,
-    found_inf,
-):
+    params, grads, exp_avgs, exp_avg_sqs, steps, deltas, anchors, anchor_now, grad_scale, found_inf
+) -> None:  # fmt: skip
     n = len(params)
     lists = {
         "grads": grads,
@@ -190,14 +186,8 @@ def check_adamw_step(
     for name, values in lists.items():
         if len(values) != n:
             raise ArgumentError(name, f"{len(values)} entries", f"{n}, as many as params")
-    hyper = (
-        check_number("lr", lr, 0),
-        *check_betas(betas),
-        check_number("eps", eps, 0),
-        check_number("weight_decay", weight_decay, 0),
-    )
     if not n:
-        return hyper
+        return
     for p in params:
         if not isinstance(p, Tensor) or p.dtype not in DTYPES:
             raise ArgumentTypeError(
@@ -235,4 +225,3 @@ def check_adamw_step(
                 device,
                 (t.dtype,) if name == "anchor_now" else (torch.float32,),
             )
-    return hyper

@@ -34,10 +34,14 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Variant:
-    """``make`` prepares a variant and returns the call to time; ``fields`` are its record's own."""
+    """``make`` prepares a variant and returns the call to time; ``fields`` are its record's own.
+
+    ``capture``: False for one that a CUDA graph would make slower.
+    """
 
     make: Callable[[], Call]
     fields: Mapping = field(default_factory=dict)
+    capture: bool = True
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _prepare(variant: Variant, graph: bool, device: torch.device, timing: Timing
     for _ in range(2):
         call()
     timing.peak_mib = peak_mib(call, device)
-    if graph:
+    if graph and variant.capture:
         call = graphed(call)
     timing.host_ms = host_ms(call, device)
     once = min(sample(call, 2, device))

@@ -7,8 +7,9 @@ All backends of an operation share one signature.
 
 import functools
 import importlib
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.graph import increment_version
 from . import reference
 from .checks import (
     HALF_DTYPES,
+    check_adamw_options,
     check_adamw_step,
     check_delta_update,
     check_dropout,
@@ -28,6 +30,7 @@ from .checks import (
     check_seed,
 )
 from .errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+from .kernels.seen import Seen, fingerprint
 
 BACKENDS = ("hopper", "triton", "cpp", "reference")
 
@@ -147,7 +150,6 @@ def choose_path(
     if native == "cpp":
         return Path("cpp", "CPU: native C++")
     major, minor = torch.cuda.get_device_capability(device)
-    no_hopper = no_hopper or lora_linear_hopper.why_slower(layer[2])
     if no_hopper is None:
         return Path("hopper", "sm_90: one launch forward, one backward")
     why = f" ({no_hopper})" if layer and (major, minor) == (9, 0) else ""
@@ -201,7 +203,8 @@ if not _CPP_MISSING:
     ):  # fmt: skip
         """What torch.compile has to know: y, and the S that this backend keeps."""
         m, r = x.shape[0], lora_A.shape[0]
-        shape = lora_linear_hopper.kept_shape(m, r) if backend == "hopper" else (m, r)
+        gated, hopper = gate is not None, backend == "hopper"
+        shape = lora_linear_hopper.kept_shape(m, r, gated) if hopper else (m, r)
         dtype = x.dtype if backend == "cpp" else torch.float32
         return x.new_empty((m, weight.shape[0])), x.new_empty(shape, dtype=dtype)
 
@@ -378,20 +381,37 @@ def delta_update_(
     n = len(lists[0])
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * n
     remainders = [] if remainder is None else _as_list(remainder)
-    rounding = check_delta_update(lists, scales, rounding, remainders, seed, step, apply)
+    flags = [t for t in (step, apply) if isinstance(t, Tensor)]
+    sizes = tuple(map(len, (*lists, remainders, flags)))
+    key = fingerprint([*itertools.chain(*lists), *remainders, *flags])
+    if key and type(seed) is int and all(type(number) in (int, float) for number in scales):
+        key = key, sizes, tuple(scales), str(rounding), seed
+    else:
+        key = None
+    check = functools.partial(
+        check_delta_update, lists, scales, rounding, remainders, seed, step, apply
+    )
+    rounding = _checked.get(key, check)
     if n:
         path = choose_path(lists[0][0].device, lists[0][0].dtype, backend)
         if not isinstance(step, Tensor):
             step = torch.tensor(step, dtype=torch.int64, device=lists[0][0].device)
-        run_delta_update(path.backend, *lists, scales, rounding, remainders, seed, step, apply)
+        args = *lists, scales, rounding, remainders, seed, step, apply
+        run_delta_update(path.backend, *args, key=key)
     return weight if single else lists[0]
 
 
-def run_delta_update(backend: str, *args) -> None:
-    """`delta_update_` without its checks, for callers that checked once."""
+_checked = Seen()  # what the checks of `delta_update_` and `adamw_step_` returned
+
+
+def run_delta_update(backend: str, *args, key: Hashable | None = None) -> None:
+    """`delta_update_` without its checks, for callers that checked once.
+
+    ``key`` stands for all ``args``; what is prepared for it is used again.
+    """
     increment_version(args[0])  # a backward pass that still needs the old weight must say so
     if backend == "triton":
-        triton_delta_update.delta_update_(*args)
+        triton_delta_update.delta_update_(*args, key)
     elif backend == "cpp":
         torch.ops.deltadiff.delta_update_(*args)
     else:
@@ -449,21 +469,30 @@ def adamw_step_(
     lists = [list(ts) for ts in (params, grads, exp_avgs, exp_avg_sqs)]
     outputs = [[None] * n if ts is None else list(ts) for ts in (deltas, anchors)]
     flags = (anchor_now, grad_scale, found_inf)
-    hyper = check_adamw_step(*lists, steps, lr, betas, eps, weight_decay, *outputs, *flags)
+    options = check_adamw_options(lr, betas, eps, weight_decay)
+    state = [lists[0], *lists[2:], *outputs]
+    seen = fingerprint([*itertools.chain(*state), steps, *flags])
+    grads_seen = fingerprint(lists[1])
+    key = seen and (seen, tuple(map(len, state)))
+    _checked.get(
+        key and grads_seen and (key, grads_seen, len(lists[1])),
+        lambda: check_adamw_step(*lists, steps, *outputs, *flags),
+    )
     if n:
         backend = choose_path(lists[0][0].device, lists[0][0].dtype, backend).backend
-        run_adamw_step(backend, *lists, steps, *hyper, *outputs, *flags)
+        run_adamw_step(backend, *lists, steps, *options, *outputs, *flags, key=key)
         steps += 1 if found_inf is None else found_inf.view(()) == 0
 
 
-def run_adamw_step(backend: str, *args) -> None:
+def run_adamw_step(backend: str, *args, key: Hashable | None = None) -> None:
     """`adamw_step_` without its checks, for callers that checked once.
 
-    ``steps`` are not raised; a gradient may be None.
+    ``steps`` are not raised; a gradient may be None. ``key`` stands for all tensors but the
+    gradients; what is prepared for it is used again.
     """
     increment_version(args[0])
     if backend == "triton":
-        triton_adamw_step.adamw_step_(*args)
+        triton_adamw_step.adamw_step_(*args, key)
     elif backend == "cpp":
         torch.ops.deltadiff.adamw_step_(*args)
     else:

@@ -61,9 +61,9 @@ CANDIDATES = {
     ),
     "lora_linear_wgrad": _grid(BLOCK_SIZE_C=(64, 128), num_warps=(4, 8), num_stages=(3, 4)),
     "delta_update": [
-        {"BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "num_warps": warps}
-        for n, k in ((32, 64), (64, 64), (32, 128), (64, 128), (128, 64))
-        for warps in (4, 8)
+        {"BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "TILES": 1024 // k, "num_stages": stages}
+        for n, k in ((32, 64), (64, 64), (32, 128), (64, 128))
+        for stages in (2, 3, 4)
     ],
 }  # fmt: skip
 

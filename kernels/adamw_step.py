@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch
+from .seen import Seen
 from .send import send
 from .tables import TRITON_DTYPES, device_numbers, find_row, on_device
 
@@ -173,13 +174,17 @@ class AdamWStep:
             )  # fmt: skip
 
 
+_prepared = Seen()
+
+
 def adamw_step_(
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
-    deltas, anchors, anchor_now, grad_scale, found_inf,
+    deltas, anchors, anchor_now, grad_scale, found_inf, key=None,
 ):  # fmt: skip
     """One step for every tensor that has a gradient, in place; ``steps`` are not raised.
 
-    See `deltadiff.adamw_step_` for the arguments.
+    See `deltadiff.adamw_step_` for the arguments. ``key``: the fingerprint of all tensors but the
+    gradients; the launch of a key is prepared once.
 
     Raises:
         ValueError: a tensor other than a gradient is not contiguous. Nothing was changed.
@@ -190,11 +195,15 @@ def adamw_step_(
     addresses = tuple(0 if g is None else g.data_ptr() for g in grads)
     aligned = not any(address % 16 for address in addresses)
     column = device_numbers(addresses, torch.int64, steps.device)
-    tensors, launches = (params, exp_avgs, exp_avg_sqs, deltas, anchors), []
-    # One launch for each dtype of moments, so usually one.
-    for dtype in dict.fromkeys(m.dtype for m in exp_avgs):
-        mine = [i for i, m in enumerate(exp_avgs) if m.dtype == dtype]
-        launches.append(AdamWStep(*([ts[i] for i in mine] for ts in tensors), mine))
-    for step in launches:
+
+    def prepare() -> list[AdamWStep]:
+        """One launch for each dtype of moments, so usually one."""
+        found, tensors = [], (params, exp_avgs, exp_avg_sqs, deltas, anchors)
+        for dtype in dict.fromkeys(m.dtype for m in exp_avgs):
+            mine = [i for i, m in enumerate(exp_avgs) if m.dtype == dtype]
+            found.append(AdamWStep(*([ts[i] for i in mine] for ts in tensors), mine))
+        return found
+
+    for step in _prepared.get(key, prepare):
         step.set_options(lr, beta1, beta2, eps, weight_decay)
         step(column, aligned, steps, anchor_now, grad_scale, found_inf)

@@ -1,14 +1,16 @@
 """Delta-LoRA's update of a whole list of weights in one launch: W += scale (dB A' + B dA).
 
 With B = B' - dB this is one product of rank 2r, [dB, B' - dB] @ [A'; dA], on tensor cores: each
-float32 is split into pieces, whose products are summed in float32. A program owns one tile of one
-weight, reads it once and writes it once. Where the tiles of each weight start, and all that is
-particular to a weight, stands in a table on the device.
+float32 is split into pieces, whose products are summed in float32. A program owns a strip of one
+weight: some rows, which it goes along tile by tile, reading W ahead and writing it once. Where the
+strips of each weight start, and all that is particular to a weight, stands in a table on the
+device.
 
 Random bits and remainders are bit for bit the reference's: integer arithmetic on the bits of the
 float32 value, and a Philox counter that is made of the element's place alone.
 """
 
+import math
 import struct
 
 import torch
@@ -18,16 +20,19 @@ import triton.language as tl
 from . import tuned
 from .launch import launch
 from .philox import bits_of_blocks, bits_of_elements
+from .seen import Seen
 from .send import send
-from .tables import TRITON_DTYPES, capability, device_numbers, find_row, new_numbers, on_device
+from .tables import TRITON_DTYPES, capability, find_row, new_numbers, on_device
 
 # A row of the table: the pointers of W, A', B', dA, dB and the remainder; their strides, two each;
 # then N, K, r, the bits of the scale, the position in the list, and whether the tile is dense.
 W, A, B, DELTA_A, DELTA_B, REMAINDER = (tl.constexpr(i) for i in range(6))
 STRIDES, SIZES, SCALE, INDEX, DENSE, COLUMNS = (tl.constexpr(i) for i in (6, 18, 21, 22, 23, 24))
 
-# Columns of [dB, B' - dB] to one step of the product: the least that `tl.dot` takes.
+# A product is made in steps of 16 ranks, the least that `tl.dot` takes. Up to so many steps the
+# factor that serves all tiles of a strip stays in registers.
 RANK_BLOCK = tl.constexpr(16)
+MAX_KEPT_BLOCKS = 4
 
 
 @triton.jit
@@ -37,13 +42,20 @@ def _upper_half(bits):
 
 
 @triton.jit
+def _bits_of(wide):
+    """The bits of float32 values, such that adding 16 bits leaves a NaN a NaN: the one that GPUs
+    make is all ones."""
+    return tl.minimum(wide.to(tl.int32, bitcast=True), 0x7FFF0000)
+
+
+@triton.jit
 def _round_stochastic(wide, random, dtype: tl.constexpr):
     """Up with probability equal to the fraction lost. What is not finite stays so."""
-    bits = wide.to(tl.int32, bitcast=True)
-    finite = (bits & 0x7FFFFFFF) < 0x7F800000
+    bits = _bits_of(wide)
     if dtype == tl.bfloat16:
-        return tl.where(finite, _upper_half(bits + random), wide.to(tl.bfloat16))
+        return _upper_half(bits + random)
     else:
+        finite = (bits & 0x7FFFFFFF) < 0x7F800000
         rounded = ((bits + (random >> 3)) & -0x2000).to(tl.float32, bitcast=True)
         # Below 2^-14 float16 has a fixed spacing of 2^-24.
         steps = tl.floor(tl.abs(wide) * 2.0**24 + (random >> 3).to(tl.float32) * 2.0**-13)
@@ -67,11 +79,9 @@ def _split_remainder(wide, dtype: tl.constexpr):
         high = wide.to(tl.float16)
         return high, (wide - high.to(tl.float32)).to(tl.float16)
     else:
-        bits = wide.to(tl.int32, bitcast=True)
-        nan = (bits & 0x7FFFFFFF) > 0x7F800000  # the carry must not turn a NaN into a number
-        high = tl.where(nan, bits, bits + 0x8000)
-        low = tl.where(nan, 0, bits - (high & -0x10000))
-        return _upper_half(high), low.to(tl.int16)
+        bits = _bits_of(wide)
+        high = bits + 0x8000
+        return _upper_half(high), (bits - (high & -0x10000)).to(tl.int16)
 
 
 @triton.jit
@@ -100,130 +110,186 @@ def _swap_pairs(x):
 
 
 @triton.jit
-def _product(
-    row, n0, k0, N, K, R,
-    dense: tl.constexpr, one_block: tl.constexpr, adapter_dtype: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
-):  # fmt: skip
-    """The tile of [dB, B' - dB] @ [A'; dA] that starts at (n0, k0)."""
-    a_ptr, stride_ar, stride_ak = _matrix(row, A, adapter_dtype, dense, 8)
-    da_ptr, stride_dar, stride_dak = _matrix(row, DELTA_A, tl.float32, dense, 8)
-    b_ptr, stride_bn, stride_br = _matrix(row, B, adapter_dtype, dense, 1)
-    db_ptr, stride_dbn, stride_dbr = _matrix(row, DELTA_B, tl.float32, dense, 1)
-    # What is far away goes to the pointers, in 64 bits; dA's rows come after the R of A'.
-    a_ptr += k0 * stride_ak
-    da_ptr += k0 * stride_dak - R.to(tl.int64) * stride_dar
-    b_ptr += n0 * stride_bn
-    db_ptr += n0 * stride_dbn
-    offs_n, offs_k = tl.arange(0, BLOCK_SIZE_N)[:, None], tl.arange(0, BLOCK_SIZE_K)[None, :]
-    mask_n, mask_k = offs_n < N - n0, offs_k < K - k0
-    acc = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_K), tl.float32)
-    for start in range(0, RANK_BLOCK if one_block else 2 * R, RANK_BLOCK):
-        offs_r = start + tl.arange(0, RANK_BLOCK)[None, :]
-        is_db, mask = offs_r < R, mask_n & (offs_r < 2 * R)
-        offs_r = tl.where(is_db, offs_r, offs_r - R)
-        db = tl.load(db_ptr + (offs_n * stride_dbn + offs_r * stride_dbr), mask=mask, other=0.0)
-        b = tl.load(b_ptr + (offs_n * stride_bn + offs_r * stride_br), mask=mask, other=0.0)
-        left = tl.where(is_db, db, b.to(tl.float32) - db)
-        offs_r = tl.arange(0, RANK_BLOCK)[:, None]
-        mask = mask_k & (offs_r < R - start)
-        a = tl.load(a_ptr + (offs_r * stride_ar + offs_k * stride_ak), mask=mask, other=0.0)
-        mask = mask_k & (offs_r >= R - start) & (offs_r < 2 * R - start)
-        da = tl.load(da_ptr + (offs_r * stride_dar + offs_k * stride_dak), mask=mask, other=0.0)
-        right = a.to(tl.float32) + da  # one of them is zero
-        acc = tl.dot(left, _swap_pairs(right), acc, input_precision=PRECISION)
-        a_ptr += RANK_BLOCK * stride_ar
-        da_ptr += RANK_BLOCK * stride_dar
-    return _swap_pairs(acc)
+def _left(b, db, scale, n0, start, N, R, BLOCK_SIZE_N):
+    """RANK_BLOCK columns of [dB, B' - dB] from ``start`` on, times the scale."""
+    b_ptr, stride_bn, stride_br = b
+    db_ptr, stride_dbn, stride_dbr = db
+    b_ptr += n0.to(tl.int64) * stride_bn  # what is far away goes to the pointers, in 64 bits
+    db_ptr += n0.to(tl.int64) * stride_dbn
+    offs_n, offs_r = tl.arange(0, BLOCK_SIZE_N)[:, None], tl.arange(0, RANK_BLOCK)[None, :] + start
+    is_db, mask = offs_r < R, (offs_n < N - n0) & (offs_r < 2 * R)
+    offs_r = tl.where(is_db, offs_r, offs_r - R)
+    delta = tl.load(db_ptr + (offs_n * stride_dbn + offs_r * stride_dbr), mask=mask, other=0.0)
+    new = tl.load(b_ptr + (offs_n * stride_bn + offs_r * stride_br), mask=mask, other=0.0)
+    return scale * tl.where(is_db, delta, new.to(tl.float32) - delta)
 
 
 @triton.jit
-def _update_tile(
-    row, n0, k0, seed, step, apply,
-    dense: tl.constexpr, one_block: tl.constexpr, rounding: tl.constexpr,
-    w_dtype: tl.constexpr, adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+def _right(a, da, k0, start, K, R, BLOCK_SIZE_K):
+    """RANK_BLOCK rows of [A'; dA] from ``start`` on, a tile of their columns."""
+    a_ptr, stride_ar, stride_ak = a
+    da_ptr, stride_dar, stride_dak = da
+    offs_r, offs_k = tl.arange(0, RANK_BLOCK)[:, None] + start, tl.arange(0, BLOCK_SIZE_K)[None, :]
+    mask_k, is_a = offs_k < K - k0, offs_r < R
+    a_ptr += tl.cast(k0, tl.int64) * stride_ak
+    da_ptr += tl.cast(k0, tl.int64) * stride_dak - R.to(tl.int64) * stride_dar
+    a_ptrs = a_ptr + (offs_r * stride_ar + offs_k * stride_ak)
+    da_ptrs = da_ptr + (offs_r * stride_dar + offs_k * stride_dak)
+    if a_ptr.dtype == da_ptr.dtype:
+        return tl.load(tl.where(is_a, a_ptrs, da_ptrs), mask=mask_k & (offs_r < 2 * R), other=0.0)
+    else:
+        new = tl.load(a_ptrs, mask=mask_k & is_a, other=0.0)
+        delta = tl.load(da_ptrs, mask=mask_k & (offs_r >= R) & (offs_r < 2 * R), other=0.0)
+        return new.to(tl.float32) + delta  # one of them is zero
+
+
+@triton.jit
+def _pieces(x):
+    """Three bfloat16 that add up to a float32."""
+    high = x.to(tl.bfloat16)
+    x -= high.to(tl.float32)
+    middle = x.to(tl.bfloat16)
+    return high, middle, (x - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _add_product(left, right, acc, PRECISION: tl.constexpr):
+    """acc + left @ right of float32, the small products first."""
+    if PRECISION == "tf32x3":
+        return tl.dot(left, right, acc, input_precision="tf32x3")
+    else:
+        l0, l1, l2 = _pieces(left)
+        r0, r1, r2 = _pieces(right)
+        if PRECISION == "bf16x6":
+            acc = tl.dot(l2, r0, acc)
+            acc = tl.dot(l0, r2, acc)
+            acc = tl.dot(l1, r1, acc)
+        acc = tl.dot(l1, r0, acc)
+        acc = tl.dot(l0, r1, acc)
+        return tl.dot(l0, r0, acc)
+
+
+@triton.jit
+def _update_strip(
+    row, n0, first, seed, step, apply,
+    dense: tl.constexpr, rounding: tl.constexpr, w_dtype: tl.constexpr,
+    adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, TILES: tl.constexpr,
+    KEPT_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The whole update of the tile that starts at (n0, k0)."""
-    N, K, R = tl.load(row + SIZES), tl.load(row + SIZES + 1), tl.load(row + SIZES + 2).to(tl.int32)
+    """The whole update of the rows from n0 on, TILES tiles from column ``first`` on."""
+    N, K = tl.load(row + SIZES).to(tl.int32), tl.load(row + SIZES + 1).to(tl.int32)
+    R = tl.load(row + SIZES + 2).to(tl.int32)
     if dense:
         K = tl.multiple_of(K, 8)
     # Offsets within the tile are small; what is large goes to the pointers, once.
     offs_n, offs_k = tl.arange(0, BLOCK_SIZE_N)[:, None], tl.arange(0, BLOCK_SIZE_K)[None, :]
-    mask_n, mask_k = offs_n < N - n0, offs_k < K - k0
-    mask = mask_n & mask_k
+    mask_n = offs_n < N - n0
     w_ptr, stride_wn, stride_wk = _matrix(row, W, w_dtype, dense, 8)
-    w_ptrs = w_ptr + n0 * stride_wn + k0 * stride_wk + (offs_n * stride_wn + offs_k * stride_wk)
-    w = tl.load(w_ptrs, mask=mask, other=0.0)
+    w_ptrs = w_ptr + n0.to(tl.int64) * stride_wn + (offs_n * stride_wn + offs_k * stride_wk)
     if rounding == "remainder":
         low_ptr, stride_ln, stride_lk = _matrix(row, REMAINDER, remainder_dtype, dense, 8)
-        low_ptr += n0 * stride_ln + k0 * stride_lk
-        low_ptrs = low_ptr + (offs_n * stride_ln + offs_k * stride_lk)
-        low = tl.load(low_ptrs, mask=mask, other=0)
-
-    acc = _product(
-        row, n0, k0, N, K, R, dense, one_block, adapter_dtype,
-        PRECISION, BLOCK_SIZE_N, BLOCK_SIZE_K,
-    )  # fmt: skip
-    scale = tl.load(row + SCALE).to(tl.int32).to(tl.float32, bitcast=True)
-    wide = (_join_remainder(w, low) if rounding == "remainder" else w.to(tl.float32)) + scale * acc
-
-    if rounding == "remainder":
-        new, low = _split_remainder(wide, w_dtype)
-        tl.store(low_ptrs, low, mask=mask & (apply != 0))
+        low_ptrs = low_ptr + n0.to(tl.int64) * stride_ln + (offs_n * stride_ln + offs_k * stride_lk)
     elif rounding == "stochastic":
         index = tl.load(row + INDEX).to(tl.int32)
-        if dense:
-            first_block = ((n0 + tl.arange(0, BLOCK_SIZE_N)) * K + k0) >> 3
-            random = bits_of_blocks(first_block, seed, step, index, BLOCK_SIZE_K // 8)
+    a = _matrix(row, A, adapter_dtype, dense, 8)
+    b = _matrix(row, B, adapter_dtype, dense, 1)
+    da = _matrix(row, DELTA_A, tl.float32, dense, 8)
+    db = _matrix(row, DELTA_B, tl.float32, dense, 1)
+    scale = tl.load(row + SCALE).to(tl.int32).to(tl.float32, bitcast=True)
+    lefts = ()
+    for i in tl.static_range(KEPT_BLOCKS):
+        lefts += (_left(b, db, scale, n0, i * RANK_BLOCK, N, R, BLOCK_SIZE_N),)
+    last = tl.minimum(first + TILES * BLOCK_SIZE_K, K)
+    for k0 in tl.range(first, last, BLOCK_SIZE_K, num_stages=STAGES):
+        mask = mask_n & (offs_k < K - k0)
+        w = tl.load(w_ptrs + tl.cast(k0, tl.int64) * stride_wk, mask=mask, other=0.0)
+        if rounding == "remainder":
+            low = tl.load(low_ptrs + tl.cast(k0, tl.int64) * stride_lk, mask=mask, other=0)
+        acc = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_K), tl.float32)
+        for i in tl.static_range(KEPT_BLOCKS):
+            right = _right(a, da, k0, i * RANK_BLOCK, K, R, BLOCK_SIZE_K)
+            acc = _add_product(lefts[i], _swap_pairs(right), acc, PRECISION)
+        if KEPT_BLOCKS == 0:
+            for start in range(0, 2 * R, RANK_BLOCK):
+                left = _left(b, db, scale, n0, start, N, R, BLOCK_SIZE_N)
+                right = _right(a, da, k0, start, K, R, BLOCK_SIZE_K)
+                acc = _add_product(left, _swap_pairs(right), acc, PRECISION)
+        acc = _swap_pairs(acc)
+
+        wide = acc + (_join_remainder(w, low) if rounding == "remainder" else w.to(tl.float32))
+        if rounding == "remainder":
+            new, low = _split_remainder(wide, w_dtype)
+            tl.store(low_ptrs + tl.cast(k0, tl.int64) * stride_lk, low, mask=mask & (apply != 0))
+        elif rounding == "stochastic":
+            if dense:
+                first_block = ((n0 + tl.arange(0, BLOCK_SIZE_N)).to(tl.int64) * K + k0) >> 3
+                random = bits_of_blocks(first_block, seed, step, index, BLOCK_SIZE_K // 8)
+            else:
+                element = (n0 + offs_n).to(tl.int64) * K + (k0 + offs_k)
+                random = bits_of_elements(element, seed, step, index)
+            new = _round_stochastic(wide, random, w_dtype)
         else:
-            random = bits_of_elements((n0 + offs_n) * K + (k0 + offs_k), seed, step, index)
-        new = _round_stochastic(wide, random, w_dtype)
-    else:
-        new = wide.to(w_dtype)
-    tl.store(w_ptrs, new, mask=mask & (apply != 0))
+            new = wide.to(w_dtype)
+        tl.store(w_ptrs + tl.cast(k0, tl.int64) * stride_wk, new, mask=mask & (apply != 0))
 
 
 @triton.jit(do_not_specialize=["n", "seed"])
 def _delta_update_kernel(
     table_ptr, n, seed: tl.int64, step_ptr, apply_ptr,
-    all_dense: tl.constexpr, one_block: tl.constexpr, rounding: tl.constexpr,
-    w_dtype: tl.constexpr, adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+    all_dense: tl.constexpr, rounding: tl.constexpr, w_dtype: tl.constexpr,
+    adapter_dtype: tl.constexpr, remainder_dtype: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, TILES: tl.constexpr,
+    KEPT_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    # Looked at where W is stored: to wait here would cost every tile a trip to memory.
+    # Looked at where W is stored: to wait here would cost every strip a trip to memory.
     apply = 1
     if apply_ptr is not None:
         apply = tl.where(tl.load(apply_ptr) != 0, 1, 0)
-    tile = tl.program_id(0)
-    i = find_row(table_ptr, n, tile)
+    strip = tl.program_id(0)
+    i = find_row(table_ptr, n, strip)
     row = table_ptr + n + i * COLUMNS
-    tile -= tl.load(table_ptr + i).to(tl.int32)
-    blocks_k = tl.cdiv(tl.load(row + SIZES + 1), BLOCK_SIZE_K).to(tl.int32)
-    n0 = (tile // blocks_k).to(tl.int64) * BLOCK_SIZE_N
-    k0 = (tile % blocks_k).to(tl.int64) * BLOCK_SIZE_K
+    strip -= tl.load(table_ptr + i).to(tl.int32)
+    strips_k = tl.cdiv(tl.load(row + SIZES + 1).to(tl.int32), TILES * BLOCK_SIZE_K)
+    n0 = strip // strips_k * BLOCK_SIZE_N
+    first = strip % strips_k * (TILES * BLOCK_SIZE_K)
     step = tl.load(step_ptr).to(tl.int32)
     if all_dense or tl.load(row + DENSE) != 0:
-        _update_tile(
-            row, n0, k0, seed, step, apply, True, one_block, rounding,
-            w_dtype, adapter_dtype, remainder_dtype, PRECISION, BLOCK_SIZE_N, BLOCK_SIZE_K,
+        _update_strip(
+            row, n0, first, seed, step, apply, True, rounding,
+            w_dtype, adapter_dtype, remainder_dtype,
+            PRECISION, BLOCK_SIZE_N, BLOCK_SIZE_K, TILES, KEPT_BLOCKS, STAGES,
         )  # fmt: skip
     else:
-        # Addresses of any strides take registers: a few rows at a time, or they would spill.
+        # Addresses of any strides take registers: small tiles, and no factor kept.
         for part in range(0, BLOCK_SIZE_N, 16):
-            _update_tile(
-                row, n0 + part, k0, seed, step, apply, False, one_block, rounding,
-                w_dtype, adapter_dtype, remainder_dtype, PRECISION, 16, BLOCK_SIZE_K,
+            _update_strip(
+                row, n0 + part, first, seed, step, apply, False, rounding,
+                w_dtype, adapter_dtype, remainder_dtype,
+                PRECISION, 16, 64, TILES * BLOCK_SIZE_K // 64, 0, 1,
             )  # fmt: skip
 
 
 # --------------------------------------------------------------- launch configuration
 
 
-def delta_update_config(capability: tuple[int, int]) -> dict:
-    """Blocks and warps. They do not change the result."""
-    block_n = 64 if capability >= (9, 0) else 32  # older tensor cores take more registers
-    return dict(BLOCK_SIZE_N=block_n, BLOCK_SIZE_K=64, num_warps=4, num_stages=1)
+def delta_update_config(
+    capability: tuple[int, int], rounding: str, rank: int, itemsize: int
+) -> dict:
+    """Blocks, tiles of a strip, warps and stages, for a product of rank ``rank``, which is 2r.
+
+    They do not change the result.
+    """
+    if capability < (9, 0):  # older tensor cores take more registers
+        return dict(BLOCK_SIZE_N=32, BLOCK_SIZE_K=64, TILES=16, num_warps=4, num_stages=2)
+    blocks = dict(BLOCK_SIZE_N=64, BLOCK_SIZE_K=64, TILES=8, num_warps=4)
+    if rank > 16:  # more to compute: more programs at a time
+        return dict(**blocks, num_stages=3)
+    if rounding == "stochastic":
+        return dict(**blocks, num_stages=4)
+    if capability < (10, 0):  # where it fits the registers: memory likes long pieces of rows
+        blocks["BLOCK_SIZE_K"] = 256 // itemsize
+    return dict(**blocks, num_stages=3)
 
 
 def product_precision(rounding: str, device: torch.device) -> str:
@@ -239,58 +305,64 @@ def product_precision(rounding: str, device: torch.device) -> str:
 
 
 class DeltaUpdate:
-    """The update of weights that stay where they are; the table is made once.
+    """The update of weights that stay where they are, none of which it holds; the table is made
+    once.
 
     Args:
         weights, ..., seed: as `deltadiff.delta_update_`; adapters of one dtype.
         positions: of the weights in their list, for the random bits; None is their order.
-        make_table: `device_numbers` where one table may serve several calls.
     """
 
     def __init__(
         self, weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed,
-        positions=None, make_table=new_numbers,
+        positions=None,
     ):  # fmt: skip
         w, a = weights[0], lora_As[0]
         self.device, self.seed, self.rows = w.device, seed, len(weights)
-        self.matrices = list(
+        matrices = list(
             zip(weights, lora_As, lora_Bs, delta_As, delta_Bs, remainders or weights, strict=True)
         )
-        self.positions = range(self.rows) if positions is None else positions
         dtypes = (
             TRITON_DTYPES[w.dtype], TRITON_DTYPES[a.dtype],
             tl.int16 if w.dtype == torch.bfloat16 else tl.float16,
         )  # fmt: skip
+        rank = 2 * max(a.shape[0] for a in lora_As)
         self.options = tuned.config(
-            "delta_update", self.device, delta_update_config, (capability(self.device),),
-            (2 * max(a.shape[0] for a in lora_As), w.element_size(), rounding),
+            "delta_update", self.device, delta_update_config,
+            (capability(self.device), rounding, rank, w.element_size()),
+            (rank, w.element_size(), rounding),
         )  # fmt: skip
-        self.blocks = self.options.pop("BLOCK_SIZE_N"), self.options.pop("BLOCK_SIZE_K")
-        all_dense = all(_is_dense(*ts) for ts in self.matrices)
-        one_block = all(2 * a.shape[0] <= RANK_BLOCK.value for a in lora_As)
-        precision = product_precision(rounding, self.device)
-        self.constants = all_dense, one_block, rounding, *dtypes, precision, *self.blocks
+        names = ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "TILES", "num_stages")
+        block_n, block_k, tiles, stages = (self.options.pop(name) for name in names)
+        self.blocks, self.strip = (block_n, block_k), (block_n, block_k * tiles)
+        all_dense = all(_is_dense(*ts) for ts in matrices)
+        blocks = triton.cdiv(rank, RANK_BLOCK.value)
+        self.constants = (
+            all_dense, rounding, *dtypes, product_precision(rounding, self.device),
+            block_n, block_k, tiles, blocks if blocks <= MAX_KEPT_BLOCKS else 0, stages,
+        )  # fmt: skip
         self.key = *self.constants, *self.options.values()
-        self.table = make_table(self._numbers(scales), torch.int64, self.device)
+        positions = range(self.rows) if positions is None else positions
+        firsts, rows, self.strips = [], [], 0
+        for position, ts in zip(positions, matrices, strict=True):
+            w, a = ts[:2]
+            firsts.append(self.strips)
+            rows.append([
+                *(t.data_ptr() for t in ts), *(s for t in ts for s in t.stride()),
+                *w.shape, a.shape[0], 0, position, _is_dense(*ts),
+            ])  # fmt: skip
+            self.strips += math.prod(map(triton.cdiv, w.shape, self.strip))
+        self._firsts, self._rows = firsts, rows
+        self.table = new_numbers(self._numbers(scales), torch.int64, self.device)
 
     def rescale(self, scales: list[float]) -> None:
         """Other scales, in place: a captured graph reads them at its next replay."""
-        numbers = torch.tensor(self._numbers(scales), dtype=torch.int64)
-        send(numbers, self.table)
+        send(torch.tensor(self._numbers(scales), dtype=torch.int64), self.table)
 
     def _numbers(self, scales) -> tuple[int, ...]:
-        rows, first_tiles, self.tiles = [], [], 0
-        for position, ts, scale in zip(self.positions, self.matrices, scales, strict=True):
-            w, a = ts[:2]
-            first_tiles.append(self.tiles)
-            rows.append((
-                *(t.data_ptr() for t in ts), *(s for t in ts for s in t.stride()),
-                *w.shape, a.shape[0], _float_bits(scale), position, _is_dense(*ts),
-            ))  # fmt: skip
-            self.tiles += triton.cdiv(w.shape[0], self.blocks[0]) * triton.cdiv(
-                w.shape[1], self.blocks[1]
-            )
-        return (*first_tiles, *(number for row in rows for number in row))
+        for row, scale in zip(self._rows, scales, strict=True):
+            row[SCALE.value] = _float_bits(scale)
+        return (*self._firsts, *(number for row in self._rows for number in row))
 
     def __call__(self, step: torch.Tensor, apply: torch.Tensor | None) -> None:
         """The update, unless ``apply`` is 0. 0-dim tensors, ``step`` int64."""
@@ -300,25 +372,39 @@ class DeltaUpdate:
         )  # fmt: skip
         with on_device(self.device):
             launch(
-                _delta_update_kernel, (self.tiles,), key,
-                self.table, self.rows, self.seed, step, apply,
-                *self.constants, **self.options,
+                _delta_update_kernel, (self.strips,), key,
+                self.table, self.rows, self.seed, step, apply, *self.constants,
+                **self.options, num_stages=1,  # of loops that do not say how many
             )  # fmt: skip
 
 
+_prepared = Seen()
+
+
 def delta_update_(
-    weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed, step, apply
-):
-    """The update of every weight, in place; see `deltadiff.delta_update_` for the arguments."""
+    weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed, step, apply,
+    key=None,
+):  # fmt: skip
+    """The update of every weight, in place; see `deltadiff.delta_update_` for the arguments.
+
+    ``key``: stands for all of them but ``step`` and ``apply``; the launch of a key is prepared
+    once.
+    """
     if apply is not None and apply.dtype == torch.bool:
         apply = apply.view(torch.int8)
-    lists = weights, lora_As, lora_Bs, delta_As, delta_Bs, scales
-    # One launch for each dtype of adapters, so usually one.
-    for adapter_dtype in dict.fromkeys(a.dtype for a in lora_As):
-        mine = [i for i, a in enumerate(lora_As) if a.dtype == adapter_dtype]
-        own = ([ts[i] for i in mine] for ts in lists)
-        low = [remainders[i] for i in mine] if remainders else []
-        DeltaUpdate(*own, rounding, low, seed, mine, device_numbers)(step, apply)
+
+    def prepare() -> list[DeltaUpdate]:
+        """One launch for each dtype of adapters, so usually one."""
+        found, lists = [], (weights, lora_As, lora_Bs, delta_As, delta_Bs, scales)
+        for adapter_dtype in dict.fromkeys(a.dtype for a in lora_As):
+            mine = [i for i, a in enumerate(lora_As) if a.dtype == adapter_dtype]
+            own = ([ts[i] for i in mine] for ts in lists)
+            low = [remainders[i] for i in mine] if remainders else []
+            found.append(DeltaUpdate(*own, rounding, low, seed, mine))
+        return found
+
+    for update in _prepared.get(key, prepare):
+        update(step, apply)
 
 
 def _is_dense(w, a, b, delta_a, delta_b, low) -> bool:

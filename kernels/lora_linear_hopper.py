@@ -6,12 +6,13 @@
 A block multiplies with 8 warps (`hopper_multiply`) while one more warp fills their shared memory by
 TMA (`hopper_load`). It draws its work from a counter:
 
-- *rank items* read some rows of X (dY), publish their part of U (V) and raise a flag; in the
-  backward pass they multiply the same rows by U too, which gives a part of dB;
-- *tiles* of Y (dX), to which U B^T (V A) is one more K step, taken once the flag of their rows is
-  up. Rank items come a group of tiles early, so that hardly anyone waits;
-- *sum items* add up the parts of dB, and *column items* make dA; they fill the GPU while the last
-  tiles are still running.
+- *rank items* read some rows of X (dY), publish their part of U (V) and raise a flag;
+- *tiles* of Y (dX), to which U B^T (V A) is one more K step, or a few, taken once the flag of their
+  rows is up. Rank items come a group of tiles early, so that hardly anyone waits;
+- *column items* make some columns of dB and dA from the rows of a split. They move bytes while
+  other blocks multiply; whoever finishes the last split of some columns adds them up.
+
+Ranks above 64 leave dA and dB to cuBLAS: there they are products of a size that it is good at.
 
 Work is drawn in order, so whoever is waited for is running already, whatever else is on the GPU.
 All sums are in a fixed order: no float atomics.
@@ -31,13 +32,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import lora_linear as portable
 from . import tuned
 from .hopper_load import FLAGS, load
-from .hopper_multiply import SUM_BLOCK, multiply
+from .hopper_multiply import multiply
 from .launch import launch
 from .send import is_capturing
 from .tables import on_device
 
-MAX_RANK = 64
-BEST_RANK = 32  # up to which it is the fastest
+MAX_RANK = 256
+COLUMN_ITEMS_RANK = 64  # up to which dA and dB are column items
 LEAST_TOKENS = 256  # with fewer, the portable kernels are faster
 MOST_TOKENS = 128 * 0x7FFF  # a place in the order of work has 15 bits
 NUM_WARPS = 8  # that multiply
@@ -46,19 +47,19 @@ NUM_WARPS = 8  # that multiply
 @gluon.jit(
     do_not_specialize=[
         "scaling", "M", "N", "C", "R", "blocks_m", "blocks_n", "steps",
-        "sums", "blocks_c", "column_items", "rows_per_split", "splits",
+        "columns", "columns_b", "rows_per_split", "splits",
     ]
 )  # fmt: skip
 def _lora_linear_hopper_kernel(
     v_desc, q_desc, p_desc, e_desc, u_desc, u_rank_desc, kept_desc, x_desc, y_desc,
-    u_ptr, s_ptr, gate_ptr, bias_ptr, part_ptr, db_ptr, da_ptr, da_part_ptr, sync_ptr,
-    scaling, M, N, C, R, blocks_m, blocks_n, steps,
-    sums, blocks_c, column_items, rows_per_split, splits,
-    BACKWARD: gl.constexpr, GATE_ENTRIES: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_SIZE_M: gl.constexpr, NUM_WARPS: gl.constexpr,
+    u_ptr, s_ptr, gate_ptr, bias_ptr, db_ptr, da_ptr, part_ptr, sync_ptr,
+    scaling, M, N, C, R, blocks_m, blocks_n, steps, columns, columns_b, rows_per_split, splits,
+    BACKWARD: gl.constexpr, COLUMNS: gl.constexpr, GATE_ENTRIES: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_SIZE_M: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Y (M, N) = V Q^T + bias + U E^T over C columns, U (M, RANK) = s g V P^T."""
+    """Y (M, N) = V Q^T + bias + U E^T over C columns, U (M, R) = s g V P^T."""
     dtype: gl.constexpr = v_desc.dtype
+    RANK: gl.constexpr = p_desc.block_type.shape[1 if BACKWARD else 0]
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
     q_bufs = gl.allocate_shared_memory(dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout)
     y_buf = gl.allocate_shared_memory(dtype, y_desc.block_type.shape, y_desc.layout)
@@ -67,45 +68,42 @@ def _lora_linear_hopper_kernel(
     v_numel: gl.constexpr = v_bufs.shape[1] * v_bufs.shape[2]
     q_numel: gl.constexpr = q_bufs.shape[1] * q_bufs.shape[2]
     p_numel: gl.constexpr = p_desc.block_type.shape[0] * p_desc.block_type.shape[1]
-    u_numel: gl.constexpr = kept_desc.block_type.shape[0] * kept_desc.block_type.shape[1]
-    ROWS: gl.constexpr = 2 if q_numel == 2 * v_numel else 1
-    more_v_bufs = q_bufs._reinterpret(
-        dtype, [STAGES * q_numel // v_numel] + v_desc.block_type.shape, v_desc.layout
-    )
+    ROWS: gl.constexpr = 2 if q_numel >= 2 * v_numel and q_numel >= 2 * p_numel else 1
+    more_v_bufs = v_bufs
+    if ROWS == 2:
+        more_v_bufs = q_bufs._reinterpret(
+            dtype, [STAGES * q_numel // v_numel] + v_desc.block_type.shape, v_desc.layout
+        )
     p_bufs = q_bufs._reinterpret(
         dtype, [STAGES * q_numel // p_numel] + p_desc.block_type.shape, p_desc.layout
     )
-    u_bufs = q_bufs._reinterpret(
-        dtype, [STAGES * q_numel // u_numel] + kept_desc.block_type.shape, kept_desc.layout
-    )
-    kept_bufs = gl.allocate_shared_memory(
-        dtype, [ROWS if BACKWARD else 1] + kept_desc.block_type.shape, kept_desc.layout
-    )
+    u_bufs = p_bufs
+    if COLUMNS:
+        u_numel: gl.constexpr = kept_desc.block_type.shape[0] * kept_desc.block_type.shape[1]
+        u_bufs = q_bufs._reinterpret(
+            dtype, [STAGES * q_numel // u_numel] + kept_desc.block_type.shape, kept_desc.layout
+        )
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    kept_ready = gl.allocate_shared_memory(gl.int64, [1], bars)
-    kept_empty = gl.allocate_shared_memory(gl.int64, [1], bars)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     drawn = gl.allocate_shared_memory(gl.int32, [STAGES, 1], plain)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    mbarrier.init(kept_ready, count=1)
-    mbarrier.init(kept_empty, count=1)
     fence_async_shared()
     gl.warp_specialize([
         (multiply, (
-            y_desc, u_ptr, s_ptr, gate_ptr, bias_ptr, part_ptr, db_ptr, da_ptr, da_part_ptr,
-            sync_ptr, scaling, ready, empty, kept_ready, kept_empty, drawn, v_bufs, q_bufs,
-            more_v_bufs, p_bufs, u_bufs, kept_bufs, y_buf, M, N, C, R, blocks_m, blocks_n, steps,
-            blocks_c, rows_per_split, splits, BACKWARD, GATE_ENTRIES, STAGES, ROWS, NUM_WARPS,
+            y_desc, u_ptr, s_ptr, gate_ptr, bias_ptr, db_ptr, da_ptr, part_ptr, sync_ptr,
+            scaling, ready, empty, drawn, v_bufs, q_bufs, more_v_bufs, p_bufs, u_bufs, y_buf,
+            M, N, C, R, blocks_m, blocks_n, steps, columns, columns_b, rows_per_split, splits,
+            RANK, BACKWARD, COLUMNS, GATE_ENTRIES, STAGES, GROUP_SIZE_M, ROWS, NUM_WARPS,
         )),
         (load, (
             v_desc, q_desc, p_desc, e_desc, u_desc, u_rank_desc, kept_desc, x_desc, sync_ptr,
-            ready, empty, kept_ready, kept_empty, drawn, v_bufs, q_bufs, more_v_bufs, p_bufs,
-            u_bufs, kept_bufs, blocks_m, blocks_n, steps, sums, blocks_c, column_items,
-            rows_per_split, BACKWARD, STAGES, GROUP_SIZE_M, ROWS,
+            ready, empty, drawn, v_bufs, q_bufs, more_v_bufs, p_bufs, u_bufs,
+            blocks_m, blocks_n, steps, columns, columns_b, rows_per_split, splits,
+            RANK, BACKWARD, COLUMNS, STAGES, GROUP_SIZE_M, ROWS,
         )),
     ], [1], [24])  # fmt: skip
 
@@ -115,16 +113,21 @@ def _lora_linear_hopper_kernel(
 
 def hopper_config(M: int, N: int, rank: int, multiprocessors: int) -> dict:
     """Width of the tiles, stages of loading, rows of a group."""
-    overhead = {256: 1.0, 128: 1.1}  # of narrower tiles, which load more for each product
+    # Time of a tile, in columns of the widest one: narrower ones load more for each product.
+    tile = {256: 256, 128: 141, 64: 86}
 
     def cost(width):
-        waves = triton.cdiv(triton.cdiv(M, 128) * triton.cdiv(N, width), multiprocessors)
-        return waves * width * overhead[width]
+        blocks_m = triton.cdiv(M, 128)
+        # A rank item, of one or two blocks of rows, is bound by what it loads.
+        items = triton.cdiv(blocks_m, _rows(width, rank)) * (150 if width == 256 else 100)
+        work = blocks_m * triton.cdiv(N, width) * tile[width] + items
+        return triton.cdiv(work, multiprocessors * tile[width]) * tile[width]
 
-    width = 128 if rank == 64 else min(overhead, key=cost)
+    # Other work than tiles has to find room in the stages.
+    width = min((w for w in tile if w >= min(2 * rank, 256) or rank <= 32), key=cost)
     return dict(
         BLOCK_SIZE_M=128, BLOCK_SIZE_N=width, BLOCK_SIZE_K=64,
-        STAGES=3 if width == 256 else 5, GROUP_SIZE_M=16,
+        STAGES={256: 3, 128: 5, 64: 7}[width], GROUP_SIZE_M=16,
     )  # fmt: skip
 
 
@@ -138,11 +141,6 @@ def why_not(N: int, K: int, R: int) -> str | None:
     if N % 8 or K % 8:
         return f"{N} x {K}: TMA needs rows of a multiple of 16 bytes"
     return None
-
-
-def why_slower(R: int) -> str | None:
-    """None for a layer that is fastest here, else the reason in words."""
-    return f"rank {R} > {BEST_RANK}, where they are faster" if R > BEST_RANK else None
 
 
 def takes(M: int) -> bool:
@@ -165,23 +163,25 @@ def _for_tma(t):
 # -------------------------------------------------------------------------- launchers
 
 
-def kept_shape(M: int, R: int) -> tuple[int, int]:
-    """Shape of what forward keeps for backward: float32, in it U (M, rank) and S (M, R) float32."""
-    return M, _padded_rank(R) // 2 + R
+def kept_shape(M: int, R: int, gated: bool) -> tuple[int, int]:
+    """Shape of what forward keeps for backward: float32. In it lies U (M, R to a multiple of 8) in
+    the dtype of x, with a gate also S (M, R) float32; of the portable kernels S alone."""
+    return M, _pitch(R) // 2 + R if gated else max(R, 4)
 
 
 def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
     """(y, kept) for x (M, K): y in x.dtype; kept is what the gradients need beside x."""
     m, r = x.shape[0], lora_A.shape[0]
-    kept = x.new_empty(kept_shape(m, r), dtype=torch.float32)
+    kept = x.new_empty(kept_shape(m, r, gate is not None), dtype=torch.float32)
     u, s = _kept_views(kept, r, x.dtype)
     if not takes(m):
+        s = _portable_view(kept, r)
         return portable.lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, s)[0], kept
     with on_device(x.device):
         x, weight = _for_tma(x), _for_tma(weight)
         y = x.new_empty((m, weight.shape[0]))
         a, b = _packed(lora_A, lora_B, x.dtype)
-        work = _Work.of(x.device, m, y.shape[1], x.shape[1], r, False)
+        work = _Work.of(x.device, m, y.shape[1], x.shape[1], r, None)
         sync = _sync(x.device, work.flags)
         tensors = x, weight, a, b, u, s, u, x, y, _dense(gate), _dense(bias)
         call, options = _call(work, *tensors, sync, scaling, r)
@@ -193,22 +193,30 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
     """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for."""
     r = lora_A.shape[0]
     need_x, need_A, need_B, need_gate = needs
-    u, s = _kept_views(kept, r, x.dtype)
     if not takes(x.shape[0]):
+        s = _portable_view(kept, r)
         return portable.lora_linear_bwd(dy, x, weight, lora_A, lora_B, s, scaling, gate, needs)
+    u, s = _kept_views(kept, r, x.dtype)
     with on_device(dy.device):
         dy, x, weight = _for_tma(dy), _for_tma(x), _for_tma(weight)
-        v, t = torch.empty_like(u), torch.empty_like(s)
+        v, t = _kept_views(torch.empty_like(kept), r, x.dtype)
         dx, da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (x, lora_A, lora_B))
         a, b = _packed(lora_A, lora_B, x.dtype)
-        work = _Work.of(dy.device, dy.shape[0], x.shape[1], dy.shape[1], r, True)
-        sums = [dy.new_empty(shape, dtype=torch.float32) for shape in (work.parts, work.da_parts)]
+        work = _Work.of(dy.device, dy.shape[0], x.shape[1], dy.shape[1], r, (need_A, need_B))
+        parts = dy.new_empty(work.parts, dtype=torch.float32)
         sync = _sync(dy.device, work.flags)
         tensors = dy, weight, b, a, v, t, u, x, dx, _dense(gate), None
-        call, options = _call(work, *tensors, sync, scaling, r, da, db, *sums)
+        call, options = _call(work, *tensors, sync, scaling, r, da, db, parts)
         launch(*call, **options)
+        if r > COLUMN_ITEMS_RANK:
+            da = _product(v[:, :r].T, x, lora_A.dtype) if need_A else None
+            db = _product(dy.T, u[:, :r], lora_B.dtype) if need_B else None
         dgate = portable.gate_gradient(t, s, scaling, gate) if need_gate else None
     return dx if need_x else None, da if need_A else None, db if need_B else None, dgate
+
+
+def _product(p, q, dtype):
+    return torch.mm(p, q, out_dtype=torch.float32).to(dtype)
 
 
 _DENSE = torch.contiguous_format
@@ -218,11 +226,23 @@ def _padded_rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
+def _pitch(r: int) -> int:
+    return triton.cdiv(r, 8) * 8
+
+
 def _kept_views(kept, r, dtype):
-    """U = s g x A^T (M, rank) in ``dtype``, and S = x A^T (M, r) float32, for a gate's gradient."""
-    m, rank = kept.shape[0], _padded_rank(r)
-    kept = kept.view(-1)
-    return kept[: m * rank // 2].view(dtype).view(m, rank), kept[m * rank // 2 :].view(m, r)
+    """U = s g x A^T (M, pitch) in ``dtype``; and S = x A^T (M, r) float32 for a gate's gradient,
+    None where there is no gate."""
+    m, pitch = kept.shape[0], _pitch(r)
+    gated, kept = kept.shape[1] == pitch // 2 + r, kept.view(-1)
+    u = kept[: m * pitch // 2].view(dtype).view(m, pitch)
+    return u, kept[m * pitch // 2 :].view(m, r) if gated else None
+
+
+def _portable_view(kept, r):
+    """S (M, r) as the portable kernels keep it."""
+    m = kept.shape[0]
+    return kept.view(-1)[: m * r].view(m, r)
 
 
 def _dense(vector):
@@ -246,7 +266,7 @@ def _needs_no_packing(a, b, dtype) -> bool:
 
 def _packed_shapes(a, b):
     (n, r), k = b.shape, a.shape[1]
-    return (r, k), (n, triton.cdiv(r, 8) * 8)
+    return (r, k), (n, _pitch(r))
 
 
 def _pack_call(a, packed_a, b, packed_b):
@@ -293,43 +313,51 @@ class _Work(NamedTuple):
     rank: int
     backward: bool
     flags: int  # int32 entries of sync
-    parts: tuple | None  # shapes of the float32 sums of the backward pass, for dB and for dA
-    da_parts: tuple | None
+    parts: tuple[int, int]  # shape of the float32 sums of the backward pass: splits, dB and dA
     numbers: tuple[int, ...]  # as the kernel takes them, from blocks_m on
 
     @classmethod
-    def of(cls, device, m, n, c, r, backward) -> "_Work":
+    def of(cls, device, m, n, c, r, needs) -> "_Work":
+        """``needs``: whether dA and dB are asked for; None is the forward pass."""
         rank, multiprocessors = _padded_rank(r), _multiprocessors(device)
         config = tuned.config(
             "lora_linear_hopper", device, hopper_config, (m, n, rank, multiprocessors),
-            (m, n, c, rank, backward),
+            (m, n, c, rank, needs is not None),
         )  # fmt: skip
         block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
+        group = config["GROUP_SIZE_M"]
         blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
-        rows = 2 if block_n == 256 else 1
-        sums = blocks_c = column_items = rows_per_split = splits = 0
-        parts = da_parts = None
-        if backward:
-            blocks_c = triton.cdiv(n, rows * block_k)
-            # One or two items for each multiprocessor, of 8 blocks of rows if there are so many.
-            least, most = (max(1, i * multiprocessors // blocks_c) for i in (1, 2))
-            splits = min(max(blocks_m // 8, least), most, blocks_m)
-            rows_per_split = triton.cdiv(blocks_m, splits)
-            splits = triton.cdiv(blocks_m, rows_per_split)
-            column_items, sums = splits * blocks_c, triton.cdiv(c * r, SUM_BLOCK.value)
-            parts, da_parts = (triton.cdiv(blocks_m, rows), c, r), (splits, r, n)
+        rows = _rows(block_n, rank)
+        columns_a = columns_b = 0
+        if needs and rank <= COLUMN_ITEMS_RANK:
+            columns_a, columns_b = (
+                triton.cdiv(size, rows * block_k) if needed else 0
+                for size, needed in zip((n, c), needs, strict=True)
+            )
+        columns = columns_a + columns_b
+        # The column items of the last group come last: one for each multiprocessor, if they have
+        # at least four blocks of rows then.
+        wanted = min(triton.cdiv(multiprocessors, max(1, columns)), min(group, blocks_m) // 4)
+        rows_per_split = max(1, group >> max(1, wanted).bit_length() - 1)
+        splits = triton.cdiv(blocks_m, rows_per_split)
         items = triton.cdiv(blocks_m, rows) + blocks_m * blocks_n
         return cls(
-            config, (min(multiprocessors, items),), rank, backward,
-            FLAGS.value + blocks_m + blocks_c, parts, da_parts,
-            (blocks_m, blocks_n, triton.cdiv(c, block_k), sums, blocks_c, column_items,
-             rows_per_split, splits),
+            config, (min(multiprocessors, items),), rank, needs is not None,
+            FLAGS.value + blocks_m + columns + triton.cdiv(blocks_m, group),
+            (splits, r * (n + c)) if splits > 1 and columns else (1, 1),
+            (blocks_m, blocks_n, triton.cdiv(c, block_k), columns, columns_b, rows_per_split,
+             splits),
         )  # fmt: skip
+
+
+def _rows(block_n: int, rank: int) -> int:
+    """Blocks of rows of a rank item, as the kernel has it."""
+    return 2 if block_n == 256 and rank <= 128 else 1
 
 
 def _call(
     work, v, weight, down, up, u, s, kept, x, y, gate, bias, sync, scaling, r,
-    da=None, db=None, parts=None, da_parts=None,
+    da=None, db=None, parts=None,
 ):  # fmt: skip
     """What `launch` and `write_down` take: (kernel, grid, key, *arguments) and options."""
     config, rank, backward = work.config, work.rank, work.backward
@@ -337,6 +365,8 @@ def _call(
     q_block, p_block = (
         ((block_k, block_n), (block_k, rank)) if backward else ((block_n, block_k), (rank, block_k))
     )
+    column_items = backward and rank <= COLUMN_ITEMS_RANK
+    rank_block = block_m, rank if column_items else block_k  # else it is not used
     entries = 0 if gate is None else 1 if gate.numel() == 1 else 2
     key = (
         v.dtype, block_n, rank, backward, entries, config["STAGES"], config["GROUP_SIZE_M"],
@@ -346,11 +376,11 @@ def _call(
         _lora_linear_hopper_kernel, work.grid, key,
         _descriptor(v, block_m, block_k), _descriptor(weight, *q_block),
         _descriptor(down, *p_block), _descriptor(up, *q_block), _descriptor(u, block_m, block_k),
-        _descriptor(u, block_m, rank), _descriptor(kept, block_m, rank),
+        _descriptor(u, *rank_block), _descriptor(kept, *rank_block),
         _descriptor(x, block_m, block_k), _descriptor(y, block_m, block_n),
-        u, s, gate, bias, parts, db, da, da_parts, sync,
+        u, s, gate, bias, db, da, parts, sync,
         float(scaling), v.shape[0], y.shape[1], v.shape[1], r, *work.numbers,
-        backward, entries, config["STAGES"], config["GROUP_SIZE_M"], NUM_WARPS,
+        backward, column_items, entries, config["STAGES"], config["GROUP_SIZE_M"], NUM_WARPS,
     )  # fmt: skip
     return call, dict(num_warps=NUM_WARPS, maxnreg=168)
 

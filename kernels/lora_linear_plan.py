@@ -16,12 +16,12 @@ def _given(t) -> list:
     return [] if t is None else [t]
 
 
-def lora_linear_plan(x, weight, lora_A, lora_B, gate, bias, dy) -> list[int]:
+def lora_linear_plan(x, weight, lora_A, lora_B, gate, bias, dy, need_A, need_B) -> list[int]:
     """The launches of `lora_linear_fwd`, or with ``dy`` of `lora_linear_bwd`, as numbers.
 
     They depend on dtypes, shapes, strides and alignment alone. First come the width of what forward
-    keeps, the bytes of memory and the int32 entries of sync; then what `kernels.plan` writes.
-    Empty for a call that does not go to this kernel.
+    keeps, the bytes of memory, the int32 entries of sync, and whether the launches make dA and dB;
+    then what `kernels.plan` writes. Empty for a call that does not go to this kernel.
     """
     if not hopper.takes(x.shape[0]) or not all(map(hopper.fits_tma, (x, weight, *_given(dy)))):
         return []
@@ -29,7 +29,8 @@ def lora_linear_plan(x, weight, lora_A, lora_B, gate, bias, dy) -> list[int]:
     given = enumerate((x, weight, lora_A, lora_B, gate, bias, dy))
     x, weight, lora_A, lora_B, gate, bias, dy = (Place.of(*pair) for pair in given)
     c, n = weight.shape if dy is not None else weight.shape[::-1]
-    work, memory = hopper._Work.of(device, m, n, c, r, dy is not None), Workspace(MEMORY)
+    needs = None if dy is None else (need_A, need_B)
+    work, memory = hopper._Work.of(device, m, n, c, r, needs), Workspace(MEMORY)
     launches = []
     hopper._set_aside(device)  # for graphs, which the Python launchers make
 
@@ -40,26 +41,28 @@ def lora_linear_plan(x, weight, lora_A, lora_B, gate, bias, dy) -> list[int]:
         launches.append(hopper._pack_call(lora_A, a, lora_B, b))
         b = replace(b, shape=lora_B.shape)
 
-    (u, s), y = _kept_places(US, m, r, x.dtype), Place.dense(Y, x.dtype, (m, n))
+    gated = gate is not None
+    (u, s), y = _kept_places(US, m, r, x.dtype, gated), Place.dense(Y, x.dtype, (m, n))
     sync = Place.dense(SYNC, torch.int32, (work.flags,))
     if dy is None:
         tensors = x, weight, a, b, u, s, u, x, y, gate, bias
         launches.append(hopper._call(work, *tensors, sync, 1.0, r))
     else:
-        v, t = _kept_places(VT, m, r, x.dtype)
+        v, t = _kept_places(VT, m, r, x.dtype, gated)
         da = Place.dense(DA, lora_A.dtype, lora_A.shape)
         db = Place.dense(DB, lora_B.dtype, lora_B.shape)
-        sums = [memory.empty(shape, torch.float32) for shape in (work.parts, work.da_parts)]
+        parts = memory.empty(work.parts, torch.float32)
         tensors = dy, weight, b, a, v, t, u, x, y, gate, None
-        launches.append(hopper._call(work, *tensors, sync, 1.0, r, da, db, *sums))
-    numbers = [hopper.kept_shape(m, r)[1], memory.nbytes, work.flags, len(launches)]
+        launches.append(hopper._call(work, *tensors, sync, 1.0, r, da, db, parts))
+    width, made = hopper.kept_shape(m, r, gated)[1], r <= hopper.COLUMN_ITEMS_RANK
+    numbers = [width, memory.nbytes, work.flags, int(made), len(launches)]
     for (kernel, grid, _, *args), options in launches:
         numbers += write_down(kernel, grid, *args, **options)
     return numbers
 
 
-def _kept_places(slot, m, r, dtype):
+def _kept_places(slot, m, r, dtype, gated):
     """`_kept_views` in a plan."""
-    rank = hopper._padded_rank(r)
-    u = Place.dense(slot, dtype, (m, rank))
-    return u, Place.dense(slot, torch.float32, (m, r), u.numel() * dtype.itemsize)
+    u = Place.dense(slot, dtype, (m, hopper._pitch(r)))
+    s = Place.dense(slot, torch.float32, (m, r), u.numel() * dtype.itemsize)
+    return u, s if gated else None

@@ -47,7 +47,7 @@ OPS = {
     ),
     "delta_update": (
         ("rank", "itemsize", "rounding"),
-        ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps"),
+        ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "TILES", "num_warps", "num_stages"),
     ),
 }  # fmt: skip
 POWERS_OF_TWO = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "BLOCK_SIZE_C", "num_warps")

@@ -112,7 +112,7 @@ def test_the_floor_moves_the_bytes_of_the_case(monkeypatch):
 
 def step_cases(graph):
     shapes = [(24, 16), (16, 40)]
-    yield bench_step.adamw_case(shapes, 4, True)
+    yield bench_step.adamw_case(shapes, 4, True, graph)
     for rounding in bench_step.ROUNDINGS:
         yield bench_step.delta_update_case(shapes, 4, BF16, rounding, graph)
         yield bench_step.step_case(shapes, 4, BF16, rounding, graph)

@@ -293,10 +293,11 @@ def test_blocks_do_not_change_the_result(path, dtype, blocks, randn, monkeypatch
         return ws + lows
 
     usual = {rounding: run(rounding) for rounding in roundings(dtype)}
+    names = ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "TILES", "num_warps", "num_stages")
     monkeypatch.setattr(
         kernels,
         "delta_update_config",
-        lambda *_: {"BLOCK_SIZE_N": blocks[0], "BLOCK_SIZE_K": blocks[1], "num_warps": 4},
+        lambda *_: dict(zip(names, (*blocks, 2, 4, 1), strict=True)),
     )
     for rounding, expected in usual.items():
         assert all(torch.equal(*ts) for ts in zip(run(rounding), expected, strict=True)), rounding

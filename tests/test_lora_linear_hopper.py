@@ -21,31 +21,32 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("group", [8, 16])
-def test_work_is_drawn_once_and_after_what_it_waits_for(group, rows):
-    rank_item, first_tile, sum_item, column_item = (
-        getattr(hopper_load, name).value
-        for name in ("RANK_ITEM", "FIRST_TILE", "SUM_ITEM", "COLUMN_ITEM")
+@pytest.mark.parametrize("group, rows_per_split", [(8, 8), (16, 4), (4, 1)])
+def test_work_is_drawn_once_and_after_what_it_waits_for(group, rows_per_split, rows):
+    rank_item, first_tile, column_item = (
+        getattr(hopper_load, name).value for name in ("RANK_ITEM", "FIRST_TILE", "COLUMN_ITEM")
     )
     for blocks_m in (*range(1, 3 * group + 2), 5 * group, 8 * group + 1):
-        for blocks_n, sums, columns in ((1, 0, 0), (1, 3, 2), (3, 7, 5), (16, 0, 4)):
-            items = -(-blocks_m // rows)
+        for blocks_n, columns in ((1, 0), (1, 2), (3, 5), (16, 4)):
+            items = [(i, rank_item) for i in range(-(-blocks_m // rows))]
             tiles = [(m, first_tile + n) for m in range(blocks_m) for n in range(blocks_n)]
-            ends = [(i, sum_item) for i in range(sums)] + [(i, column_item) for i in range(columns)]
-            total = items + len(tiles) + len(ends)
+            splits = range(-(-blocks_m // rows_per_split))
+            ends = [(i, column_item + c) for i in splits for c in range(columns)]
             work = [
-                hopper_load.work_of.fn(t, blocks_m, blocks_n, sums, group, rows)
-                for t in range(total)
+                hopper_load.work_of.fn(t, blocks_m, blocks_n, columns, rows_per_split, group, rows)
+                for t in range(len(items) + len(tiles) + len(ends))
             ]
-            case = f"{blocks_m} x {blocks_n}"
-            assert sorted(work[: items + len(tiles)]) == sorted(
-                [(i, rank_item) for i in range(items)] + tiles
-            ), case
-            assert work[items + len(tiles) :] == ends, case
+            case = f"{blocks_m} x {blocks_n}, {columns} columns"
+            assert sorted(work) == sorted(items + tiles + ends), case
             place = {w: t for t, w in enumerate(work)}
             for m in range(blocks_m):
                 first_of_group = (m // group * group, first_tile)
                 assert place[m // rows, rank_item] < place[first_of_group], case
+                for c in range(columns):
+                    column = place[m // rows_per_split, column_item + c]
+                    assert column > place[m // rows, rank_item], case
+            if columns:
+                assert work[-1] == ends[-1], case
 
 
 # ------------------------------------------------------------------------- the choice
@@ -70,7 +71,8 @@ def on_capability(monkeypatch):
         ((4096, 11008, 16), None),
         ((8, 8, 1), None),
         ((4096, 4096, 32), None),
-        ((4096, 4096, 65), "rank 65 > 64"),
+        ((4096, 4096, 256), None),
+        ((4096, 4096, 257), "rank 257 > 256"),
         ((12, 4096, 8), "12 x 4096: TMA needs rows of a multiple of 16 bytes"),
         ((4096, 777, 8), "4096 x 777: TMA needs rows of a multiple of 16 bytes"),
     ],
@@ -87,13 +89,6 @@ def test_why_not(layer, reason, on_capability):
                 ops.choose_path(device, dtype, "hopper", layer)
         else:
             assert ops.choose_path(device, dtype, "hopper", layer).backend == "hopper"
-
-
-def test_higher_ranks_are_for_who_asks(on_capability):
-    device, layer = on_capability(9, 0), (4096, 4096, 64)
-    path = ops.choose_path(device, BF16, None, layer)
-    assert path.backend == "triton" and "rank 64 > 32" in path.reason
-    assert ops.choose_path(device, BF16, "hopper", layer).backend == "hopper"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
@@ -138,16 +133,20 @@ def test_factors_are_packed_for_tma(r, stored, randn):
         assert packed.stride(1) == 1 and packed.stride(0) % 8 == 0 and packed.data_ptr() % 16 == 0
 
 
-@pytest.mark.parametrize("m, r", [(512, 1), (513, 3), (700, 16), (1001, 33), (640, 64)])
-def test_what_is_kept_for_backward(m, r):
-    kept = torch.zeros(hopper.kept_shape(m, r))
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("m, r", [(512, 1), (513, 3), (700, 16), (1001, 33), (640, 200)])
+def test_what_is_kept_for_backward(m, r, gated):
+    kept = torch.zeros(hopper.kept_shape(m, r, gated))
     u, s = hopper._kept_views(kept, r, BF16)
-    assert u.shape[0] == m and u.shape[1] >= max(16, r) and s.shape == (m, r)
-    assert u.is_contiguous() and s.is_contiguous() and u.data_ptr() % 16 == 0
+    assert u.shape == (m, -(-r // 8) * 8) and u.is_contiguous() and u.data_ptr() % 16 == 0
     u.fill_(1)
-    assert not s.any()
-    s.fill_(2)
-    assert (u == 1).all() and u.numel() / 2 + s.numel() == kept.numel()
+    if gated:
+        assert s.shape == (m, r) and s.is_contiguous() and not s.any()
+        s.fill_(2)
+        assert (u == 1).all() and u.numel() / 2 + s.numel() == kept.numel()
+    else:
+        assert s is None
+    assert hopper._portable_view(kept, r).shape == (m, r)
 
 
 # ----------------------------------------------------------------------------- results
@@ -200,6 +199,12 @@ CASES = [  # tokens, in, out, r, entries of the gate, bias, adapters in float32
     (2048, 4096, 1024, 8, None, False, True),
     (2048, 264, 1032, 33, None, True, False),
     (2048, 1032, 264, 64, None, False, True),
+    (256, 4096, 4096, 16, None, False, True),
+    (300, 520, 776, 24, (24,), True, False),
+    (1000, 1032, 520, 65, (65,), True, True),
+    (2048, 520, 1032, 128, None, False, False),
+    (640, 1032, 776, 200, None, False, True),
+    (4096, 1024, 2048, 256, (256,), True, False),
     (4096, 2048, 2048, 16, (16,), True, False),
     (16384, 1024, 1536, 32, (32,), True, False),
 ]
@@ -354,7 +359,7 @@ def test_leading_dimensions(randn):
 
 
 @on_hopper
-@pytest.mark.parametrize("n, r, reason", [(136, 65, "rank 65 > 64"), (12, 8, "12 x 264: TMA")])
+@pytest.mark.parametrize("n, r, reason", [(264, 257, "rank 257 > 256"), (12, 8, "12 x 264: TMA")])
 def test_layers_that_it_cannot_take(n, r, reason, randn):
     given = inputs(randn, 640, 264, n, r, BF16, "cuda")
     with pytest.raises(BackendUnavailableError, match=reason):
@@ -363,7 +368,9 @@ def test_layers_that_it_cannot_take(n, r, reason, randn):
 
 
 @on_hopper
-@pytest.mark.parametrize("shape", [(8192, 4096, 4096, 16), (1000, 520, 776, 33)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(8192, 4096, 4096, 16), (1000, 520, 776, 33), (1000, 520, 776, 128)], ids=str
+)
 def test_two_runs_are_bit_equal(shape, randn):
     given = inputs(randn, *shape, BF16, "cuda", gate=(shape[-1],), bias=True)
     first, second = run(given), run(given)

@@ -27,7 +27,7 @@ DEFAULTS = {
     "lora_linear_few": lora_linear_few.few_config(64, 64, 64, 8, 99),
     "lora_linear_wgrad": lora_linear.wgrad_config(64, 64, 8, 2),
     "lora_linear_hopper": lora_linear_hopper.hopper_config(*ARGS),
-    "delta_update": delta_update.delta_update_config((9, 0)),
+    "delta_update": delta_update.delta_update_config((9, 0), "nearest", 16, 2),
 }
 
 
@@ -170,7 +170,8 @@ REMAINDER = Update(4, torch.float16, "remainder", 64)
 
 def clock(seconds) -> Clock:
     """The seconds of each round are what ``seconds`` makes of an update's configuration."""
-    args = "delta_update", CPU, delta_update.delta_update_config, ((0, 0),), (8, 2, "remainder")
+    default, key = delta_update.delta_update_config, (8, 2, "remainder")
+    args = "delta_update", CPU, default, ((0, 0), "remainder", 8, 2), key
     return Clock(lambda _: tuned.config(*args), lambda calls, _: list(map(seconds, calls)))
 
 
@@ -201,15 +202,15 @@ def test_candidates_give_the_defaults_result(case):
 @pytest.mark.parametrize("gain, wins", [(1.05, True), (1.015, False)])
 def test_only_what_is_clearly_faster_is_kept(gain, wins):
     def seconds(config):
-        fast = config["BLOCK_SIZE_K"] == 128 and config["num_warps"] == 8
+        fast = config["BLOCK_SIZE_K"] == 128 and config["num_stages"] == 3
         return [1.0, 1.1 / gain if fast else 1.1, 1.2 / gain if fast else 1.2]
 
     (finding,) = sweep(REMAINDER, CPU, clock=clock(seconds))
     assert finding.default_s == 1.1
     if wins:
-        assert finding.entries.items() >= {("BLOCK_SIZE_K", 128), ("num_warps", 8)}
+        assert finding.entries.items() >= {("BLOCK_SIZE_K", 128), ("num_stages", 3)}
         assert finding.speedup == pytest.approx(gain)
-        assert f"{finding.default['num_warps']} -> 8" in tune.describe(finding)
+        assert f"{finding.default['num_stages']} -> 3" in tune.describe(finding)
     else:
         assert finding.entries == {} and "is faster" in tune.describe(finding)
 
@@ -226,16 +227,21 @@ def test_luck_does_not_win():
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("what", ["wrong", "random", "raises"])
 def test_wrong_candidates_are_not_timed(monkeypatch, what):
-    plain, count = delta_update.DeltaUpdate.__call__, iter(range(1000))
+    plain, count = delta_update.DeltaUpdate, iter(range(1000))
 
-    def broken(self, *args):
-        plain(self, *args)
-        if self.blocks[1] == 128:
-            if what == "raises":
-                raise RuntimeError("out of resources")
-            self.matrices[0][0][0, 0] += 1 if what == "wrong" else next(count)
+    class Broken(plain):
+        def __init__(self, weights, *rest):
+            super().__init__(weights, *rest)
+            self.weights = weights
 
-    monkeypatch.setattr(delta_update.DeltaUpdate, "__call__", broken)
+        def __call__(self, *args):
+            super().__call__(*args)
+            if self.blocks[1] == 128:
+                if what == "raises":
+                    raise RuntimeError("out of resources")
+                self.weights[0][0, 0] += 1 if what == "wrong" else next(count)
+
+    monkeypatch.setattr(delta_update, "DeltaUpdate", Broken)
     (finding,) = sweep(REMAINDER, CPU, clock=clock(lambda _: [1.0]))
     left = [c for c in tune_sweep.CANDIDATES["delta_update"] if c["BLOCK_SIZE_K"] != 128]
     assert finding.tried == sum(not c.items() <= finding.default.items() for c in left) > 0
