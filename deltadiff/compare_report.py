@@ -49,7 +49,8 @@ def table(records: Sequence[dict]) -> list[list[str]]:
     "update in W": the share of Delta-LoRA's wanted update that W holds. "seconds" are those of all
     steps, of a search too, with what was compiled in them; "ms a step" is the median of a run.
     """
-    metrics = list(dict.fromkeys(r["metric"] for r in records if r["metric"]))
+    there = {r["metric"] for r in records}
+    metrics = [name for name in UNITS if name in there]
     sweeps = any(r["sweep"] for r in records)
     rates = len({r["lr"] for r in records}) > 1
     header = ["method", *(["sweep"] if sweeps else []), *(["lr"] if rates else []), "seeds"]
