@@ -167,6 +167,7 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
     free_memory(device)
     found = records(case, task, result, note, environment(device), alone)
     if final:
+        folder.mkdir(exist_ok=True)
         write_json(folder / "records.json", found)
     return found
 
@@ -175,7 +176,7 @@ def records(
     case: Case, task: str, result: dict | None, note: str | None, where: dict, alone: bool
 ) -> list[dict]:
     """A flat record a metric; one without a metric where there is only a ``note``."""
-    settings = dataclasses.asdict(case.settings)
+    settings = result["settings"] if result else dataclasses.asdict(case.settings)
     head = {"op": "compare", "method": case.settings.method, "task": task}
     head |= {"seed": case.settings.seed, "sweep": case.sweep, "x": case.x}
     result, search = result or {}, (result or {}).get("search", {})

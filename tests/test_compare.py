@@ -168,7 +168,6 @@ def test_a_run_that_fails_is_a_note_and_exit_code_1(bert, reviews, tmp_path, mon
 
     def finetune(settings, **more):
         if settings.method == "lora":
-            Path(settings.output).mkdir()
             raise NonFiniteLossError("the loss is nan at step 3")
         return real(settings, **more)
 
@@ -198,6 +197,14 @@ def test_an_error_of_one_method_does_not_end_the_others(bert, reviews, tmp_path,
     assert notes == {"lora": "failed: RuntimeError: a kernel did not compile", "bitfit": None}
     assert "Traceback" in (tmp_path / "out" / "runs" / "lora-seed0.log").read_text()
     assert run(bert, reviews, tmp_path / "out", *words) == 0  # it is tried again
+
+
+def test_epochs_become_steps_in_the_records(bert, reviews, tmp_path):
+    words = ["--label-column", "label", "--device", "cpu", "--epochs", "0.2", "--seeds", "1"]
+    words += ["--methods", "bitfit", "--output", str(tmp_path / "out")]
+    for _ in range(2):  # the second time from what is there
+        assert main(["compare", bert, reviews, *words]) == 0
+        assert {r["steps"] for r in load(tmp_path / "out")} == {3}  # 360 / 5 texts, 32 a step
 
 
 def test_several_jobs_leave_the_times_out(bert, reviews, tmp_path):
