@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,9 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from .atomic_write import write_atomically
+from .diffora_gates import Selection
 from .errors import CheckpointError, SwapError
 from .lora import LoraLinear, PendingDelta, Product, lora_layers
-from .swap import SwapReport, swap_, swap_report
+from .swap import SELECTION, SwapReport, swap_, swap_report
 
 FORMAT = "deltadiff-adapter"
 VERSION = 1
@@ -32,6 +33,8 @@ CONFIG = "adapter.json"
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write the low-rank pairs, what Delta-LoRA has added, and other trainable parameters.
+
+    A pair that layers share is written once. DiffoRA's selection and gates go with the adapter.
 
     Args:
         model: a swapped model.
@@ -48,9 +51,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     if not layers:
         raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
     tensors: dict[str, Tensor] = {}
-    described = {}
+    described, owners = {}, _owners(layers)
     for name, layer in layers.items():
-        described[_plain(name)] = _describe(name, layer, tensors)
+        described[_plain(name)] = _describe(name, layer, owners[_plain(name)], tensors)
     extra = _extra(model)
     tensors |= {f"{name}.saved": p for name, p in extra.items()}
     blob = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
@@ -65,11 +68,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         "layers": described,
         "saved": sorted(extra),
     }
+    if SELECTION in model.__dict__:
+        config["selection"] = model.__dict__[SELECTION].to_json()
     config["checksum"] = _checksum(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / config["weights"], blob)
-    _write(folder / CONFIG, json.dumps(config, indent=1).encode())
+    write_atomically(folder / config["weights"], blob)
+    write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != config["weights"]:
             old.unlink(missing_ok=True)
@@ -99,6 +104,7 @@ def load_adapter(
     layers = {_plain(name): layer for name, layer in lora_layers(model).items()}
     parameters = {_plain(name): p for name, p in model.named_parameters()}
     _check_tensors(folder, config, tensors)
+    selection = Selection.from_json(config["selection"]) if config.get("selection") else None
     if layers:
         _check_layers(layers, config["layers"])
     else:
@@ -112,6 +118,12 @@ def load_adapter(
             )  # fmt: skip
         layers = {_plain(name): layer for name, layer in lora_layers(model).items()}
     for name, layer in layers.items():
+        entry = config["layers"][name]
+        owner, layer.share_group = layers[_owner(name, entry)], entry.get("share_group")
+        layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
+    if selection is not None:
+        model.__dict__[SELECTION] = selection
+    for name, layer in layers.items():
         _fill(layer, config["layers"][name], name, tensors)
     with torch.no_grad():
         for name in config["saved"]:
@@ -123,11 +135,27 @@ def load_adapter(
 # ----------------------------------------------------------------------- writing
 
 
-def _describe(name: str, layer: LoraLinear, tensors: dict[str, Tensor]) -> dict:
+def _owners(layers: dict[str, LoraLinear]) -> dict[str, str]:
+    """For each layer the one whose name its pair is stored under: layers may share one."""
+    first: dict[Tensor, str] = {}
+    return {
+        _plain(name): first.setdefault(layer.lora_A, _plain(name)) for name, layer in layers.items()
+    }
+
+
+def _owner(name: str, entry: dict) -> str:
+    return entry.get("pair_of", name)
+
+
+def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tensor]) -> dict:
     """The JSON entry of a layer; adds the layer's tensors to ``tensors``."""
     plain, delta = _plain(name), layer.delta
-    tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
+    if owner == plain:
+        tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
     entry = {"r": layer.r, "scaling": layer.scaling, "update_ratio": None, "folded": 0}
+    entry["transposed"] = layer.transposed
+    entry |= {} if owner == plain else {"pair_of": owner}
+    entry |= {} if layer.share_group is None else {"share_group": layer.share_group}
     if delta is None:
         return entry
     if delta.folded is None:
@@ -140,25 +168,6 @@ def _describe(name: str, layer: LoraLinear, tensors: dict[str, Tensor]) -> dict:
     for i, product in enumerate(delta.folded):
         tensors |= {f"{plain}.folded_A.{i}": product.A, f"{plain}.folded_B.{i}": product.B}
     return entry
-
-
-def _write(path: Path, blob: bytes) -> None:
-    """Write a file so that ``path`` holds all of it or what it held before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 # ----------------------------------------------------------------------- reading
@@ -204,11 +213,13 @@ def _check_base(folder, config: dict, here: dict) -> None:
 
 
 def _check_tensors(folder, config: dict, tensors: dict) -> None:
+    _check_owners(folder, config)
     expected = {f"{name}.saved": config["base"][name] for name in config["saved"]}
     for name, c in config["layers"].items():
-        n, k = config["base"][f"{name}.weight"]
+        n, k = config["base"][f"{name}.weight"][:: -1 if c.get("transposed") else 1]
         r = c["r"]
-        pair = {"lora": (r, True), "anchor": (r, c["update_ratio"] is not None)}
+        owner = _owner(name, c)
+        pair = {"lora": (r, owner == name), "anchor": (r, c["update_ratio"] is not None)}
         for stem, (rank, there) in pair.items():
             if there:
                 expected |= {f"{name}.{stem}_A": [rank, k], f"{name}.{stem}_B": [n, rank]}
@@ -224,6 +235,20 @@ def _check_tensors(folder, config: dict, tensors: dict) -> None:
         )
 
 
+def _check_owners(folder, config: dict) -> None:
+    """A pair is stored under the name of a layer that it fits, and that stores its own."""
+    base = config["base"]
+    kinds = {
+        name: (_owner(name, c) == name, c["r"], c.get("transposed"), base[f"{name}.weight"])
+        for name, c in config["layers"].items()
+    }
+    for name, c in config["layers"].items():
+        owner = _owner(name, c)
+        if kinds.get(owner) != (True, *kinds[name][1:]):
+            accepted = "the pair of a layer of the same shape"
+            raise CheckpointError(str(folder), f"{name} with the pair of {owner}", accepted)
+
+
 def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
     here = {name: layer.r for name, layer in layers.items()}
     there = {name: c["r"] for name, c in saved.items()}
@@ -231,6 +256,10 @@ def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
         name = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))[0]
         given = f"rank {here.get(name)} (None: not swapped)"
         raise SwapError(name, given, f"rank {there.get(name)}, as in the adapter")
+    for name, owner in _owners(layers).items():
+        stored = _owner(name, saved[name])
+        if owner != stored:
+            raise SwapError(name, f"the pair of {owner}", f"that of {stored}, as in the adapter")
     for name, layer in layers.items():
         delta = layer.delta
         if delta is not None and delta.in_weight and delta.started():
@@ -239,8 +268,9 @@ def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
 
 @torch.no_grad()
 def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor]) -> None:
-    layer.lora_A.copy_(tensors[f"{name}.lora_A"])
-    layer.lora_B.copy_(tensors[f"{name}.lora_B"])
+    owner = _owner(name, entry)
+    layer.lora_A.copy_(tensors[f"{owner}.lora_A"])
+    layer.lora_B.copy_(tensors[f"{owner}.lora_B"])
     layer.scaling, layer.lora_alpha = entry["scaling"], entry["scaling"] * entry["r"]
     layer.delta = None
     ratio, device = entry["update_ratio"], layer.lora_A.device

@@ -35,7 +35,7 @@ class DeltaLoRA(torch.optim.Optimizer):
     """AdamW with the Delta-LoRA update of the frozen weights (Algorithm 1).
 
     All trainable parameters get AdamW (decoupled weight decay, as `torch.optim.AdamW`, moments in
-    float32); those that are the pair of a `LoraLinear` also move its weight. ``update_ratio=0`` is
+    float32); those that are a `LoraLinear`'s own pair also move its weight. ``update_ratio=0`` is
     plain LoRA. With updates from the first step on, Delta-LoRA under Adam is LoRA with
     lora_alpha (1 + lambda).
 
@@ -195,7 +195,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         state["step"] = step  # a view into the run's steps
 
     def _allocate_update(self, layer: LoraLinear, rounding: str) -> None:
-        w = layer.weight
+        w = layer.matrix
         for p in (layer.lora_A, layer.lora_B):
             if "anchor" not in self.state[p]:
                 self.state[p]["anchor"] = torch.zeros_like(p.detach())
@@ -204,7 +204,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         keeps = rounding == "remainder" and self.w_update == "inplace"
         state = self.state[layer.lora_B]
         if keeps and w.dtype in HALF_DTYPES and "remainder" not in state:
-            low = torch.zeros(w.shape, dtype=remainder_dtype(w.dtype), device=w.device)
+            low = torch.zeros_like(w.detach(), dtype=remainder_dtype(w.dtype))  # W's strides too
             state["remainder"] = low
 
     # ---------------------------------------------------------------------- step

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import DTYPES
+from .errors import SwapError
 from .ops import Path, choose_path, lora_linear
 
 
@@ -104,14 +105,31 @@ class _Stack(torch.autograd.Function):
         return grad_A, grad_B, None, None, None
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' `Conv1D`: GPT-2's linear layer, its weight stored (in, out)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of an ``nn.Linear`` or a `Conv1D`."""
+    if is_conv1d(module):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
+
+
 class LoraLinear(nn.Linear):
-    """Linear layer with a low-rank branch, y = x W^T + bias + s (x A^T) B^T, through `lora_linear`.
+    """Linear layer with a low-rank branch, y = x W^T + bias + s g (x A^T) B^T, by `lora_linear`.
 
     Made by `deltadiff.swap_`. Shares ``weight`` and ``bias`` with the layer that it stands for.
 
     Attributes:
+        weight: as that layer stores it, (in, out) for a `Conv1D`; ``matrix`` is (out, in) always.
         lora_A: (r, in_features); lora_B: (out_features, r).
         r, lora_alpha, scaling: scaling is lora_alpha / r.
+        gate: g, one entry or r entries on the device, a parameter where it is trained; None is 1.
+        share_group: name of the group of layers that hold this very pair, whose W Delta-LoRA
+            leaves alone (DiffoRA's weight sharing); None for a pair of the layer's own.
         original: the layer that was here before.
         delta: what Delta-LoRA has added so far, None for plain LoRA.
         added: ``delta`` where the forward pass adds it, None where W holds all of it.
@@ -120,12 +138,13 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, original: nn.Module, base: nn.Module, lora_A, lora_B, scaling, backend=None):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.out_features, self.in_features = linear_shape(base)
+        self.transposed, self.share_group = is_conv1d(base), None
         self.weight, self.bias = base.weight, base.bias
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend
         self.lora_alpha = scaling * self.r
-        self.delta = None
+        self.delta = self.gate = None
         self.swapped_in = True
         # Not registered as submodules: their parameters are this layer's.
         self.__dict__["original"], self.__dict__["base"] = original, base
@@ -139,6 +158,11 @@ class LoraLinear(nn.Linear):
         self._delta = delta
         # All that forward looks at: torch.compile need not compile again when a delta begins in W.
         self.added = None if delta is None or delta.in_weight else delta
+
+    @property
+    def matrix(self) -> Tensor:
+        """W, (out, in): a view of ``weight``. All but bookkeeping works on this."""
+        return self.weight.T if self.transposed else self.weight
 
     @property
     def quantised(self) -> bool:
@@ -155,15 +179,17 @@ class LoraLinear(nn.Linear):
         return choose_path(self.weight.device, self.weight.dtype, self.backend, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b, gate = self.lora_A, self.lora_B, None
+        a, b, gate = self.lora_A, self.lora_B, self.gate
         if self.added is not None:
+            if gate is not None:
+                raise SwapError("gate", "a gate beside a factored delta", "one of the two")
             a, b, gate = self.added.stack(a, b, self.scaling)
         if self.quantised:
             s = x @ a.to(x.dtype).T
             s = s if gate is None else s * gate.to(x.dtype)
             return self.base(x) + self.scaling * (s @ b.to(x.dtype).T)
         return lora_linear(
-            x, self.weight, a, b,
+            x, self.matrix, a, b,
             scaling=self.scaling, gate=gate, bias=self.bias, backend=self.backend,
         )  # fmt: skip
 

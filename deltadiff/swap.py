@@ -11,21 +11,27 @@ from torch import Tensor, nn
 
 from .checks import DTYPES, check_number
 from .errors import ArgumentError, ArgumentTypeError, SwapError
-from .lora import LoraLinear, lora_layers
+from .lora import LoraLinear, is_conv1d, linear_shape, lora_layers
 from .ops import choose_path
+
+SELECTION = "_deltadiff_selection"  # where a model keeps what DiffoRA selected
 
 Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
 class SwapRow:
-    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why."""
+    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why.
+
+    ``shares``: the group of layers that train one pair between them; empty for a pair of its own.
+    """
 
     module: str
     shape: tuple[int, int]
     r: int
     path: str
     reason: str
+    shares: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,17 @@ class SwapReport:
     rows: tuple[SwapRow, ...]
     trainable: int
     total: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        cells = [("module", "out x in", "r", "path", "reason")]
+        cells = [["module", "out x in", "r", "path", "reason"]]
         for row in self.rows:
             shape = f"{row.shape[0]} x {row.shape[1]}"
-            cells.append((row.module, shape, str(row.r), row.path, row.reason))
+            cells.append([row.module, shape, str(row.r), row.path, row.reason])
+        if any(row.shares for row in self.rows):
+            shares = ["shares its pair in", *(row.shares for row in self.rows)]
+            for line, group in zip(cells, shares, strict=True):
+                line.insert(3, group)
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -51,7 +62,7 @@ class SwapReport:
             f"{len(self.rows)} layers swapped; {self.trainable:,} of {self.total:,} parameters "
             f"are trained ({share:.2%})"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def swap_report(model: nn.Module) -> SwapReport:
@@ -59,7 +70,8 @@ def swap_report(model: nn.Module) -> SwapReport:
     rows = []
     for name, layer in lora_layers(model).items():
         shape = (layer.out_features, layer.in_features)
-        rows.append(SwapRow(name, shape, layer.r, layer.path.backend, layer.path.reason))
+        path, group = layer.path, layer.share_group or ""
+        rows.append(SwapRow(name, shape, layer.r, path.backend, path.reason, group))
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters))
@@ -79,9 +91,10 @@ def swap_(
 ) -> SwapReport:
     """Replace linear layers by fast LoRA layers, in place. Weights are shared, not copied.
 
-    ``nn.Linear`` gets a new low-rank pair: A by Kaiming's uniform rule, B = 0 (Delta-LoRA,
-    Algorithm 1). PEFT's ``lora.Linear`` keeps its pair and scaling; ``r``, ``lora_alpha`` and
-    ``adapter_dtype`` do not apply to it. Everything else is frozen, except ``modules_to_save``.
+    ``nn.Linear`` (or GPT-2's ``Conv1D``) gets a new low-rank pair: A by Kaiming's uniform rule,
+    B = 0 (Delta-LoRA, Algorithm 1). PEFT's ``lora.Linear`` keeps its pair and scaling; ``r``,
+    ``lora_alpha`` and ``adapter_dtype`` do not apply to it. Everything else is frozen, except
+    ``modules_to_save``.
 
     Args:
         model: any module that contains linear layers.
@@ -115,15 +128,13 @@ def swap_(
         raise ArgumentError("lora_alpha", lora_alpha, "a number above 0")
     if lora_dropout != 0:
         raise ArgumentError("lora_dropout", lora_dropout, "0 (Delta-LoRA has no dropout)")
-    candidates = _candidates(model)
-    chosen = _select(model, candidates, target_modules, modules_to_save)
+    chosen = choose_modules(model, target_modules, modules_to_save)
     kept = _match_names("modules_to_save", modules_to_save, [n for n, _ in model.named_modules()])
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     layers: dict[nn.Module, LoraLinear] = {}  # a module that stands in two places stays one
-    for name in chosen:
-        module = candidates[name]
+    for name, module in chosen.items():
         if module not in layers:
-            make = _from_peft if _is_peft(module) else _from_linear
+            make = _from_peft if is_peft(module) else _from_linear
             layers[module] = make(name, module, r, lora_alpha, adapter_dtype, backend, generator)
 
     before = model.__dict__.setdefault("_deltadiff_required_grad", {})
@@ -161,6 +172,7 @@ def unswap_(model: nn.Module) -> nn.Module:
                 "`merge_`, or DeltaLoRA(w_update='inplace')",
             )  # fmt: skip
     take_out(model, {layer: layer.original for layer in layers.values()})
+    model.__dict__.pop(SELECTION, None)
     for name, required in model.__dict__.pop("_deltadiff_required_grad", {}).items():
         p = dict(model.named_parameters()).get(name)
         if p is not None:
@@ -188,9 +200,27 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 # -------------------------------------------------------------------- selection
 
 
-def _is_peft(module: nn.Module) -> bool:
+def choose_modules(
+    model: nn.Module, target_modules: Targets = "all-linear", modules_to_save: Collection[str] = ()
+) -> dict[str, nn.Module]:
+    """The linear layers that ``target_modules`` names (see `swap_`), by name.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: targets that match nothing, with near names.
+    """
+    candidates = _candidates(model)
+    names = _select(model, candidates, target_modules, modules_to_save)
+    return {name: candidates[name] for name in names}
+
+
+def is_peft(module: nn.Module) -> bool:
     kind = type(module)
     return kind.__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    eager = isinstance(module, nn.Linear) and not isinstance(module, LoraLinear)
+    return eager or is_conv1d(module)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -200,7 +230,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     def walk(prefix: str, module: nn.Module) -> None:
         for child, m in module._modules.items():
             name = f"{prefix}{child}"
-            if _is_peft(m) or (isinstance(m, nn.Linear) and not isinstance(m, LoraLinear)):
+            if is_peft(m) or _is_linear(m):
                 found[name] = m
             elif m is not None and not isinstance(m, LoraLinear):
                 walk(f"{name}.", m)
@@ -212,7 +242,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 def _select(model, candidates, targets: Targets, modules_to_save) -> list[str]:
     saved = tuple(modules_to_save) if not isinstance(modules_to_save, str) else (modules_to_save,)
     names = [n for n in candidates if not any(_ends(n, s) or f".{s}." in f".{n}" for s in saved)]
-    peft = [n for n in names if _is_peft(candidates[n])]
+    peft = [n for n in names if is_peft(candidates[n])]
     if callable(targets) and not isinstance(targets, type):
         chosen = [n for n in names if targets(n, candidates[n])]
     elif targets == "all-linear":
@@ -264,9 +294,9 @@ def _no_match(argument: str, targets: object, names: list[str]) -> ArgumentError
 
 def _from_linear(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLinear:
     w = module.weight
-    n, k = module.out_features, module.in_features
     if w.numel() == 0 or hasattr(w, "device_mesh"):
         raise ArgumentTypeError(f"weight of {name}", _describe(w), "a whole tensor (gather it)")
+    n, k = linear_shape(module)
     if r > min(n, k):
         raise ArgumentError("r", r, f"1 to {min(n, k)}, the smaller side of {name} {n} x {k}")
     own = w.dtype if w.dtype in DTYPES else torch.float32
@@ -293,13 +323,13 @@ def _from_peft(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLi
     base, dropout = module.get_base_layer(), module.lora_dropout[adapter]
     if getattr(dropout, "p", 0.0) != 0:
         raise ArgumentError(f"lora_dropout of {name}", dropout.p, "0 (Delta-LoRA has no dropout)")
-    if not isinstance(base, nn.Linear) or getattr(module, "use_dora", {}).get(adapter, False):
+    if not _is_linear(base) or getattr(module, "use_dora", {}).get(adapter, False):
         raise ArgumentTypeError(
-            name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear"
+            name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear or Conv1D"
         )
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if base.weight.dtype in DTYPES:
-        layer = (base.out_features, base.in_features, a.weight.shape[0])
+        layer = (*linear_shape(base), a.weight.shape[0])
         choose_path(base.weight.device, base.weight.dtype, backend, layer)
     if b.bias is not None:
         raise ArgumentTypeError(name, "a PEFT layer with lora_bias", "lora_bias=False")
