@@ -97,7 +97,7 @@ def load_adapter(
     Raises:
         CheckpointError: a file is missing, truncated, garbled or foreign, or was made for a base
             model with other names or shapes; nothing was changed.
-        SwapError: the model is swapped with other layers, or its W was already updated.
+        SwapError: the model is swapped with other layers or gates, or its W was already updated.
     """
     config, tensors = _read(Path(folder))
     _check_base(folder, config, _base_shapes(model))
@@ -156,6 +156,9 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
     entry["transposed"] = layer.transposed
     entry |= {} if owner == plain else {"pair_of": owner}
     entry |= {} if layer.share_group is None else {"share_group": layer.share_group}
+    if layer.gate is not None:
+        tensors[f"{plain}.gate"] = layer.gate.detach().clone()  # layers may share one
+        entry["gate"] = _describe_gate(layer)
     if delta is None:
         return entry
     if delta.folded is None:
@@ -168,6 +171,12 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
     for i, product in enumerate(delta.folded):
         tensors |= {f"{plain}.folded_A.{i}": product.A, f"{plain}.folded_B.{i}": product.B}
     return entry
+
+
+def _describe_gate(layer: LoraLinear) -> dict | None:
+    gate = layer.gate
+    trained = isinstance(gate, nn.Parameter)
+    return None if gate is None else {"shape": list(gate.shape), "trained": trained}
 
 
 # ----------------------------------------------------------------------- reading
@@ -223,6 +232,8 @@ def _check_tensors(folder, config: dict, tensors: dict) -> None:
         for stem, (rank, there) in pair.items():
             if there:
                 expected |= {f"{name}.{stem}_A": [rank, k], f"{name}.{stem}_B": [n, rank]}
+        if c.get("gate"):
+            expected[f"{name}.gate"] = c["gate"]["shape"]
         for i in range(c["folded"]):
             rank = tensors.get(f"{name}.folded_A.{i}", torch.empty(0)).shape[0]
             expected |= {f"{name}.folded_A.{i}": [rank, k], f"{name}.folded_B.{i}": [n, rank]}
@@ -264,6 +275,9 @@ def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
         delta = layer.delta
         if delta is not None and delta.in_weight and delta.started():
             raise SwapError(name, "a weight that was already updated in place", "the base weight")
+        gates = _describe_gate(layer), saved[name].get("gate")
+        if gates[0] and gates[0] != gates[1]:
+            raise SwapError(name, f"gate {gates[0]}", f"{gates[1]}, as in the adapter")
 
 
 @torch.no_grad()
@@ -273,6 +287,8 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     layer.lora_B.copy_(tensors[f"{owner}.lora_B"])
     layer.scaling, layer.lora_alpha = entry["scaling"], entry["scaling"] * entry["r"]
     layer.delta = None
+    if entry.get("gate"):
+        _fill_gate(layer, entry["gate"]["trained"], tensors[f"{name}.gate"])
     ratio, device = entry["update_ratio"], layer.lora_A.device
     if ratio is None and not entry["folded"]:
         return
@@ -291,6 +307,14 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     layer.delta = PendingDelta(*anchors, ratio or 0.0, gate, in_weight=False, folded=folded)
 
 
+def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:
+    if layer.gate is not None:  # an optimizer or other layers may hold this very tensor
+        layer.gate.copy_(gate)
+        return
+    gate = gate.to(layer.lora_A.device)
+    layer.gate = nn.Parameter(gate) if trained else gate
+
+
 # ------------------------------------------------------------------- names and shapes
 
 
@@ -302,17 +326,17 @@ def _plain(name: str) -> str:
 
 def _extra(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters that are no low-rank pair: heads and the like."""
-    pairs = {id(p) for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)}
+    own = {id(p) for m in lora_layers(model).values() for p in m.adapter}
     named = model.named_parameters()
-    return {_plain(n): p for n, p in named if p.requires_grad and id(p) not in pairs}
+    return {_plain(n): p for n, p in named if p.requires_grad and id(p) not in own}
 
 
 def _base_shapes(model: nn.Module) -> dict[str, list[int]]:
-    pairs = {id(p) for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)}
+    own = {id(p) for m in lora_layers(model).values() for p in m.adapter}
     return {
         _plain(name): list(p.shape)
         for name, p in model.named_parameters()
-        if id(p) not in pairs and ".original_module." not in name
+        if id(p) not in own and ".original_module." not in name
     }
 
 

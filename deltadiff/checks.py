@@ -38,6 +38,15 @@ def check_number(name: str, value: object, least: float = -math.inf) -> float:
     return float(value)
 
 
+def check_int(name: str, value: object, least: int) -> int:
+    accepted = f"an int >= {least}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", accepted)
+    if value < least:
+        raise ArgumentError(name, value, accepted)
+    return value
+
+
 def check_betas(betas: object) -> tuple[float, float]:
     accepted = "two floats in [0, 1)"
     if not isinstance(betas, Sequence) or len(betas) != 2:

@@ -219,6 +219,10 @@ class DeltaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
         capturing = any(map(is_capturing, self._devices))
         if capturing and not self._bound:
             accepted = "a step outside, which compiles the kernels, then the capture"
@@ -236,7 +240,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         if not self._bound:
             self._bind()
         if not any(step.seen & ANY for step in self._devices.values()):
-            return loss
+            return
         self._send(settings, capturing)
         # What GradScaler set lies on one device.
         flag, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -258,7 +262,6 @@ class DeltaLoRA(torch.optim.Optimizer):
         else:
             self._t_most += 1
             self._t_least += not found_inf
-        return loss
 
     @torch.no_grad()
     def send_param_groups(self) -> None:

@@ -165,6 +165,12 @@ class LoraLinear(nn.Linear):
         return self.weight.T if self.transposed else self.weight
 
     @property
+    def adapter(self) -> list[nn.Parameter]:
+        """The parameters that are this layer's own: the pair, and a gate that is trained."""
+        gate = [self.gate] if isinstance(self.gate, nn.Parameter) else []
+        return [self.lora_A, self.lora_B, *gate]
+
+    @property
     def quantised(self) -> bool:
         """Whether ``weight`` is stored in a form that only the base layer can multiply by."""
         return self.weight.dtype not in DTYPES

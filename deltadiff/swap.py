@@ -138,7 +138,7 @@ def swap_(
             layers[module] = make(name, module, r, lora_alpha, adapter_dtype, backend, generator)
 
     before = model.__dict__.setdefault("_deltadiff_required_grad", {})
-    earlier = {id(p) for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)}
+    earlier = {id(p) for m in lora_layers(model).values() for p in m.adapter}
     for name, p in model.named_parameters():
         before.setdefault(name, p.requires_grad)
         saved = any(name.startswith(f"{k}.") for k in kept) and p.is_floating_point()
