@@ -87,7 +87,8 @@ def load_adapter(
     """Put a saved adapter on its base model; an eager model is swapped first.
 
     W is not written: what in-place Delta-LoRA had added to it is applied in the forward pass, until
-    `merge_` or further in-place training folds it in.
+    `merge_` or further in-place training folds it in. A model that is swapped already keeps its own
+    ``lora_dropout``.
 
     Args:
         model: the base model, eager or swapped with the same layers and ranks.
@@ -110,10 +111,10 @@ def load_adapter(
     else:
         kinds: dict[tuple, set[str]] = {}
         for name, c in config["layers"].items():
-            kinds.setdefault((c["r"], c["scaling"]), set()).add(name)
-        for (r, scaling), names in kinds.items():
+            kinds.setdefault((c["r"], c.get("lora_dropout", 0.0)), set()).add(name)
+        for (r, dropout), names in kinds.items():
             swap_(
-                model, r=r, lora_alpha=scaling * r, backend=backend,
+                model, r=r, lora_dropout=dropout, backend=backend,
                 target_modules=lambda name, _, names=names: _plain(name) in names,
             )  # fmt: skip
         layers = {_plain(name): layer for name, layer in lora_layers(model).items()}
@@ -152,8 +153,11 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
     plain, delta = _plain(name), layer.delta
     if owner == plain:
         tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
-    entry = {"r": layer.r, "scaling": layer.scaling, "update_ratio": None, "folded": 0}
-    entry["transposed"] = layer.transposed
+    entry = {
+        "r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling,
+        "lora_dropout": layer.lora_dropout, "update_ratio": None, "folded": 0,
+        "transposed": layer.transposed,
+    }  # fmt: skip
     entry |= {} if owner == plain else {"pair_of": owner}
     entry |= {} if layer.share_group is None else {"share_group": layer.share_group}
     if layer.gate is not None:
@@ -285,7 +289,8 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     owner = _owner(name, entry)
     layer.lora_A.copy_(tensors[f"{owner}.lora_A"])
     layer.lora_B.copy_(tensors[f"{owner}.lora_B"])
-    layer.scaling, layer.lora_alpha = entry["scaling"], entry["scaling"] * entry["r"]
+    layer.scaling = entry["scaling"]
+    layer.lora_alpha = entry.get("lora_alpha", layer.scaling * layer.r)  # older ones have none
     layer.delta = None
     if entry.get("gate"):
         _fill_gate(layer, entry["gate"]["trained"], tensors[f"{name}.gate"])

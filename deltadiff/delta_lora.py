@@ -62,7 +62,8 @@ class DeltaLoRA(torch.optim.Optimizer):
 
     Raises:
         ArgumentTypeError, ArgumentError: a value as named; a weight that cannot be written in
-            place (quantised, tied, shared, expanded); parameters without a swapped layer.
+            place (quantised, tied, shared, expanded); parameters without a swapped layer; a layer
+            with dropout whose weight is to be updated.
         SwapError: (in `step`) the model was un-swapped or merged.
     """
 

@@ -123,10 +123,16 @@ class LoraLinear(nn.Linear):
 
     Made by `deltadiff.swap_`. Shares ``weight`` and ``bias`` with the layer that it stands for.
 
+    In training mode the branch sees x after dropout. Each forward pass draws the seed of its mask
+    from PyTorch's generator of the device, so the masks follow `torch.manual_seed`; CUDA graphs and
+    compiled models get new ones, and activation checkpointing, which keeps the generator's state
+    (``preserve_rng_state``), gets the same one when it computes a pass again.
+
     Attributes:
         weight: as that layer stores it, (in, out) for a `Conv1D`; ``matrix`` is (out, in) always.
         lora_A: (r, in_features); lora_B: (out_features, r).
-        r, lora_alpha, scaling: scaling is lora_alpha / r.
+        r, lora_alpha, scaling: scaling is lora_alpha / r (rsLoRA: lora_alpha / sqrt(r)).
+        lora_dropout: probability that an element of x is left out, in training mode.
         gate: g, one entry or r entries on the device, a parameter where it is trained; None is 1.
         share_group: name of the group of layers that hold this very pair, whose W Delta-LoRA
             leaves alone (DiffoRA's weight sharing); None for a pair of the layer's own.
@@ -136,14 +142,17 @@ class LoraLinear(nn.Linear):
         swapped_in: False after `unswap_` or `merge_` took the layer out.
     """
 
-    def __init__(self, original: nn.Module, base: nn.Module, lora_A, lora_B, scaling, backend=None):
+    def __init__(
+        self, original: nn.Module, base: nn.Module, lora_A, lora_B, lora_alpha, scaling,
+        lora_dropout=0.0, backend=None,
+    ):  # fmt: skip
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear_shape(base)
         self.transposed, self.share_group = is_conv1d(base), None
         self.weight, self.bias = base.weight, base.bias
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend
-        self.lora_alpha = scaling * self.r
+        self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
         self.delta = self.gate = None
         self.swapped_in = True
         # Not registered as submodules: their parameters are this layer's.
@@ -177,30 +186,38 @@ class LoraLinear(nn.Linear):
 
     @property
     def path(self) -> Path:
-        """Which backend this layer takes, and why."""
+        """Which backend this layer takes in training, and why."""
         if self.quantised:
             return Path("reference", f"{self.weight.dtype} weight: the base layer's own product")
         rank = self.r if self.added is None else self.added.rank
         layer = (self.out_features, self.in_features, rank)
-        return choose_path(self.weight.device, self.weight.dtype, self.backend, layer)
+        dropout = self.lora_dropout > 0
+        return choose_path(self.weight.device, self.weight.dtype, self.backend, layer, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, gate = self.lora_A, self.lora_B, self.gate
+        dropout, seed = self.lora_dropout if self.training else 0.0, 0
         if self.added is not None:
             if gate is not None:
                 raise SwapError("gate", "a gate beside a factored delta", "one of the two")
+            if dropout:
+                given = f"lora_dropout={dropout} on a layer whose branch holds a Delta-LoRA update"
+                raise SwapError("lora_dropout", given, "0, or `merge_` first and swap again")
             a, b, gate = self.added.stack(a, b, self.scaling)
         if self.quantised:
-            s = x @ a.to(x.dtype).T
+            s = nn.functional.dropout(x, dropout) @ a.to(x.dtype).T
             s = s if gate is None else s * gate.to(x.dtype)
             return self.base(x) + self.scaling * (s @ b.to(x.dtype).T)
+        if dropout:
+            seed = torch.randint(2**63 - 1, (), device=x.device)
         return lora_linear(
-            x, self.matrix, a, b,
-            scaling=self.scaling, gate=gate, bias=self.bias, backend=self.backend,
+            x, self.matrix, a, b, scaling=self.scaling, gate=gate, bias=self.bias,
+            dropout=dropout, seed=seed, backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha:g}"
+        dropout = f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
+        return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha:g}{dropout}"
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

@@ -106,6 +106,9 @@ def find_pairs(
             given = f"lora_A and lora_B of {name} not both there, or unlike"
             accepted = "both, with one update_ratio and start_step"
             raise ArgumentError("model_or_params", given, accepted)
+        if layer.lora_dropout:
+            accepted = "0 (Delta-LoRA has no dropout), or update_ratio=0"
+            raise ArgumentError(f"lora_dropout of {name}", layer.lora_dropout, accepted)
         pairs[name] = layer
     if not pairs and any(g["update_ratio"] for g in groups):
         given = "no swapped layer with a pair of its own"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checks import DTYPES, check_number
+from .checks import DTYPES, check_dropout, check_number
 from .errors import ArgumentError, ArgumentTypeError, SwapError
 from .lora import LoraLinear, is_conv1d, linear_shape, lora_layers
 from .ops import choose_path
@@ -84,6 +84,7 @@ def swap_(
     lora_alpha: float = 16,
     target_modules: Targets = "all-linear",
     lora_dropout: float = 0.0,
+    use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     modules_to_save: Collection[str] = (),
     backend: str | None = None,
@@ -92,9 +93,9 @@ def swap_(
     """Replace linear layers by fast LoRA layers, in place. Weights are shared, not copied.
 
     ``nn.Linear`` (or GPT-2's ``Conv1D``) gets a new low-rank pair: A by Kaiming's uniform rule,
-    B = 0 (Delta-LoRA, Algorithm 1). PEFT's ``lora.Linear`` keeps its pair and scaling; ``r``,
-    ``lora_alpha`` and ``adapter_dtype`` do not apply to it. Everything else is frozen, except
-    ``modules_to_save``.
+    B = 0 (Delta-LoRA, Algorithm 1). PEFT's ``lora.Linear`` keeps its pair, scaling and dropout;
+    ``r``, ``lora_alpha``, ``lora_dropout``, ``use_rslora`` and ``adapter_dtype`` do not apply to
+    it. Everything else is frozen, except ``modules_to_save``.
 
     Args:
         model: any module that contains linear layers.
@@ -103,7 +104,10 @@ def swap_(
         target_modules: "all-linear" (all but the output head), a regular expression that matches
             the whole name, a collection of names (or their last parts), or a function of name and
             module.
-        lora_dropout: 0; the fused branch has none (Delta-LoRA forbids it).
+        lora_dropout: in training, the probability that the branch does not see an element of its
+            input, 0 <= p < 1, rounded to 1/65536. Delta-LoRA forbids it: `DeltaLoRA` refuses such
+            layers unless ``update_ratio=0``.
+        use_rslora: scale by lora_alpha / sqrt(r), as rsLoRA does.
         adapter_dtype: of A and B: the dtype of the weight or float32. None is float32 for a 16-bit
             weight, else the dtype of the weight.
         modules_to_save: names (or last parts) of modules that stay trainable, such as a new head.
@@ -126,8 +130,11 @@ def swap_(
         raise ArgumentError("r", r, "an int of at least 1")
     if check_number("lora_alpha", lora_alpha, 0) == 0:
         raise ArgumentError("lora_alpha", lora_alpha, "a number above 0")
-    if lora_dropout != 0:
-        raise ArgumentError("lora_dropout", lora_dropout, "0 (Delta-LoRA has no dropout)")
+    check_dropout("lora_dropout", lora_dropout)
+    if not isinstance(use_rslora, bool):
+        raise ArgumentTypeError("use_rslora", repr(use_rslora), "True or False")
+    scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+    branch = r, lora_alpha, scaling, float(lora_dropout), adapter_dtype
     chosen = choose_modules(model, target_modules, modules_to_save)
     kept = _match_names("modules_to_save", modules_to_save, [n for n, _ in model.named_modules()])
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -135,7 +142,7 @@ def swap_(
     for name, module in chosen.items():
         if module not in layers:
             make = _from_peft if is_peft(module) else _from_linear
-            layers[module] = make(name, module, r, lora_alpha, adapter_dtype, backend, generator)
+            layers[module] = make(name, module, branch, backend, generator)
 
     before = model.__dict__.setdefault("_deltadiff_required_grad", {})
     earlier = {id(p) for m in lora_layers(model).values() for p in m.adapter}
@@ -292,8 +299,8 @@ def _no_match(argument: str, targets: object, names: list[str]) -> ArgumentError
 # ----------------------------------------------------------------- construction
 
 
-def _from_linear(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLinear:
-    w = module.weight
+def _from_linear(name, module, branch, backend, generator) -> LoraLinear:
+    w, (r, lora_alpha, scaling, dropout, dtype) = module.weight, branch
     if w.numel() == 0 or hasattr(w, "device_mesh"):
         raise ArgumentTypeError(f"weight of {name}", _describe(w), "a whole tensor (gather it)")
     n, k = linear_shape(module)
@@ -306,23 +313,24 @@ def _from_linear(name, module, r, lora_alpha, dtype, backend, generator) -> Lora
         accepted = f"{own}" + (" or torch.float32" if half else "")
         raise ArgumentTypeError("adapter_dtype", dtype, f"{accepted} for {name}")
     if w.dtype in DTYPES:
-        choose_path(w.device, w.dtype, backend, (n, k, r))  # raises where the backend cannot run
+        # raises where the backend cannot run
+        choose_path(w.device, w.dtype, backend, (n, k, r), dropout > 0)
     bound = math.sqrt(1 / k)  # Kaiming's uniform rule with a = sqrt(5)
     a = torch.empty(r, k).uniform_(-bound, bound, generator=generator)
     b = torch.zeros(n, r, dtype=dtype, device=w.device)
-    layer = LoraLinear(module, module, a.to(w.device, dtype), b, lora_alpha / r, backend)
+    a = a.to(w.device, dtype)
+    layer = LoraLinear(module, module, a, b, lora_alpha, scaling, dropout, backend)
     return layer.train(module.training)
 
 
-def _from_peft(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLinear:
+def _from_peft(name, module, branch, backend, generator) -> LoraLinear:
     adapters = list(module.active_adapters)
     if len(adapters) != 1 or module.merged or module.disable_adapters:
         state = f"PEFT layer with active adapters {adapters}, merged={module.merged}"
         raise ArgumentError(name, state, "one active adapter, not merged")
     (adapter,) = adapters
-    base, dropout = module.get_base_layer(), module.lora_dropout[adapter]
-    if getattr(dropout, "p", 0.0) != 0:
-        raise ArgumentError(f"lora_dropout of {name}", dropout.p, "0 (Delta-LoRA has no dropout)")
+    base, dropout = module.get_base_layer(), getattr(module.lora_dropout[adapter], "p", 0.0)
+    check_dropout(f"lora_dropout of {name}", dropout)
     if not _is_linear(base) or getattr(module, "use_dora", {}).get(adapter, False):
         raise ArgumentTypeError(
             name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear or Conv1D"
@@ -330,10 +338,13 @@ def _from_peft(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLi
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if base.weight.dtype in DTYPES:
         layer = (*linear_shape(base), a.weight.shape[0])
-        choose_path(base.weight.device, base.weight.dtype, backend, layer)
+        choose_path(base.weight.device, base.weight.dtype, backend, layer, dropout > 0)
     if b.bias is not None:
         raise ArgumentTypeError(name, "a PEFT layer with lora_bias", "lora_bias=False")
-    layer = LoraLinear(module, base, a.weight, b.weight, module.scaling[adapter], backend)
+    layer = LoraLinear(
+        module, base, a.weight, b.weight, module.lora_alpha[adapter], module.scaling[adapter],
+        dropout, backend,
+    )  # fmt: skip
     layer.lora_A, layer.lora_B = a.weight, b.weight  # the very parameters, so PEFT sees training
     return layer.train(module.training)
 
