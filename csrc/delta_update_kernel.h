@@ -1,6 +1,8 @@
 // W += scale (dB A' + (B' - dB) dA) on a block of rows: one read and one write of each element.
 // Included by each_isa.h, once for each instruction set.
 
+#include "philox.h"
+
 constexpr int kVectors = 2;
 constexpr int kTile = kVectors * kLanes;  // columns whose sums are held in registers...
 constexpr int kRows = kLanes == 16 ? 8 : 4;  // ...for this many rows
@@ -92,36 +94,6 @@ struct Stochastic<Float16> {
   }
 };
 
-// ---- Random bits: Philox4x32-7 with counter (element / 8, step, index) and key seed.
-
-// Puts the bits of elements [first, first + count) at out + the returned offset.
-static int random_bits(uint16_t* out, const Block& job, uint64_t first, int64_t count) {
-  constexpr int kBlocks = kLanes / 2;  // a word for each 64 bits; their high halves are noise
-  u64v keys[7][2], lane;
-  for (int round = 0; round < 7; ++round) {
-    keys[round][0] = u64v{} + ((uint32_t)job.seed + round * 0x9E3779B9u);
-    keys[round][1] = u64v{} + ((uint32_t)(job.seed >> 32) + round * 0xBB67AE85u);
-  }
-  for (int i = 0; i < kBlocks; ++i) lane[i] = i % 2 * (kBlocks / 2) + i / 2;  // as store_pairs
-  const u64v factor0 = u64v{} + 0xD2511F53, factor1 = u64v{} + 0xCD9E8D57;
-  const int offset = (int)(first % 8);
-  u64v block = lane + first / 8;
-  for (int64_t done = -offset; done < count; done += 8 * kBlocks, block += kBlocks) {
-    u64v c0 = block, c1 = high_halves(block), c2 = u64v{} + job.step, c3 = u64v{} + job.index;
-    for (const auto& key : keys) {
-      const u64v product0 = multiply_low(c0, factor0), product1 = multiply_low(c2, factor1);
-      c0 = high_halves(product1) ^ c1 ^ key[0];
-      c2 = high_halves(product0) ^ c3 ^ key[1];
-      c1 = product1;
-      c3 = product0;
-    }
-    const u64v low = u64v{} + 0xFFFFFFFF;
-    store_pairs((uint64_t*)out, (c0 & low) | (c1 << 32), (c2 & low) | (c3 << 32));
-    out += 8 * kBlocks;
-  }
-  return offset;
-}
-
 // ---- The update
 
 template <class Format>
@@ -161,7 +133,7 @@ static void update(const Block& job) {
   const int64_t w_pitch = job.weight_stride[0], w_stride = job.weight_stride[1];
   const int64_t low_pitch = job.low_stride[0], low_stride = job.low_stride[1];
   const float scale = job.scale;
-  uint16_t random[kRows][kPanel + 4 * kLanes + kTile];
+  uint16_t random[kRows][kPanel + 8 * kLanes];
   for (int64_t row = 0; row < job.rows; row += kRows) {
     const int rows = (int)(job.rows - row < kRows ? job.rows - row : kRows);
     float* left = job.left;  // (terms, kRows): dB, then B' - dB = B
@@ -178,7 +150,8 @@ static void update(const Block& job) {
       const uint16_t* bits[kRows] = {};
       for (int i = 0; Format::kRandom && i < rows; ++i) {
         const uint64_t first = job.first + (row + i) * job.pitch + panel;
-        bits[i] = random[i] + random_bits(random[i], job, first, end - panel);
+        uint16_t* const out = random[i];
+        bits[i] = out + random_bits(out, job.seed, job.step, job.index, first, end - panel);
       }
       for (int64_t column = panel; column < end; column += kTile) {
         f32v sum[kRows][kVectors] = {};

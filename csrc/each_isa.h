@@ -52,13 +52,14 @@ namespace deltadiff::baseline {
 namespace deltadiff {
 
 // PyTorch's own choice for this CPU, so that its switch (ATEN_CPU_CAPABILITY) holds here too.
-static Kernel best_kernel(at::ScalarType dtype, KernelOption option) {
+template <class... Choice>
+static Kernel best_kernel(Choice... choice) {
 #if defined(__x86_64__)
   static const std::string found = at::get_cpu_capability();
-  if (found.rfind("AVX512", 0) == 0) return avx512::kernel(dtype, option);
-  if (found.rfind("AVX2", 0) == 0) return avx2::kernel(dtype, option);
+  if (found.rfind("AVX512", 0) == 0) return avx512::kernel(choice...);
+  if (found.rfind("AVX2", 0) == 0) return avx2::kernel(choice...);
 #endif
-  return baseline::kernel(dtype, option);
+  return baseline::kernel(choice...);
 }
 
 }  // namespace deltadiff

@@ -18,7 +18,7 @@ at::Tensor empty_for(const at::Tensor& like, c10::SymIntArrayRef sizes) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_meta(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor&, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor&, double, const OptionalTensor& gate,
-    std::array<bool, 4> needs, std::string_view) {
+    std::array<bool, 4> needs, double, const OptionalTensor&, std::string_view) {
   at::Tensor dx, dA, dB, dgate;
   if (needs[0]) dx = empty_for(dy, x.sym_sizes());
   if (needs[1]) dA = empty_for(lora_A, lora_A.sym_sizes());
@@ -43,23 +43,26 @@ void adamw_step_meta_(
 TORCH_LIBRARY(deltadiff, m) {
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
-      "Tensor? gate, Tensor? bias, str backend) -> Tensor",
+      "Tensor? gate, Tensor? bias, float dropout, Tensor? seed, str backend) -> Tensor",
       lora_linear);
   m.def(
       "lora_linear_fwd(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
-      "Tensor? gate, Tensor? bias, str backend) -> (Tensor y, Tensor S)");
+      "Tensor? gate, Tensor? bias, float dropout, Tensor? seed, str backend) "
+      "-> (Tensor y, Tensor S)");
   m.def(
       "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, "
-      "float scaling, Tensor? gate, bool[4] needs, str backend) "
+      "float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed, str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
   // The passes on a GPU launched from Python, and what it would launch, for C++ to do so: see
   // csrc/lora_linear_cuda.cpp. deltadiff/ops.py has these three.
   m.def(
       "lora_linear_fwd_python(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
-      "float scaling, Tensor? gate, Tensor? bias, str backend) -> (Tensor y, Tensor S)");
+      "float scaling, Tensor? gate, Tensor? bias, float dropout, Tensor? seed, str backend) "
+      "-> (Tensor y, Tensor S)");
   m.def(
       "lora_linear_bwd_python(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
-      "Tensor S, float scaling, Tensor? gate, bool[4] needs, str backend) "
+      "Tensor S, float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed, "
+      "str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
   m.def(
       "lora_linear_plan(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? gate, "

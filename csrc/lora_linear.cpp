@@ -2,6 +2,9 @@
 //
 // Every product is one of ATen's (oneDNN or MKL underneath). The low-rank products are added into
 // the large one as they are computed, which spares eager's passes over y and dx.
+//
+// Dropout is for the low-rank branch alone. What it leaves of x is made a block at a time and again
+// in the backward pass; the factor 1 / (1 - p) is in `scaling`.
 
 #include <algorithm>
 
@@ -11,6 +14,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
+#include "dropout.h"
 #include "ops.h"
 
 namespace deltadiff {
@@ -39,11 +43,39 @@ at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scale) {
   return at::addmm_out(out, out, a, b, /*beta=*/0, /*alpha=*/scale);
 }
 
+constexpr int64_t kBlock = 1 << 20;  // elements of x after dropout that are there at a time
+
+// S = d(x) A^T, some rows at a time.
+at::Tensor down(const at::Tensor& x, const at::Tensor& A, const Dropout& dropout) {
+  if (!dropout) return at::mm(x, A.t());
+  at::Tensor S = at::empty({x.size(0), A.size(0)}, x.options());
+  const int64_t block = std::max<int64_t>(1, kBlock / x.size(1));
+  for (int64_t row = 0; row < x.size(0); row += block) {
+    const int64_t rows = std::min(block, x.size(0) - row);
+    S.narrow(0, row, rows).copy_(at::mm(dropout.narrow(x, 0, row, rows), A.t()));
+  }
+  return S;
+}
+
+// scale * (G^T d(x)), some columns at a time.
+at::Tensor down_gradient(
+    const at::Tensor& G, const at::Tensor& x, double scale, const Dropout& dropout) {
+  if (!dropout) return scaled_mm(G.t(), readable(x), scale);
+  at::Tensor dA = at::empty({G.size(1), x.size(1)}, x.options());
+  const int64_t block = std::max<int64_t>(8, kBlock / std::max<int64_t>(1, x.size(0)) / 8 * 8);
+  for (int64_t column = 0; column < x.size(1); column += block) {
+    const int64_t columns = std::min(block, x.size(1) - column);
+    dA.narrow(1, column, columns)
+        .copy_(scaled_mm(G.t(), dropout.narrow(x, 1, column, columns), scale));
+  }
+  return dA;
+}
+
 // s * sum over tokens of T * S, an entry for each of the r columns. Terms of both signs cancel in
 // these few numbers, so they are computed in the next wider dtype, some rows at a time.
 at::Tensor column_sums(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora_A, const at::Tensor& lora_B,
-    double scaling) {
+    double scaling, const Dropout& dropout) {
   const auto wide = x.scalar_type() == at::kFloat ? at::kDouble : at::kFloat;
   const at::Tensor A = lora_A.to(wide).t(), B = lora_B.to(wide);
   at::Tensor sums = at::zeros({lora_A.size(0)}, x.options().dtype(at::kDouble));
@@ -51,7 +83,7 @@ at::Tensor column_sums(
   for (int64_t row = 0; row < x.size(0); row += kRows) {
     const int64_t rows = std::min(kRows, x.size(0) - row);
     const at::Tensor T = at::mm(dy.narrow(0, row, rows).to(wide), B);
-    const at::Tensor S = at::mm(x.narrow(0, row, rows).to(wide), A);
+    const at::Tensor S = at::mm(dropout.narrow(x, 0, row, rows).to(wide), A);
     sums.add_(T.mul(S).sum(0, /*keepdim=*/false, at::kDouble));
   }
   return sums.mul_(scaling);
@@ -62,12 +94,12 @@ at::Tensor column_sums(
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias, std::string_view) {
+    const OptionalTensor& bias, double dropout, const OptionalTensor& seed, std::string_view) {
   const PlainTensors plain;
   const auto dtype = x.scalar_type();
   const at::Tensor rows = readable(x);
   at::Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
-  at::Tensor S = at::mm(rows, lora_A.to(dtype).t());
+  at::Tensor S = down(rows, lora_A.to(dtype), Dropout(dropout, seed, x.size(1)));
   y.addmm_(gated(S, gate), lora_B.to(dtype).t(), /*beta=*/1, /*alpha=*/scaling);
   return {y, S};
 }
@@ -75,24 +107,29 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs, std::string_view) {
+    std::array<bool, 4> needs, double dropout, const OptionalTensor& seed, std::string_view) {
   const PlainTensors plain;
+  const Dropout drops(dropout, seed, x.size(1));
   const auto dtype = x.scalar_type();
   const auto [need_x, need_A, need_B, need_gate] = needs;
   const at::Tensor dy_rows = readable(dy);
   at::Tensor dx, dA, dB, dgate, T;
   if (need_x || need_A) T = times(dy_rows, lora_B.to(dtype));
-  if (need_x) {
+  if (need_x && drops) {  // before what the mask is not for
+    dx = scaled_mm(gated(T, gate), lora_A.to(dtype), scaling);
+    drops.drop_(dx);
+    dx.addmm_(dy_rows, weight);
+  } else if (need_x) {
     dx = at::mm(dy_rows, weight);
     dx.addmm_(gated(T, gate), lora_A.to(dtype), /*beta=*/1, /*alpha=*/scaling);
   }
-  if (need_A) dA = scaled_mm(gated(T, gate).t(), readable(x), scaling).to(lora_A.scalar_type());
+  if (need_A) dA = down_gradient(gated(T, gate), x, scaling, drops).to(lora_A.scalar_type());
   if (need_B) {  // transposed, which is the faster product; laid out and cast in one pass
     const at::Tensor dBt = scaled_mm(gated(S, gate).t(), dy_rows, scaling);
     dB = at::empty(lora_B.sizes(), lora_B.options()).copy_(dBt.t());
   }
   if (need_gate && gate) {
-    const at::Tensor sums = column_sums(dy, x, lora_A, lora_B, scaling);
+    const at::Tensor sums = column_sums(dy, x, lora_A, lora_B, scaling, drops);
     dgate = (gate->numel() == 1 ? sums.sum() : sums).to(gate->scalar_type()).view(gate->sizes());
   }
   return {dx, dA, dB, dgate};

@@ -36,10 +36,12 @@ at::Tensor rows(const at::Tensor& t, const c10::SymInt& columns) {
 std::tuple<at::Tensor, at::Tensor> forward_pass(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias, std::string_view backend) {
+    const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
+    std::string_view backend) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   auto [y, S] = forward_op().call(
-      rows(x, weight.sym_size(1)), weight, lora_A, lora_B, scaling, gate, bias, backend);
+      rows(x, weight.sym_size(1)), weight, lora_A, lora_B, scaling, gate, bias, dropout, seed,
+      backend);
   if (x.dim() != 2) {
     c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end());
     shape.back() = weight.sym_size(0);
@@ -53,10 +55,15 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
       const at::Tensor& lora_A, const at::Tensor& lora_B, double scaling,
-      const OptionalTensor& gate, const OptionalTensor& bias, std::string_view backend) {
-    auto [y, S] = forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, backend);
-    ctx->save_for_backward({x, weight, lora_A, lora_B, gate.value_or(at::Tensor()), S});
+      const OptionalTensor& gate, const OptionalTensor& bias, double dropout,
+      const OptionalTensor& seed, std::string_view backend) {
+    auto [y, S] =
+        forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend);
+    const at::Tensor none;
+    ctx->save_for_backward(
+        {x, weight, lora_A, lora_B, gate.value_or(none), S, seed.value_or(none)});
     ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["dropout"] = dropout;
     ctx->saved_data["backend"] = std::string(backend);
     ctx->saved_data["has_bias"] = bias.has_value();
     return y;
@@ -71,7 +78,10 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     if (!at::GradMode::is_enabled()) no_autograd.emplace();
 
     const at::Tensor &x = saved[0], &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3];
-    const OptionalTensor gate = saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt;
+    const auto given = [](const at::Tensor& t) {
+      return t.defined() ? OptionalTensor(t) : std::nullopt;
+    };
+    const OptionalTensor gate = given(saved[4]), seed = given(saved[6]);
     // Edges are counted without the arguments that were not given.
     const bool need_gate = gate && ctx->needs_input_grad(4);
     const bool need_bias =
@@ -83,11 +93,11 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     auto [dx, dA, dB, dgate] = backward_op().call(
         dy, rows(x, weight.sym_size(1)), weight, lora_A, lora_B, saved[5],
         ctx->saved_data["scaling"].toDouble(), gate, needs,
-        ctx->saved_data["backend"].toStringView());
+        ctx->saved_data["dropout"].toDouble(), seed, ctx->saved_data["backend"].toStringView());
     if (dx.defined() && x.dim() != 2) dx = dx.view_symint(x.sym_sizes());
     at::Tensor dbias;
     if (need_bias) dbias = dy.sum(0, /*keepdim=*/false, at::kFloat).to(x.scalar_type());
-    return {dx, {}, dA, dB, {}, dgate, dbias, {}};
+    return {dx, {}, dA, dB, {}, dgate, dbias, {}, {}, {}};
   }
 };
 
@@ -103,7 +113,7 @@ bool is_vector(const at::Tensor& t, const c10::SymInt& entries) {
 bool fits(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias) {
+    const OptionalTensor& bias, double dropout, const OptionalTensor& seed) {
   const auto dtype = x.scalar_type();
   const auto is_ours = [](at::ScalarType t) {
     return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
@@ -121,7 +131,9 @@ bool fits(
   if (bias && (!is_vector(*bias, out) || bias->scalar_type() != dtype)) return false;
   if (gate && gate->sym_numel() != 1 && !is_vector(*gate, r)) return false;
   if (gate && !is_ours(gate->scalar_type())) return false;
-  for (const OptionalTensor* t : {&gate, &bias})
+  if (!(dropout >= 0 && dropout < 1) || (dropout > 0) != seed.has_value()) return false;
+  if (seed && (seed->dim() != 0 || seed->scalar_type() != at::kLong)) return false;
+  for (const OptionalTensor* t : {&gate, &bias, &seed})
     if (*t && (*t)->device() != x.device()) return false;
   return std::isfinite(scaling);
 }
@@ -133,18 +145,20 @@ bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 at::Tensor lora_linear(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias, std::string_view backend) {
+    const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
+    std::string_view backend) {
   TORCH_CHECK_VALUE(
-      fits(x, weight, lora_A, lora_B, scaling, gate, bias),
+      fits(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed),
       "lora_linear: shapes, dtypes or devices that do not fit");
   const bool differentiable = at::GradMode::is_enabled() &&
       (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad() || needs_grad(gate) ||
        needs_grad(bias));
   if (!differentiable)  // spares the host autograd's bookkeeping
-    return std::get<0>(forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, backend));
+    return std::get<0>(
+        forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend));
   return LoraLinearFunction::apply(
       x, weight.requires_grad() ? weight.detach() : weight, lora_A, lora_B, scaling, gate, bias,
-      backend);
+      dropout, seed, backend);
 }
 
 }  // namespace deltadiff

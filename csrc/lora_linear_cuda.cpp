@@ -207,8 +207,8 @@ Tensor gate_gradient(const Tensor& T, const Tensor& S, double scaling, const Ten
 
 std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-    double scaling, const OptionalTensor& gate, const OptionalTensor& bias,
-    std::string_view backend) {
+    double scaling, const OptionalTensor& gate, const OptionalTensor& bias, double dropout,
+    const OptionalTensor& seed, std::string_view backend) {
   static const auto python = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("deltadiff::lora_linear_fwd_python", "")
                                  .typed<decltype(lora_linear_fwd_cuda)>();
@@ -217,7 +217,9 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(
   const OptionalTensor g = dense(gate), b = dense(bias);
   const Inputs inputs = {{&x, &weight, &lora_A, &lora_B, given(g), given(b), nullptr}};
   const auto call = find_call(inputs, backend);
-  if (!call) return python.call(x, weight, lora_A, lora_B, scaling, gate, bias, backend);
+  if (!call)
+    return python.call(
+        x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend);
 
   Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
   Tensor kept = at::empty({x.size(0), call->plan->kept_width}, x.options().dtype(at::kFloat));
@@ -228,7 +230,8 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
     const Tensor& lora_B, const Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs, std::string_view backend) {
+    std::array<bool, 4> needs, double dropout, const OptionalTensor& seed,
+    std::string_view backend) {
   static const auto python = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("deltadiff::lora_linear_bwd_python", "")
                                  .typed<decltype(lora_linear_bwd_cuda)>();
@@ -242,7 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
   const bool kept_as_made = S.is_contiguous() && misalignment(S) == 0;
   const auto call = kept_as_made ? find_call(inputs, backend) : std::nullopt;
   if (!call)
-    return python.call(rows, x, weight, lora_A, lora_B, S, scaling, gate, needs, backend);
+    return python.call(
+        rows, x, weight, lora_A, lora_B, S, scaling, gate, needs, dropout, seed, backend);
 
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
   Tensor dx = like(x), dA = like(lora_A), dB = like(lora_B), dgate;

@@ -17,34 +17,41 @@ using OptionalTensor = std::optional<at::Tensor>;
 using OptionalTensorList = c10::List<OptionalTensor>;
 
 // On any device, differentiable; `backend` names the kernels of lora_linear_fwd and lora_linear_bwd
-// where a device has more than one.
+// where a device has more than one. `dropout`: the share of x that the low-rank branch does not
+// see, a multiple of 1/65536, with a 0-dim int64 `seed` where it is not 0; `scaling` makes up for
+// what is left out.
 at::Tensor lora_linear(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias, std::string_view backend);
+    const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
+    std::string_view backend);
 
 // On GPUs.
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cuda(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias, std::string_view backend);
+    const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
+    std::string_view backend);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cuda(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs, std::string_view backend);
+    std::array<bool, 4> needs, double dropout, const OptionalTensor& seed,
+    std::string_view backend);
 
 // The rest runs on the CPU.
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
-    const OptionalTensor& bias, std::string_view backend);
+    const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
+    std::string_view backend);
 
 // What `needs` (x, A, B, gate) leaves out comes back undefined, which Python sees as None.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs, std::string_view backend);
+    std::array<bool, 4> needs, double dropout, const OptionalTensor& seed,
+    std::string_view backend);
 
 void delta_update_(
     at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs,

@@ -1,5 +1,6 @@
 """deltadiff: fused kernels for Delta-LoRA and DiffoRA fine-tuning."""
 
+from . import diffora
 from .checkpoint import load_adapter, save_adapter
 from .delta_lora import DeltaLoRA
 from .lora import LoraLinear
@@ -15,6 +16,7 @@ __all__ = [
     "adamw_step_",
     "choose_path",
     "delta_update_",
+    "diffora",
     "load_adapter",
     "lora_linear",
     "merge_",

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,9 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from .atomic_write import write_atomically
+from .diffora_gates import Selection
 from .errors import CheckpointError, SwapError
 from .lora import LoraLinear, PendingDelta, Product, lora_layers
-from .swap import SwapReport, swap_, swap_report
+from .swap import SELECTION, SwapReport, swap_, swap_report
 
 FORMAT = "deltadiff-adapter"
 VERSION = 1
@@ -32,6 +33,8 @@ CONFIG = "adapter.json"
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write the low-rank pairs, what Delta-LoRA has added, and other trainable parameters.
+
+    A pair that layers share is written once. DiffoRA's selection and gates go with the adapter.
 
     Args:
         model: a swapped model.
@@ -48,9 +51,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     if not layers:
         raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
     tensors: dict[str, Tensor] = {}
-    described = {}
+    described, owners = {}, _owners(layers)
     for name, layer in layers.items():
-        described[_plain(name)] = _describe(name, layer, tensors)
+        described[_plain(name)] = _describe(name, layer, owners[_plain(name)], tensors)
     extra = _extra(model)
     tensors |= {f"{name}.saved": p for name, p in extra.items()}
     blob = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
@@ -65,11 +68,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         "layers": described,
         "saved": sorted(extra),
     }
+    if SELECTION in model.__dict__:
+        config["selection"] = model.__dict__[SELECTION].to_json()
     config["checksum"] = _checksum(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / config["weights"], blob)
-    _write(folder / CONFIG, json.dumps(config, indent=1).encode())
+    write_atomically(folder / config["weights"], blob)
+    write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != config["weights"]:
             old.unlink(missing_ok=True)
@@ -82,7 +87,8 @@ def load_adapter(
     """Put a saved adapter on its base model; an eager model is swapped first.
 
     W is not written: what in-place Delta-LoRA had added to it is applied in the forward pass, until
-    `merge_` or further in-place training folds it in.
+    `merge_` or further in-place training folds it in. A model that is swapped already keeps its own
+    ``lora_dropout``.
 
     Args:
         model: the base model, eager or swapped with the same layers and ranks.
@@ -92,25 +98,32 @@ def load_adapter(
     Raises:
         CheckpointError: a file is missing, truncated, garbled or foreign, or was made for a base
             model with other names or shapes; nothing was changed.
-        SwapError: the model is swapped with other layers, or its W was already updated.
+        SwapError: the model is swapped with other layers or gates, or its W was already updated.
     """
     config, tensors = _read(Path(folder))
     _check_base(folder, config, _base_shapes(model))
     layers = {_plain(name): layer for name, layer in lora_layers(model).items()}
     parameters = {_plain(name): p for name, p in model.named_parameters()}
     _check_tensors(folder, config, tensors)
+    selection = Selection.from_json(config["selection"]) if config.get("selection") else None
     if layers:
         _check_layers(layers, config["layers"])
     else:
         kinds: dict[tuple, set[str]] = {}
         for name, c in config["layers"].items():
-            kinds.setdefault((c["r"], c["scaling"]), set()).add(name)
-        for (r, scaling), names in kinds.items():
+            kinds.setdefault((c["r"], c.get("lora_dropout", 0.0)), set()).add(name)
+        for (r, dropout), names in kinds.items():
             swap_(
-                model, r=r, lora_alpha=scaling * r, backend=backend,
+                model, r=r, lora_dropout=dropout, backend=backend,
                 target_modules=lambda name, _, names=names: _plain(name) in names,
             )  # fmt: skip
         layers = {_plain(name): layer for name, layer in lora_layers(model).items()}
+    for name, layer in layers.items():
+        entry = config["layers"][name]
+        owner, layer.share_group = layers[_owner(name, entry)], entry.get("share_group")
+        layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
+    if selection is not None:
+        model.__dict__[SELECTION] = selection
     for name, layer in layers.items():
         _fill(layer, config["layers"][name], name, tensors)
     with torch.no_grad():
@@ -123,11 +136,33 @@ def load_adapter(
 # ----------------------------------------------------------------------- writing
 
 
-def _describe(name: str, layer: LoraLinear, tensors: dict[str, Tensor]) -> dict:
+def _owners(layers: dict[str, LoraLinear]) -> dict[str, str]:
+    """For each layer the one whose name its pair is stored under: layers may share one."""
+    first: dict[Tensor, str] = {}
+    return {
+        _plain(name): first.setdefault(layer.lora_A, _plain(name)) for name, layer in layers.items()
+    }
+
+
+def _owner(name: str, entry: dict) -> str:
+    return entry.get("pair_of", name)
+
+
+def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tensor]) -> dict:
     """The JSON entry of a layer; adds the layer's tensors to ``tensors``."""
     plain, delta = _plain(name), layer.delta
-    tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
-    entry = {"r": layer.r, "scaling": layer.scaling, "update_ratio": None, "folded": 0}
+    if owner == plain:
+        tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
+    entry = {
+        "r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling,
+        "lora_dropout": layer.lora_dropout, "update_ratio": None, "folded": 0,
+        "transposed": layer.transposed,
+    }  # fmt: skip
+    entry |= {} if owner == plain else {"pair_of": owner}
+    entry |= {} if layer.share_group is None else {"share_group": layer.share_group}
+    if layer.gate is not None:
+        tensors[f"{plain}.gate"] = layer.gate.detach().clone()  # layers may share one
+        entry["gate"] = _describe_gate(layer)
     if delta is None:
         return entry
     if delta.folded is None:
@@ -142,23 +177,10 @@ def _describe(name: str, layer: LoraLinear, tensors: dict[str, Tensor]) -> dict:
     return entry
 
 
-def _write(path: Path, blob: bytes) -> None:
-    """Write a file so that ``path`` holds all of it or what it held before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _describe_gate(layer: LoraLinear) -> dict | None:
+    gate = layer.gate
+    trained = isinstance(gate, nn.Parameter)
+    return None if gate is None else {"shape": list(gate.shape), "trained": trained}
 
 
 # ----------------------------------------------------------------------- reading
@@ -204,14 +226,18 @@ def _check_base(folder, config: dict, here: dict) -> None:
 
 
 def _check_tensors(folder, config: dict, tensors: dict) -> None:
+    _check_owners(folder, config)
     expected = {f"{name}.saved": config["base"][name] for name in config["saved"]}
     for name, c in config["layers"].items():
-        n, k = config["base"][f"{name}.weight"]
+        n, k = config["base"][f"{name}.weight"][:: -1 if c.get("transposed") else 1]
         r = c["r"]
-        pair = {"lora": (r, True), "anchor": (r, c["update_ratio"] is not None)}
+        owner = _owner(name, c)
+        pair = {"lora": (r, owner == name), "anchor": (r, c["update_ratio"] is not None)}
         for stem, (rank, there) in pair.items():
             if there:
                 expected |= {f"{name}.{stem}_A": [rank, k], f"{name}.{stem}_B": [n, rank]}
+        if c.get("gate"):
+            expected[f"{name}.gate"] = c["gate"]["shape"]
         for i in range(c["folded"]):
             rank = tensors.get(f"{name}.folded_A.{i}", torch.empty(0)).shape[0]
             expected |= {f"{name}.folded_A.{i}": [rank, k], f"{name}.folded_B.{i}": [n, rank]}
@@ -224,6 +250,20 @@ def _check_tensors(folder, config: dict, tensors: dict) -> None:
         )
 
 
+def _check_owners(folder, config: dict) -> None:
+    """A pair is stored under the name of a layer that it fits, and that stores its own."""
+    base = config["base"]
+    kinds = {
+        name: (_owner(name, c) == name, c["r"], c.get("transposed"), base[f"{name}.weight"])
+        for name, c in config["layers"].items()
+    }
+    for name, c in config["layers"].items():
+        owner = _owner(name, c)
+        if kinds.get(owner) != (True, *kinds[name][1:]):
+            accepted = "the pair of a layer of the same shape"
+            raise CheckpointError(str(folder), f"{name} with the pair of {owner}", accepted)
+
+
 def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
     here = {name: layer.r for name, layer in layers.items()}
     there = {name: c["r"] for name, c in saved.items()}
@@ -231,18 +271,29 @@ def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
         name = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))[0]
         given = f"rank {here.get(name)} (None: not swapped)"
         raise SwapError(name, given, f"rank {there.get(name)}, as in the adapter")
+    for name, owner in _owners(layers).items():
+        stored = _owner(name, saved[name])
+        if owner != stored:
+            raise SwapError(name, f"the pair of {owner}", f"that of {stored}, as in the adapter")
     for name, layer in layers.items():
         delta = layer.delta
         if delta is not None and delta.in_weight and delta.started():
             raise SwapError(name, "a weight that was already updated in place", "the base weight")
+        gates = _describe_gate(layer), saved[name].get("gate")
+        if gates[0] and gates[0] != gates[1]:
+            raise SwapError(name, f"gate {gates[0]}", f"{gates[1]}, as in the adapter")
 
 
 @torch.no_grad()
 def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor]) -> None:
-    layer.lora_A.copy_(tensors[f"{name}.lora_A"])
-    layer.lora_B.copy_(tensors[f"{name}.lora_B"])
-    layer.scaling, layer.lora_alpha = entry["scaling"], entry["scaling"] * entry["r"]
+    owner = _owner(name, entry)
+    layer.lora_A.copy_(tensors[f"{owner}.lora_A"])
+    layer.lora_B.copy_(tensors[f"{owner}.lora_B"])
+    layer.scaling = entry["scaling"]
+    layer.lora_alpha = entry.get("lora_alpha", layer.scaling * layer.r)  # older ones have none
     layer.delta = None
+    if entry.get("gate"):
+        _fill_gate(layer, entry["gate"]["trained"], tensors[f"{name}.gate"])
     ratio, device = entry["update_ratio"], layer.lora_A.device
     if ratio is None and not entry["folded"]:
         return
@@ -261,6 +312,14 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     layer.delta = PendingDelta(*anchors, ratio or 0.0, gate, in_weight=False, folded=folded)
 
 
+def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:
+    if layer.gate is not None:  # an optimizer or other layers may hold this very tensor
+        layer.gate.copy_(gate)
+        return
+    gate = gate.to(layer.lora_A.device)
+    layer.gate = nn.Parameter(gate) if trained else gate
+
+
 # ------------------------------------------------------------------- names and shapes
 
 
@@ -272,17 +331,17 @@ def _plain(name: str) -> str:
 
 def _extra(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters that are no low-rank pair: heads and the like."""
-    pairs = {id(p) for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)}
+    own = {id(p) for m in lora_layers(model).values() for p in m.adapter}
     named = model.named_parameters()
-    return {_plain(n): p for n, p in named if p.requires_grad and id(p) not in pairs}
+    return {_plain(n): p for n, p in named if p.requires_grad and id(p) not in own}
 
 
 def _base_shapes(model: nn.Module) -> dict[str, list[int]]:
-    pairs = {id(p) for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)}
+    own = {id(p) for m in lora_layers(model).values() for p in m.adapter}
     return {
         _plain(name): list(p.shape)
         for name, p in model.named_parameters()
-        if id(p) not in pairs and ".original_module." not in name
+        if id(p) not in own and ".original_module." not in name
     }
 
 

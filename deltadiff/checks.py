@@ -38,6 +38,15 @@ def check_number(name: str, value: object, least: float = -math.inf) -> float:
     return float(value)
 
 
+def check_int(name: str, value: object, least: int) -> int:
+    accepted = f"an int >= {least}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", accepted)
+    if value < least:
+        raise ArgumentError(name, value, accepted)
+    return value
+
+
 def check_betas(betas: object) -> tuple[float, float]:
     accepted = "two floats in [0, 1)"
     if not isinstance(betas, Sequence) or len(betas) != 2:
@@ -76,6 +85,28 @@ def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
     if gate is not None:
         scalar = isinstance(gate, Tensor) and gate.numel() == 1
         check_tensor("gate", gate, tuple(gate.shape) if scalar else (r,), x.device, DTYPES)
+
+
+def check_dropout(name: str, p: object) -> float:
+    accepted = "a probability >= 0 and < 1"
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise ArgumentTypeError(name, f"{p!r} ({type(p).__name__})", accepted)
+    if not 0 <= p < 1:
+        raise ArgumentError(name, repr(p), accepted)
+    return float(p)
+
+
+def check_seed(seed: object, device: torch.device) -> Tensor:
+    """The 0-dim int64 tensor on ``device`` that ``seed`` is, or stands for."""
+    if isinstance(seed, Tensor):
+        check_tensor("seed", seed, (), device, (torch.int64,))
+        return seed
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        given = f"{seed!r} ({type(seed).__name__})"
+        raise ArgumentTypeError("seed", given, "an int, or a 0-dim int64 tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ArgumentError("seed", seed, "an int that fits 64 bits")
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -> str:

@@ -35,7 +35,7 @@ class DeltaLoRA(torch.optim.Optimizer):
     """AdamW with the Delta-LoRA update of the frozen weights (Algorithm 1).
 
     All trainable parameters get AdamW (decoupled weight decay, as `torch.optim.AdamW`, moments in
-    float32); those that are the pair of a `LoraLinear` also move its weight. ``update_ratio=0`` is
+    float32); those that are a `LoraLinear`'s own pair also move its weight. ``update_ratio=0`` is
     plain LoRA. With updates from the first step on, Delta-LoRA under Adam is LoRA with
     lora_alpha (1 + lambda).
 
@@ -62,7 +62,8 @@ class DeltaLoRA(torch.optim.Optimizer):
 
     Raises:
         ArgumentTypeError, ArgumentError: a value as named; a weight that cannot be written in
-            place (quantised, tied, shared, expanded); parameters without a swapped layer.
+            place (quantised, tied, shared, expanded); parameters without a swapped layer; a layer
+            with dropout whose weight is to be updated.
         SwapError: (in `step`) the model was un-swapped or merged.
     """
 
@@ -195,7 +196,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         state["step"] = step  # a view into the run's steps
 
     def _allocate_update(self, layer: LoraLinear, rounding: str) -> None:
-        w = layer.weight
+        w = layer.matrix
         for p in (layer.lora_A, layer.lora_B):
             if "anchor" not in self.state[p]:
                 self.state[p]["anchor"] = torch.zeros_like(p.detach())
@@ -204,7 +205,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         keeps = rounding == "remainder" and self.w_update == "inplace"
         state = self.state[layer.lora_B]
         if keeps and w.dtype in HALF_DTYPES and "remainder" not in state:
-            low = torch.zeros(w.shape, dtype=remainder_dtype(w.dtype), device=w.device)
+            low = torch.zeros_like(w.detach(), dtype=remainder_dtype(w.dtype))  # W's strides too
             state["remainder"] = low
 
     # ---------------------------------------------------------------------- step
@@ -219,6 +220,10 @@ class DeltaLoRA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
         capturing = any(map(is_capturing, self._devices))
         if capturing and not self._bound:
             accepted = "a step outside, which compiles the kernels, then the capture"
@@ -236,7 +241,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         if not self._bound:
             self._bind()
         if not any(step.seen & ANY for step in self._devices.values()):
-            return loss
+            return
         self._send(settings, capturing)
         # What GradScaler set lies on one device.
         flag, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -258,7 +263,6 @@ class DeltaLoRA(torch.optim.Optimizer):
         else:
             self._t_most += 1
             self._t_least += not found_inf
-        return loss
 
     @torch.no_grad()
     def send_param_groups(self) -> None:

@@ -54,7 +54,8 @@ def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
         products.append(delta.product(layer.lora_A, layer.lora_B, layer.scaling))
         d = sum(p.B.float() @ p.A.float() for p in products).double().cpu()
         w_0 = original.get_submodule(name).weight.double()
-        reached += ((layer.weight.detach().double().cpu() - w_0) * d).sum().item()
+        w_0 = w_0.T if layer.transposed else w_0
+        reached += ((layer.matrix.detach().double().cpu() - w_0) * d).sum().item()
         wanted += (d * d).sum().item()
         before += (w_0 * w_0).sum().item()
     if not wanted:

@@ -10,7 +10,7 @@ from .errors import SwapError
 from .lora import LoraLinear, Product, lora_layers
 from .param_groups import check_writable
 from .reference import join_remainder
-from .swap import take_out
+from .swap import SELECTION, take_out
 
 BLOCK = 2**22  # elements of a weight that are handled at once
 
@@ -42,7 +42,7 @@ class MergeReport:
 
 @torch.no_grad()
 def merge_(model: nn.Module) -> MergeReport:
-    """W += s B A (and what Delta-LoRA holds beside W), in float32 and rounded once, in place.
+    """W += s B g A (and what Delta-LoRA holds beside W), in float32 and rounded once, in place.
 
     Afterwards the model is an ordinary eager model: no adapters, plain ``nn.Linear`` layers.
 
@@ -60,10 +60,11 @@ def merge_(model: nn.Module) -> MergeReport:
     check_writable(layers, [model])
     rows = []
     for name, layer in layers.items():
-        w = layer.weight
+        w = layer.matrix
         rows.append(MergeRow(name, tuple(w.shape), w.dtype, _merge_layer(layer)))
     take_out(model, {layer: layer.base for layer in layers.values()})
-    model.__dict__.pop("_deltadiff_required_grad", None)
+    for note in ("_deltadiff_required_grad", SELECTION):
+        model.__dict__.pop(note, None)
     return MergeReport(tuple(rows))
 
 
@@ -74,7 +75,7 @@ def _merge_layer(layer: LoraLinear) -> float:
     rows = max(1, BLOCK // layer.in_features)
     for start in range(0, layer.out_features, rows):
         block = slice(start, start + rows)
-        w = layer.weight[block]
+        w = layer.matrix[block]
         wide = torch.float64 if w.dtype == torch.float64 else torch.float32
         exact = w.to(wide) if low is None else join_remainder(w, low[block])
         for p in products:
@@ -92,7 +93,9 @@ def beside_weight(layer: LoraLinear) -> list[Product]:
     def widen(t: Tensor) -> Tensor:
         return t.detach().to(wide)
 
-    products = [Product(layer.scaling * widen(layer.lora_B), widen(layer.lora_A), False)]
+    b = layer.scaling * widen(layer.lora_B)
+    b = b if layer.gate is None else b * widen(layer.gate)
+    products = [Product(b, widen(layer.lora_A), False)]
     if layer.delta is not None:
         products += [p for p in layer.delta.folded or () if not p.in_weight]
         if not layer.delta.in_weight and layer.delta.started():

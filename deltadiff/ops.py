@@ -23,9 +23,11 @@ from .checks import (
     check_adamw_options,
     check_adamw_step,
     check_delta_update,
+    check_dropout,
     check_lora_linear,
     check_matrix,
     check_number,
+    check_seed,
 )
 from .errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from .kernels.seen import Seen, fingerprint
@@ -117,11 +119,12 @@ def choose_path(
     dtype: torch.dtype,
     backend: str | None = None,
     layer: tuple[int, int, int] | None = None,
+    dropout: bool = False,
 ) -> Path:
     """The backend for tensors of ``dtype`` on ``device``; ``backend`` asks for one by name.
 
     ``layer``: (out_features, in_features, r) for `lora_linear`, which has a kernel of its own for
-    most layers on sm_90; None for the other operations.
+    most layers on sm_90, unless there is ``dropout``; None for the other operations.
 
     Raises:
         BackendUnavailableError: ``backend`` was asked for and cannot run here.
@@ -129,6 +132,8 @@ def choose_path(
     no_hopper = _why_no_hopper(device, dtype)
     if no_hopper is None:
         no_hopper = lora_linear_hopper.why_not(*layer) if layer else "for lora_linear only"
+        if layer and dropout:
+            no_hopper = "the sm_90 kernel has no dropout"
     if backend is not None:
         reason = no_hopper if backend == "hopper" else why_unavailable(backend, device, dtype)
         if reason:
@@ -158,41 +163,50 @@ class LoraLinearFunction(torch.autograd.Function):
     """`csrc/lora_linear_autograd.cpp` in Python: where that is not built, or Triton interprets."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, gate, bias, backend):
+    def forward(ctx, x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend):
         rows = x.reshape(-1, weight.shape[1])
-        y, s = _KERNELS[backend].lora_linear_fwd(rows, weight, lora_A, lora_B, scaling, gate, bias)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, gate, s)
-        ctx.scaling, ctx.backend = scaling, backend
+        y, s = _launch(
+            "lora_linear_fwd", rows, weight, lora_A, lora_B, scaling, gate, bias,
+            dropout, seed, backend,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, lora_A, lora_B, gate, s, seed)
+        ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, gate, s = ctx.saved_tensors
-        need_x, _, need_A, need_B, _, need_gate, need_bias, _ = ctx.needs_input_grad
+        x, weight, lora_A, lora_B, gate, s, seed = ctx.saved_tensors
+        need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
         needs = [need_x, need_A, need_B, need_gate]
         dy, rows = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-        dx, da, db, dgate = _KERNELS[ctx.backend].lora_linear_bwd(
-            dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs
-        )
+        dx, da, db, dgate = _launch(
+            "lora_linear_bwd", dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
+            ctx.dropout, seed, ctx.backend,
+        )  # fmt: skip
         dx = dx.view_as(x) if need_x else None
         dbias = dy.sum(0, dtype=torch.float32).to(x.dtype) if need_bias else None
-        return dx, None, da, db, None, dgate, dbias, None
+        return dx, None, da, db, None, dgate, dbias, None, None, None
+
+
+def _launch(name, *args):
+    *args, dropout, seed, backend = args
+    mask = {} if seed is None else {"dropout": dropout, "seed": seed}  # not every backend has one
+    return getattr(_KERNELS[backend], name)(*args, **mask)
 
 
 if not _CPP_MISSING:
 
     @torch.library.register_fake("deltadiff::lora_linear_fwd")
-    def _lora_linear_fwd_shapes(x, weight, lora_A, lora_B, scaling, gate, bias, backend):
+    def _lora_linear_fwd_shapes(
+        x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
+    ):  # fmt: skip
         """What torch.compile has to know: y, and the S that this backend keeps."""
         m, r = x.shape[0], lora_A.shape[0]
         gated, hopper = gate is not None, backend == "hopper"
         shape = lora_linear_hopper.kept_shape(m, r, gated) if hopper else (m, r)
         dtype = x.dtype if backend == "cpp" else torch.float32
         return x.new_empty((m, weight.shape[0])), x.new_empty(shape, dtype=dtype)
-
-    def _launch(name, *args):
-        return getattr(_KERNELS[args[-1]], name)(*args[:-1])
 
     for _name in ("lora_linear_fwd", "lora_linear_bwd"):
         torch.library.impl(f"deltadiff::{_name}_python", "default")(
@@ -223,9 +237,11 @@ def _layer(weight: Tensor, lora_A: Tensor) -> tuple[int, int, int]:
 
 
 @torch.compiler.assume_constant_result
-def _lora_linear_path(device: torch.device, dtype: torch.dtype, asked: str | None, layer: tuple):
+def _lora_linear_path(
+    device: torch.device, dtype: torch.dtype, asked: str | None, layer: tuple, dropout: bool
+):  # fmt: skip
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
-    backend = choose_path(device, dtype, asked, layer).backend
+    backend = choose_path(device, dtype, asked, layer, dropout).backend
     reached = backend == "cpp" or (device.type == "cuda" and backend in _KERNELS)
     return backend, reached and not _CPP_MISSING
 
@@ -239,9 +255,15 @@ def lora_linear(
     scaling: float,
     gate: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """Linear layer with a low-rank branch: y = x W^T + bias + s g (x A^T) B^T (DiffoRA eq. 10).
+
+    With ``dropout`` p, the branch sees m x / (1 - p) in the place of x. The keep mask m is a
+    function of ``seed`` and of the place in x alone: the same on every backend, and made again in
+    the backward pass instead of being stored.
 
     Differentiable in ``x``, ``lora_A``, ``lora_B``, ``gate`` and ``bias``. ``weight`` is a
     constant: its gradient is never computed, also where it requires one.
@@ -253,9 +275,12 @@ def lora_linear(
         lora_A: (r, K), the dtype of x or float32 (the usual mixed case; its gradient is then
             float32).
         lora_B: (N, r), the dtype of lora_A.
-        scaling: s, ``lora_alpha / r``.
+        scaling: s, ``lora_alpha / r`` (rsLoRA: ``lora_alpha / sqrt(r)``).
         gate: g, a tensor on the device with one entry or r entries; None is 1.
         bias: (N,), the dtype of x.
+        dropout: p, 0 <= p < 1, rounded to 1/65536. The sm_90 kernel has none.
+        seed: of the mask, an int or a 0-dim int64 tensor on the device of x; one seed, one mask. A
+            tensor lets a CUDA graph or a compiled function read a new one each time.
         backend: None chooses (see `choose_path`); a name asks for one.
 
     Returns:
@@ -274,12 +299,17 @@ def lora_linear(
         bias = None if bias is None else bias.to(compute)
     if type(scaling) is not float:
         scaling = check_number("scaling", scaling)
+    p = dropout
+    if type(p) is not float or p != 0:
+        p = reference.round_dropout(check_dropout("dropout", p))
+    seed = check_seed(seed, x.device) if p else None
     args = x, weight, lora_A, lora_B, scaling, gate, bias
     layer = _layer(weight, lora_A)
-    backend, native = _lora_linear_path(x.device, x.dtype, backend, layer)
+    backend, native = _lora_linear_path(x.device, x.dtype, backend, layer, seed is not None)
+    kernel_args = *args[:4], scaling / (1 - p), gate, bias, p, seed, backend
     if native:
         try:
-            return torch.ops.deltadiff.lora_linear(*args, backend)
+            return torch.ops.deltadiff.lora_linear(*kernel_args)
         except Exception as raised:  # C++ tells only that something does not fit
             error = raised
         check_lora_linear(*args)
@@ -287,9 +317,9 @@ def lora_linear(
     check_lora_linear(*args)
     if backend == "reference":
         return reference.lora_linear_ref(
-            x, weight, lora_A, lora_B, scaling=scaling, gate=gate, bias=bias
+            *args[:4], scaling=scaling, gate=gate, bias=bias, dropout=p, seed=seed
         )
-    return LoraLinearFunction.apply(x, weight.detach(), *args[2:], backend)
+    return LoraLinearFunction.apply(x, weight.detach(), *kernel_args[2:])
 
 
 # ------------------------------------------------------------------- delta_update

@@ -85,7 +85,7 @@ def check_parameter(p: Tensor) -> None:
 def find_pairs(
     modules: list[nn.Module], groups: list[dict], index: dict[Tensor, int]
 ) -> dict[str, LoraLinear]:
-    """The layers whose weight is updated: those with a pair under an update ratio above 0.
+    """The layers whose weight is updated: those with their own pair, update ratio above 0.
 
     ``index``: the group of each parameter.
     """
@@ -93,17 +93,25 @@ def find_pairs(
     for module in modules:
         known |= {layer: name for name, layer in lora_layers(module).items()}
     for layer, name in known.items():
+        if layer.share_group is not None:
+            continue
         own = [groups[index[p]] for p in (layer.lora_A, layer.lora_B) if p in index]
         settings = [(g["update_ratio"], g["start_step"]) for g in own]
         if not any(ratio for ratio, _ in settings):
             continue
+        if layer.gate is not None:
+            given = f"an update_ratio above 0 for {name}, which has a gate"
+            raise ArgumentError("model_or_params", given, "update_ratio=0 for layers with a gate")
         if len(settings) < 2 or settings[0] != settings[1]:
             given = f"lora_A and lora_B of {name} not both there, or unlike"
             accepted = "both, with one update_ratio and start_step"
             raise ArgumentError("model_or_params", given, accepted)
+        if layer.lora_dropout:
+            accepted = "0 (Delta-LoRA has no dropout), or update_ratio=0"
+            raise ArgumentError(f"lora_dropout of {name}", layer.lora_dropout, accepted)
         pairs[name] = layer
     if not pairs and any(g["update_ratio"] for g in groups):
-        given = "no pair of a swapped layer"
+        given = "no swapped layer with a pair of its own"
         accepted = "a model that `swap_` changed, model=, or update_ratio=0"
         raise ArgumentError("model_or_params", given, accepted)
     return pairs

@@ -11,6 +11,43 @@ from torch import Tensor
 ROUNDINGS = ("none", "nearest", "stochastic", "remainder")
 
 
+# ---------------------------------------------------------------- random bits
+
+
+def random_bits(
+    shape: torch.Size, seed: int | Tensor, step: int | Tensor, index: int, device
+) -> Tensor:
+    """16 random bits for each element of tensor number ``index``, as int64.
+
+    Element e (row-major) takes half ``e % 2`` (0 = low) of word ``(e % 8) // 2`` of the
+    Philox4x32-7 block with counter (e // 8, step, index) and key ``seed``: a function of these
+    alone, so that the result does not depend on block sizes, on list order elsewhere or on the GPU.
+    """
+    block = torch.arange((shape.numel() + 7) // 8, dtype=torch.int64, device=device)
+    words = philox4x32(block & MASK32, block >> 32, step & MASK32, index & MASK32, seed)
+    halves = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=1)
+    return halves.flatten()[: shape.numel()].view(shape)
+
+
+MASK32 = 0xFFFFFFFF
+
+
+def philox4x32(c0, c1, c2, c3, seed: int | Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
+    """Philox4x32 on int64 tensors that hold uint32 values (Salmon et al. 2011).
+
+    Seven rounds are the fewest that pass BigCrush.
+    """
+    zero = torch.zeros_like(c0)
+    c0, c1, c2, c3 = (zero + c for c in (c0, c1, c2, c3))
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    for _ in range(rounds):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps, and the wrapped bits are the right ones
+        c0, c2 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, ((p0 >> 32) & MASK32) ^ c3 ^ k1
+        c1, c3 = p1 & MASK32, p0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
 # ---------------------------------------------------------------- lora_linear
 
 
@@ -23,16 +60,41 @@ def lora_linear_ref(
     scaling: float,
     gate: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
 ) -> Tensor:
-    """y = x W^T + bias + s g (x A^T) B^T, with W constant (DiffoRA eq. 10; LoRA is g = 1).
+    """y = x W^T + bias + s g (d(x) A^T) B^T, with W constant (DiffoRA eq. 10; LoRA is g = 1).
+
+    d is dropout, which the low-rank branch alone sees: d(x) = m x / (1 - p), with the keep mask m
+    of `dropout_mask_ref`.
 
     Products run in ``x.dtype``. ``gate`` is a scalar, or r entries that scale the columns of x A^T.
     """
     y = torch.nn.functional.linear(x, weight.detach(), bias)
+    if p := round_dropout(dropout):
+        x = torch.where(dropout_mask_ref(x.shape, p, seed, x.device), x, 0) / (1 - p)
     s = x @ lora_A.to(x.dtype).T
     if gate is not None:
         s = s * gate.to(x.dtype)
     return y + scaling * (s @ lora_B.to(x.dtype).T)
+
+
+def round_dropout(p: float) -> float:
+    """p to the nearest 1/65536, below 1: what 16 random bits an element can tell."""
+    return min(round(p * 65536), 65535) / 65536
+
+
+def dropout_mask_ref(shape: torch.Size, p: float, seed: int | Tensor, device="cpu") -> Tensor:
+    """Which elements of x stay: each with probability 1 - p, p rounded by `round_dropout`.
+
+    A function of ``seed`` and of the element's place alone. Element e of a matrix whose rows are
+    filled up to a multiple of 8 stays where its 16 `random_bits` (step 0, index 0) are at least
+    65536 p.
+    """
+    *leading, width = shape
+    filled = torch.Size((*leading, (width + 7) // 8 * 8))
+    bits = random_bits(filled, seed, 0, 0, device)[..., :width]
+    return bits >= round(round_dropout(p) * 65536)
 
 
 # --------------------------------------------------------------- delta_update
@@ -98,38 +160,6 @@ def join_remainder(weight: Tensor, remainder: Tensor) -> Tensor:
     if weight.dtype == torch.float16:
         return weight.float() + remainder.float()
     return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
-
-
-def random_bits(shape: torch.Size, seed: int, step: int | Tensor, index: int, device) -> Tensor:
-    """16 random bits for each element of weight number ``index``, as int64.
-
-    Element e (row-major) takes half ``e % 2`` (0 = low) of word ``(e % 8) // 2`` of the
-    Philox4x32-7 block with counter (e // 8, step, index) and key ``seed``: a function of these
-    alone, so that the result does not depend on block sizes, on list order elsewhere or on the GPU.
-    """
-    block = torch.arange((shape.numel() + 7) // 8, dtype=torch.int64, device=device)
-    words = philox4x32(block & MASK32, block >> 32, step & MASK32, index & MASK32, seed)
-    halves = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=1)
-    return halves.flatten()[: shape.numel()].view(shape)
-
-
-MASK32 = 0xFFFFFFFF
-
-
-def philox4x32(c0, c1, c2, c3, seed: int, rounds: int = 7) -> tuple[Tensor, ...]:
-    """Philox4x32 on int64 tensors that hold uint32 values (Salmon et al. 2011).
-
-    Seven rounds are the fewest that pass BigCrush.
-    """
-    zero = torch.zeros_like(c0)
-    c0, c1, c2, c3 = (zero + c for c in (c0, c1, c2, c3))
-    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
-    for _ in range(rounds):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps, and the wrapped bits are the right ones
-        c0, c2 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, ((p0 >> 32) & MASK32) ^ c3 ^ k1
-        c1, c3 = p1 & MASK32, p0 & MASK32
-        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
-    return c0, c1, c2, c3
 
 
 def round_stochastic(wide: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,23 +9,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checks import DTYPES, check_number
+from .checks import DTYPES, check_dropout, check_number
 from .errors import ArgumentError, ArgumentTypeError, SwapError
-from .lora import LoraLinear, lora_layers
+from .lora import LoraLinear, is_conv1d, linear_shape, lora_layers
 from .ops import choose_path
+
+SELECTION = "_deltadiff_selection"  # where a model keeps what DiffoRA selected
 
 Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
 
 
 @dataclass(frozen=True)
 class SwapRow:
-    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why."""
+    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why.
+
+    ``shares``: the group of layers that train one pair between them; empty for a pair of its own.
+    """
 
     module: str
     shape: tuple[int, int]
     r: int
     path: str
     reason: str
+    shares: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,17 @@ class SwapReport:
     rows: tuple[SwapRow, ...]
     trainable: int
     total: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        cells = [("module", "out x in", "r", "path", "reason")]
+        cells = [["module", "out x in", "r", "path", "reason"]]
         for row in self.rows:
             shape = f"{row.shape[0]} x {row.shape[1]}"
-            cells.append((row.module, shape, str(row.r), row.path, row.reason))
+            cells.append([row.module, shape, str(row.r), row.path, row.reason])
+        if any(row.shares for row in self.rows):
+            shares = ["shares its pair in", *(row.shares for row in self.rows)]
+            for line, group in zip(cells, shares, strict=True):
+                line.insert(3, group)
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
@@ -51,7 +62,7 @@ class SwapReport:
             f"{len(self.rows)} layers swapped; {self.trainable:,} of {self.total:,} parameters "
             f"are trained ({share:.2%})"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def swap_report(model: nn.Module) -> SwapReport:
@@ -59,7 +70,8 @@ def swap_report(model: nn.Module) -> SwapReport:
     rows = []
     for name, layer in lora_layers(model).items():
         shape = (layer.out_features, layer.in_features)
-        rows.append(SwapRow(name, shape, layer.r, layer.path.backend, layer.path.reason))
+        path, group = layer.path, layer.share_group or ""
+        rows.append(SwapRow(name, shape, layer.r, path.backend, path.reason, group))
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters))
@@ -72,6 +84,7 @@ def swap_(
     lora_alpha: float = 16,
     target_modules: Targets = "all-linear",
     lora_dropout: float = 0.0,
+    use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     modules_to_save: Collection[str] = (),
     backend: str | None = None,
@@ -79,9 +92,10 @@ def swap_(
 ) -> SwapReport:
     """Replace linear layers by fast LoRA layers, in place. Weights are shared, not copied.
 
-    ``nn.Linear`` gets a new low-rank pair: A by Kaiming's uniform rule, B = 0 (Delta-LoRA,
-    Algorithm 1). PEFT's ``lora.Linear`` keeps its pair and scaling; ``r``, ``lora_alpha`` and
-    ``adapter_dtype`` do not apply to it. Everything else is frozen, except ``modules_to_save``.
+    ``nn.Linear`` (or GPT-2's ``Conv1D``) gets a new low-rank pair: A by Kaiming's uniform rule,
+    B = 0 (Delta-LoRA, Algorithm 1). PEFT's ``lora.Linear`` keeps its pair, scaling and dropout;
+    ``r``, ``lora_alpha``, ``lora_dropout``, ``use_rslora`` and ``adapter_dtype`` do not apply to
+    it. Everything else is frozen, except ``modules_to_save``.
 
     Args:
         model: any module that contains linear layers.
@@ -90,7 +104,10 @@ def swap_(
         target_modules: "all-linear" (all but the output head), a regular expression that matches
             the whole name, a collection of names (or their last parts), or a function of name and
             module.
-        lora_dropout: 0; the fused branch has none (Delta-LoRA forbids it).
+        lora_dropout: in training, the probability that the branch does not see an element of its
+            input, 0 <= p < 1, rounded to 1/65536. Delta-LoRA forbids it: `DeltaLoRA` refuses such
+            layers unless ``update_ratio=0``.
+        use_rslora: scale by lora_alpha / sqrt(r), as rsLoRA does.
         adapter_dtype: of A and B: the dtype of the weight or float32. None is float32 for a 16-bit
             weight, else the dtype of the weight.
         modules_to_save: names (or last parts) of modules that stay trainable, such as a new head.
@@ -113,21 +130,22 @@ def swap_(
         raise ArgumentError("r", r, "an int of at least 1")
     if check_number("lora_alpha", lora_alpha, 0) == 0:
         raise ArgumentError("lora_alpha", lora_alpha, "a number above 0")
-    if lora_dropout != 0:
-        raise ArgumentError("lora_dropout", lora_dropout, "0 (Delta-LoRA has no dropout)")
-    candidates = _candidates(model)
-    chosen = _select(model, candidates, target_modules, modules_to_save)
+    check_dropout("lora_dropout", lora_dropout)
+    if not isinstance(use_rslora, bool):
+        raise ArgumentTypeError("use_rslora", repr(use_rslora), "True or False")
+    scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+    branch = r, lora_alpha, scaling, float(lora_dropout), adapter_dtype
+    chosen = choose_modules(model, target_modules, modules_to_save)
     kept = _match_names("modules_to_save", modules_to_save, [n for n, _ in model.named_modules()])
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     layers: dict[nn.Module, LoraLinear] = {}  # a module that stands in two places stays one
-    for name in chosen:
-        module = candidates[name]
+    for name, module in chosen.items():
         if module not in layers:
-            make = _from_peft if _is_peft(module) else _from_linear
-            layers[module] = make(name, module, r, lora_alpha, adapter_dtype, backend, generator)
+            make = _from_peft if is_peft(module) else _from_linear
+            layers[module] = make(name, module, branch, backend, generator)
 
     before = model.__dict__.setdefault("_deltadiff_required_grad", {})
-    earlier = {id(p) for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)}
+    earlier = {id(p) for m in lora_layers(model).values() for p in m.adapter}
     for name, p in model.named_parameters():
         before.setdefault(name, p.requires_grad)
         saved = any(name.startswith(f"{k}.") for k in kept) and p.is_floating_point()
@@ -161,6 +179,7 @@ def unswap_(model: nn.Module) -> nn.Module:
                 "`merge_`, or DeltaLoRA(w_update='inplace')",
             )  # fmt: skip
     take_out(model, {layer: layer.original for layer in layers.values()})
+    model.__dict__.pop(SELECTION, None)
     for name, required in model.__dict__.pop("_deltadiff_required_grad", {}).items():
         p = dict(model.named_parameters()).get(name)
         if p is not None:
@@ -188,9 +207,27 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 # -------------------------------------------------------------------- selection
 
 
-def _is_peft(module: nn.Module) -> bool:
+def choose_modules(
+    model: nn.Module, target_modules: Targets = "all-linear", modules_to_save: Collection[str] = ()
+) -> dict[str, nn.Module]:
+    """The linear layers that ``target_modules`` names (see `swap_`), by name.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: targets that match nothing, with near names.
+    """
+    candidates = _candidates(model)
+    names = _select(model, candidates, target_modules, modules_to_save)
+    return {name: candidates[name] for name in names}
+
+
+def is_peft(module: nn.Module) -> bool:
     kind = type(module)
     return kind.__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    eager = isinstance(module, nn.Linear) and not isinstance(module, LoraLinear)
+    return eager or is_conv1d(module)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -200,7 +237,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     def walk(prefix: str, module: nn.Module) -> None:
         for child, m in module._modules.items():
             name = f"{prefix}{child}"
-            if _is_peft(m) or (isinstance(m, nn.Linear) and not isinstance(m, LoraLinear)):
+            if is_peft(m) or _is_linear(m):
                 found[name] = m
             elif m is not None and not isinstance(m, LoraLinear):
                 walk(f"{name}.", m)
@@ -212,7 +249,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 def _select(model, candidates, targets: Targets, modules_to_save) -> list[str]:
     saved = tuple(modules_to_save) if not isinstance(modules_to_save, str) else (modules_to_save,)
     names = [n for n in candidates if not any(_ends(n, s) or f".{s}." in f".{n}" for s in saved)]
-    peft = [n for n in names if _is_peft(candidates[n])]
+    peft = [n for n in names if is_peft(candidates[n])]
     if callable(targets) and not isinstance(targets, type):
         chosen = [n for n in names if targets(n, candidates[n])]
     elif targets == "all-linear":
@@ -262,11 +299,11 @@ def _no_match(argument: str, targets: object, names: list[str]) -> ArgumentError
 # ----------------------------------------------------------------- construction
 
 
-def _from_linear(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLinear:
-    w = module.weight
-    n, k = module.out_features, module.in_features
+def _from_linear(name, module, branch, backend, generator) -> LoraLinear:
+    w, (r, lora_alpha, scaling, dropout, dtype) = module.weight, branch
     if w.numel() == 0 or hasattr(w, "device_mesh"):
         raise ArgumentTypeError(f"weight of {name}", _describe(w), "a whole tensor (gather it)")
+    n, k = linear_shape(module)
     if r > min(n, k):
         raise ArgumentError("r", r, f"1 to {min(n, k)}, the smaller side of {name} {n} x {k}")
     own = w.dtype if w.dtype in DTYPES else torch.float32
@@ -276,34 +313,38 @@ def _from_linear(name, module, r, lora_alpha, dtype, backend, generator) -> Lora
         accepted = f"{own}" + (" or torch.float32" if half else "")
         raise ArgumentTypeError("adapter_dtype", dtype, f"{accepted} for {name}")
     if w.dtype in DTYPES:
-        choose_path(w.device, w.dtype, backend, (n, k, r))  # raises where the backend cannot run
+        # raises where the backend cannot run
+        choose_path(w.device, w.dtype, backend, (n, k, r), dropout > 0)
     bound = math.sqrt(1 / k)  # Kaiming's uniform rule with a = sqrt(5)
     a = torch.empty(r, k).uniform_(-bound, bound, generator=generator)
     b = torch.zeros(n, r, dtype=dtype, device=w.device)
-    layer = LoraLinear(module, module, a.to(w.device, dtype), b, lora_alpha / r, backend)
+    a = a.to(w.device, dtype)
+    layer = LoraLinear(module, module, a, b, lora_alpha, scaling, dropout, backend)
     return layer.train(module.training)
 
 
-def _from_peft(name, module, r, lora_alpha, dtype, backend, generator) -> LoraLinear:
+def _from_peft(name, module, branch, backend, generator) -> LoraLinear:
     adapters = list(module.active_adapters)
     if len(adapters) != 1 or module.merged or module.disable_adapters:
         state = f"PEFT layer with active adapters {adapters}, merged={module.merged}"
         raise ArgumentError(name, state, "one active adapter, not merged")
     (adapter,) = adapters
-    base, dropout = module.get_base_layer(), module.lora_dropout[adapter]
-    if getattr(dropout, "p", 0.0) != 0:
-        raise ArgumentError(f"lora_dropout of {name}", dropout.p, "0 (Delta-LoRA has no dropout)")
-    if not isinstance(base, nn.Linear) or getattr(module, "use_dora", {}).get(adapter, False):
+    base, dropout = module.get_base_layer(), getattr(module.lora_dropout[adapter], "p", 0.0)
+    check_dropout(f"lora_dropout of {name}", dropout)
+    if not _is_linear(base) or getattr(module, "use_dora", {}).get(adapter, False):
         raise ArgumentTypeError(
-            name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear"
+            name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear or Conv1D"
         )
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     if base.weight.dtype in DTYPES:
-        layer = (base.out_features, base.in_features, a.weight.shape[0])
-        choose_path(base.weight.device, base.weight.dtype, backend, layer)
+        layer = (*linear_shape(base), a.weight.shape[0])
+        choose_path(base.weight.device, base.weight.dtype, backend, layer, dropout > 0)
     if b.bias is not None:
         raise ArgumentTypeError(name, "a PEFT layer with lora_bias", "lora_bias=False")
-    layer = LoraLinear(module, base, a.weight, b.weight, module.scaling[adapter], backend)
+    layer = LoraLinear(
+        module, base, a.weight, b.weight, module.lora_alpha[adapter], module.scaling[adapter],
+        dropout, backend,
+    )  # fmt: skip
     layer.lora_A, layer.lora_B = a.weight, b.weight  # the very parameters, so PEFT sees training
     return layer.train(module.training)
 

@@ -100,7 +100,7 @@ class WeightUpdate:
 
     def _lists(self, layers: list[LoraLinear]) -> list[list]:
         return [
-            [m.weight for m in layers],
+            [m.matrix for m in layers],
             [m.lora_A for m in layers],
             [m.lora_B for m in layers],
             [self.delta[m.lora_A] for m in layers],
@@ -179,7 +179,7 @@ class WeightUpdate:
         if delta.in_weight:
             for p in writes:
                 delta_update_(
-                    layer.weight, p.A, p.B, torch.zeros_like(p.A), p.B, scale=1.0,
+                    layer.matrix, p.A, p.B, torch.zeros_like(p.A), p.B, scale=1.0,
                     rounding=self.rounding, remainder=delta.remainder, seed=self.seed,
                 )  # fmt: skip
                 p.in_weight = True

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from . import tuned
 from .launch import launch
+from .philox import bits_of_blocks, bits_of_elements
 from .seen import Seen
 from .send import send
 from .tables import TRITON_DTYPES, capability, find_row, new_numbers, on_device
@@ -32,45 +33,6 @@ STRIDES, SIZES, SCALE, INDEX, DENSE, COLUMNS = (tl.constexpr(i) for i in (6, 18,
 # factor that serves all tiles of a strip stays in registers.
 RANK_BLOCK = tl.constexpr(16)
 MAX_KEPT_BLOCKS = 4
-
-
-@triton.jit
-def _random_words(block, seed, step, index):
-    """The four random words of each block of eight elements: Philox4x32-7.
-
-    With products of 64 bits, which are one instruction each; `tl.philox` takes two.
-    """
-    zero = tl.zeros(block.shape, tl.uint32)
-    c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
-    c2, c3 = zero + step.to(tl.uint32), zero + index.to(tl.uint32)
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    for _ in tl.static_range(7):
-        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
-        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
-        k0 += tl.full((), 0x9E3779B9, tl.uint32)
-        k1 += tl.full((), 0xBB67AE85, tl.uint32)
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _bits_of_blocks(first_block, seed, step, index, BLOCKS: tl.constexpr):
-    """16 bits an element for rows made of whole blocks: each Philox call serves eight elements."""
-    blocks = first_block[:, None] + tl.arange(0, BLOCKS)[None, :]
-    w0, w1, w2, w3 = _random_words(blocks, seed, step, index)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last two axes read w0, w1, w2, w3
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, (first_block.shape[0], BLOCKS * 8)).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _bits_of_elements(element, seed, step, index):
-    """16 bits an element wherever blocks begin: one Philox call each."""
-    w0, w1, w2, w3 = _random_words(element >> 3, seed, step, index)
-    place = (element & 7).to(tl.int32)
-    word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
-    half = tl.where(place % 2 == 0, word & 0xFFFF, word >> 16)
-    return half.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -262,10 +224,10 @@ def _update_strip(
         elif rounding == "stochastic":
             if dense:
                 first_block = ((n0 + tl.arange(0, BLOCK_SIZE_N)).to(tl.int64) * K + k0) >> 3
-                random = _bits_of_blocks(first_block, seed, step, index, BLOCK_SIZE_K // 8)
+                random = bits_of_blocks(first_block, seed, step, index, BLOCK_SIZE_K // 8)
             else:
                 element = (n0 + offs_n).to(tl.int64) * K + (k0 + offs_k)
-                random = _bits_of_elements(element, seed, step, index)
+                random = bits_of_elements(element, seed, step, index)
             new = _round_stochastic(wide, random, w_dtype)
         else:
             new = wide.to(w_dtype)

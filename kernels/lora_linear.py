@@ -8,6 +8,10 @@ Backward is the same layer transposed, so three kernels serve both ways:
 
 The low-rank term is one more K step of the big product, in the same float32 accumulator. Where a
 sum is split over programs, the parts go to memory and are added in a fixed order: no atomics.
+
+Dropout puts m x in the place of x, but not in x W^T. The keep mask m is made wherever it is needed
+and never stored: down masks x for S, wgrad masks x for dA, and fwd masks the low-rank term of dx.
+The factor 1 / (1 - p) is in s.
 """
 
 import torch
@@ -16,103 +20,35 @@ import triton.language as tl
 
 from . import lora_linear_few as few
 from . import tuned
+from .lora_linear_tiles import add_branch, add_product, scaled_rank_tile
+from .philox import kept_by_dropout
 from .tables import index_type, on_device, shared_kib
 
 # Programs that fill a GPU about twice over. A constant, so that sums are split, and results
 # rounded, the same way on every GPU.
 PROGRAMS = 256
-SECTION = tl.constexpr(256)  # columns that a float32 product sums at a time
-
-
-@triton.jit
-def _scaled_rank_tile(
-    u_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_r, mask_m, R, dtype: tl.constexpr
-):  # fmt: skip
-    """s g U for a tile of rows and ranks, rounded once to the dtype of the product."""
-    mask_r = offs_r < R
-    u = tl.load(
-        u_ptr + offs_m[:, None] * R + offs_r[None, :],
-        mask=mask_m[:, None] & mask_r[None, :],
-        other=0.0,
-    )
-    factor = tl.full(offs_r.shape, 1.0, tl.float32) * tl.cast(scaling, tl.float32)
-    if gate_ptr is not None:
-        factor *= tl.load(gate_ptr + offs_r * stride_gate, mask=mask_r, other=0.0).to(tl.float32)
-    return (u * factor[None, :]).to(dtype)
-
-
-@triton.jit
-def _add_product(
-    acc, v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k, start, end, K, stride_vk, stride_qk,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
-):  # fmt: skip
-    """acc + V Q^T over columns start to end; the pointers are to column 0 of the tile's rows."""
-    v_ptr += start * stride_vk
-    q_ptr += start * stride_qk
-    for k in range(start, end, BLOCK_SIZE_K):
-        if EVEN_K:
-            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None], other=0.0)
-            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :], other=0.0)
-        else:
-            mask_k = offs_k < K - k
-            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = tl.dot(v, q.to(v.dtype), acc, input_precision=PRECISION)
-        v_ptr += BLOCK_SIZE_K * stride_vk
-        q_ptr += BLOCK_SIZE_K * stride_qk
-    return acc
-
-
-@triton.jit
-def _product(
-    v_ptr, q_ptr, stride_vm, stride_vk, stride_qn, stride_qk, offs_m, offs_n, mask_m, mask_n,
-    start, end, K,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_SIZE_K: tl.constexpr,
-):  # fmt: skip
-    """V Q^T over columns start to end, float32.
-
-    float32 operands are summed in sections and these added up: the error of one long sum grows
-    with its length, and here nothing else rounds.
-    """
-    offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
-    v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
-    q_offs = offs_n[None, :] * stride_qn + offs_k[:, None] * stride_qk
-    acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), tl.float32)
-    if v_ptr.dtype.element_ty == tl.float32:
-        for first in range(start, end, SECTION):
-            acc += _add_product(
-                tl.zeros_like(acc), v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k,
-                first, tl.minimum(first + SECTION, end), K, stride_vk, stride_qk,
-                EVEN_K, PRECISION, BLOCK_SIZE_K,
-            )  # fmt: skip
-    else:
-        acc = _add_product(
-            acc, v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k,
-            start, end, K, stride_vk, stride_qk, EVEN_K, PRECISION, BLOCK_SIZE_K,
-        )  # fmt: skip
-    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
 def _lora_linear_down_kernel(
-    v_ptr, p_ptr, u_ptr,
-    M, K, R,
+    v_ptr, p_ptr, u_ptr, seed_ptr,
+    dropout, M, K, R,
     stride_vm, stride_vk, stride_pr, stride_pk,
     K_PER_SPLIT, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
-    """U (split, M, R) float32: U[i] = V P^T over the i-th part of K."""
+    """U (split, M, R) float32: U[i] = V P^T over the i-th part of K; V after dropout."""
     pid_m, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m0, k0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, split.to(tl.int64) * K_PER_SPLIT
     r0 = pid_r.to(tl.int64) * BLOCK_SIZE_R
     offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
     offs_r = tl.arange(0, BLOCK_SIZE_R).to(INDEX)
     mask_m, mask_r = offs_m < M - m0, offs_r < R - r0
-    acc = _product(
+    acc = add_product(
+        tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), tl.float32),
         v_ptr + m0 * stride_vm, p_ptr + r0 * stride_pr, stride_vm, stride_vk, stride_pr, stride_pk,
         offs_m, offs_r, mask_m, mask_r, k0, tl.minimum(K, k0 + K_PER_SPLIT), K,
-        EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
+        seed_ptr, dropout, m0 + offs_m, EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
     )  # fmt: skip
     u_ptr += (split.to(tl.int64) * M + m0) * R + r0
     u_offs = offs_m[:, None] * R + offs_r[None, :]
@@ -121,14 +57,14 @@ def _lora_linear_down_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _lora_linear_fwd_kernel(
-    v_ptr, q_ptr, p_ptr, u_ptr, gate_ptr, bias_ptr, y_ptr,
-    scaling, M, N, K, R,
+    v_ptr, q_ptr, p_ptr, u_ptr, gate_ptr, bias_ptr, y_ptr, seed_ptr,
+    scaling, dropout, M, N, K, R,
     stride_vm, stride_vk, stride_qn, stride_qk, stride_pn, stride_pr, stride_gate, stride_bias,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
-    """Y (M, N) = V Q^T + bias + (s g U) P^T, with U (M, R) float32."""
+    """Y (M, N) = V Q^T + bias + m * ((s g U) P^T), with U (M, R) float32; m of dropout, or 1."""
     # Tiles in groups of rows, so that the ones that run together share their operands in L2.
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N)
     pid = tl.program_id(0)
@@ -142,24 +78,30 @@ def _lora_linear_fwd_kernel(
     offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
     offs_n = tl.arange(0, BLOCK_SIZE_N).to(INDEX)
     mask_m, mask_n = offs_m < M - m0, offs_n < N - n0
-    acc = _product(
-        v_ptr + m0 * stride_vm, q_ptr + n0 * stride_qn, stride_vm, stride_vk, stride_qn, stride_qk,
-        offs_m, offs_n, mask_m, mask_n, tl.cast(0, tl.int64), K, K,
-        EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
-    )  # fmt: skip
-
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     u_ptr += m0 * R
     p_ptr += n0 * stride_pn
-    # One step or a few: pipelining this loop would only take shared memory from the one above.
-    for r in tl.range(0, R, BLOCK_SIZE_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_SIZE_R).to(INDEX)
-        u = _scaled_rank_tile(
-            u_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_r, mask_m, R, dtype
+    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
+    if seed_ptr is not None:  # the mask is for the low-rank term alone, so that comes first
+        acc = add_branch(
+            acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
+            stride_pn, stride_pr, dtype, PRECISION, INDEX, BLOCK_SIZE_R,
         )  # fmt: skip
-        p_offs = offs_n[None, :] * stride_pn + offs_r[:, None] * stride_pr
-        p = tl.load(p_ptr + p_offs, mask=mask_n[None, :] & (offs_r < R)[:, None], other=0.0)
-        acc = tl.dot(u, p.to(dtype), acc, input_precision=PRECISION)
+        keep = kept_by_dropout(
+            tl.load(seed_ptr), dropout, m0 + offs_m, n0, N, BLOCK_SIZE_N
+        )  # fmt: skip
+        acc = tl.where(keep, acc, 0.0)
+    acc = add_product(
+        acc,
+        v_ptr + m0 * stride_vm, q_ptr + n0 * stride_qn, stride_vm, stride_vk, stride_qn, stride_qk,
+        offs_m, offs_n, mask_m, mask_n, tl.cast(0, tl.int64), K, K,
+        None, None, None, EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
+    )  # fmt: skip
+    if seed_ptr is None:
+        acc = add_branch(
+            acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
+            stride_pn, stride_pr, dtype, PRECISION, INDEX, BLOCK_SIZE_R,
+        )  # fmt: skip
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + (n0 + offs_n) * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -170,13 +112,16 @@ def _lora_linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["M", "M_PER_SPLIT"])
 def _lora_linear_wgrad_kernel(
-    u_ptr, v_ptr, gate_ptr, dp_ptr,
-    scaling, M, C, R, M_PER_SPLIT,
+    u_ptr, v_ptr, gate_ptr, dp_ptr, seed_ptr,
+    scaling, dropout, M, C, R, M_PER_SPLIT,
     stride_vm, stride_vc, stride_gate, stride_dpc, stride_dpr,
     PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
-    """dP (split, R x C by strides): dP[i] = (s g U)^T V over the i-th part of the tokens."""
+    """dP (split, R x C by strides): dP[i] = (s g U)^T V over the i-th part of the tokens.
+
+    V after dropout, where there is a seed.
+    """
     pid_c, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     c0, start = pid_c.to(tl.int64) * BLOCK_SIZE_C, split.to(tl.int64) * M_PER_SPLIT
     end = tl.minimum(start + M_PER_SPLIT, M)
@@ -187,11 +132,15 @@ def _lora_linear_wgrad_kernel(
     v_offs = offs_m[:, None] * stride_vm + offs_c[None, :] * stride_vc
     v_ptr += start * stride_vm + c0 * stride_vc
     u_ptr += start * R
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), tl.float32)
     for m in range(start, end, BLOCK_SIZE_M):
         mask_m = offs_m < end - m
         v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        u = _scaled_rank_tile(
+        if seed is not None:
+            keep = kept_by_dropout(seed, dropout, m + offs_m, c0, C, BLOCK_SIZE_C)
+            v = tl.where(keep, v, 0.0)
+        u = scaled_rank_tile(
             u_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_r, mask_m, R, v.dtype
         )  # fmt: skip
         acc = tl.dot(tl.trans(v), u, acc, input_precision=PRECISION)
@@ -269,28 +218,39 @@ def wgrad_config(M: int, C: int, R: int, itemsize: int) -> dict:
 # -------------------------------------------------------------------------- launchers
 
 
-def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, S=None):
+def lora_linear_fwd(
+    x, weight, lora_A, lora_B, scaling, gate, bias, S=None, dropout=0.0, seed=None
+):  # fmt: skip
     """(y, S) for x (M, K): y as above in x.dtype, S = x A^T float32, kept for the gradients.
 
-    ``S``: a tensor to put it in.
+    ``S``: a tensor to put it in. ``seed``: 0-dim int64, of dropout's mask; None is no dropout.
     """
     with on_device(x.device):
-        return _with_branch(x, weight, lora_A, lora_B, scaling, gate, bias, S)
+        return _with_branch(
+            x, weight, lora_A, lora_B, scaling, gate, bias, S, drop_v=(seed, dropout)
+        )  # fmt: skip
 
 
-def lora_linear_bwd(dy, x, weight, lora_A, lora_B, S, scaling, gate, needs):
+def lora_linear_bwd(
+    dy, x, weight, lora_A, lora_B, S, scaling, gate, needs, dropout=0.0, seed=None
+):  # fmt: skip
     """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for."""
     need_x, need_A, need_B, need_gate = needs
     dx = da = db = dgate = None
+    drop = seed, dropout
     with on_device(dy.device):
         if need_x:
-            dx, t = _with_branch(dy, weight.T, lora_B.T, lora_A.T, scaling, gate, None)
+            dx, t = _with_branch(
+                dy, weight.T, lora_B.T, lora_A.T, scaling, gate, None, drop_branch=drop
+            )  # fmt: skip
         elif need_A or need_gate:
             t = _down(dy, lora_B.T)
         if need_A:
-            da = _wgrad(t, x, scaling, gate, torch.empty_like(lora_A, memory_format=_DENSE), False)
+            da = torch.empty_like(lora_A, memory_format=_DENSE)
+            _wgrad(t, x, scaling, gate, da, False, drop)
         if need_B:
-            db = _wgrad(S, dy, scaling, gate, torch.empty_like(lora_B, memory_format=_DENSE), True)
+            db = torch.empty_like(lora_B, memory_format=_DENSE)
+            _wgrad(S, dy, scaling, gate, db, True)
         if need_gate:
             dgate = gate_gradient(t, S, scaling, gate)
     return dx, da, db, dgate
@@ -307,14 +267,23 @@ def gate_gradient(T, S, scaling, gate):
 _DENSE = torch.contiguous_format
 
 
-def _with_branch(v, q, d, p, scaling, gate, bias, u=None):
-    """(Y, U): Y = V Q^T + bias + (s g U) P^T, U = V D^T float32, in ``u`` where one is given."""
-    if few.takes(v, q.shape[0], p.shape[1]):
+_KEEP_ALL = None, 0.0  # dropout: a seed, and the share that is left out
+
+
+def _with_branch(
+    v, q, d, p, scaling, gate, bias, u=None, drop_v=_KEEP_ALL, drop_branch=_KEEP_ALL
+):  # fmt: skip
+    """(Y, U): Y = V Q^T + bias + (s g U) P^T, U = V D^T float32, in ``u`` where one is given.
+
+    ``drop_v``: dropout of V in U; ``drop_branch``: of what is added to V Q^T.
+    """
+    drops = drop_v[0] is not None or drop_branch[0] is not None  # which that kernel cannot do
+    if not drops and few.takes(v, q.shape[0], p.shape[1]):
         u = v.new_empty(v.shape[0], p.shape[1], dtype=torch.float32) if u is None else u
         index, shared = index_type(p.shape[1], v, q, d, p), shared_kib(v.device)
         return few.few_linear(v, q, d, p, scaling, gate, bias, u, index, shared), u
-    u = _down(v, d, u)
-    return _linear(v, q, p, u, scaling, gate, bias), u
+    u = _down(v, d, u, drop_v)
+    return _linear(v, q, p, u, scaling, gate, bias, drop_branch), u
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -323,8 +292,8 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def _down(v, p, out=None):
-    """U (M, R) float32 = V P^T, in ``out`` where one is given."""
+def _down(v, p, out=None, drop=_KEEP_ALL):
+    """U (M, R) float32 = V P^T, V after dropout; in ``out`` where one is given."""
     (m, k), r = v.shape, p.shape[0]
     config = tuned.config("lora_linear_down", v.device, down_config, (m, k, r, v.element_size()))
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
@@ -340,14 +309,14 @@ def _down(v, p, out=None):
     )
     if m:
         _lora_linear_down_kernel[grid](
-            v, p, u, m, k, r, *v.stride(), *p.stride(),
-            k_per_split, k % block_k == 0, _precision(v.dtype), index_type(r, v, p), **config,
+            v, p, u, *drop, m, k, r, *v.stride(), *p.stride(), k_per_split,
+            k % block_k == 0, _precision(v.dtype), index_type(r, v, p), **config,
         )  # fmt: skip
     return out if splits == 1 else _sum_splits(u, out)
 
 
-def _linear(v, q, p, u, scaling, gate, bias):
-    """Y (M, N) = V Q^T + bias + (s g U) P^T in V's dtype."""
+def _linear(v, q, p, u, scaling, gate, bias, drop):
+    """Y (M, N) = V Q^T + bias + (s g U) P^T in V's dtype, the last term after dropout."""
     (m, k), n, r = v.shape, q.shape[0], p.shape[1]
     y = v.new_empty((m, n))
     precision, size = _precision(v.dtype), v.element_size()
@@ -355,20 +324,23 @@ def _linear(v, q, p, u, scaling, gate, bias):
         "lora_linear_fwd", v.device, fwd_config, (m, n, r, size, precision, shared_kib(v.device)),
         (m, n, k, r, size, q.stride(1) != 1),
     )  # fmt: skip
+    seed, dropout = drop
+    if seed is not None:  # the mask has to fit in registers beside the accumulator
+        config["BLOCK_SIZE_N"] = min(128, config["BLOCK_SIZE_N"])
     grid = (triton.cdiv(m, config["BLOCK_SIZE_M"]) * triton.cdiv(n, config["BLOCK_SIZE_N"]),)
     if m:
         _lora_linear_fwd_kernel[grid](
-            v, q, p, u, gate, bias, y, scaling, m, n, k, r,
+            v, q, p, u, gate, bias, y, seed, scaling, dropout, m, n, k, r,
             *v.stride(), *q.stride(), *p.stride(), _gate_stride(gate),
-            0 if bias is None else bias.stride(0),
-            k % config["BLOCK_SIZE_K"] == 0, precision, index_type(r, v, q, p, y), **config,
+            0 if bias is None else bias.stride(0), k % config["BLOCK_SIZE_K"] == 0,
+            precision, index_type(r, v, q, p, y), **config,
         )  # fmt: skip
     return y
 
 
-def _wgrad(u, v, scaling, gate, out, transposed):
-    """(s g U)^T V into ``out``: (R, C), or (C, R) where ``transposed``."""
-    (m, c), r = v.shape, u.shape[1]
+def _wgrad(u, v, scaling, gate, out, transposed, drop=_KEEP_ALL):
+    """(s g U)^T V into ``out``, V after dropout: (R, C), or (C, R) where ``transposed``."""
+    (m, c), r, (seed, dropout) = v.shape, u.shape[1], drop
     if m == 0:
         return out.zero_()
     config = tuned.config("lora_linear_wgrad", v.device, wgrad_config, (m, c, r, v.element_size()))
@@ -382,7 +354,7 @@ def _wgrad(u, v, scaling, gate, out, transposed):
         splits,
     )
     _lora_linear_wgrad_kernel[grid](
-        u, v, gate, parts, scaling, m, c, r, m_per_split,
+        u, v, gate, parts, seed, scaling, dropout, m, c, r, m_per_split,
         *v.stride(), _gate_stride(gate), *((r, 1) if transposed else (1, c)),
         _precision(v.dtype), index_type(r, v, out), **config,
     )  # fmt: skip

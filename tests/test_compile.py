@@ -119,6 +119,34 @@ def test_a_gate_compiles_with_its_gradient(device, autocast, gates, randn, recom
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend, dynamic", [("aot_eager", True), ("inductor", None)])
+def test_dropout_compiles_with_a_new_mask_in_each_call(device, backend, dynamic, recompiling_fails):
+    """The branch is linear in A and W is 0, so <y, dy> = <A, dA> if both passes have one mask.
+
+    Exactly: all are small integers.
+    """
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16, bias=False)).to(device)
+    torch.nn.init.zeros_(model[0].weight)
+    swap_(model, r=R, lora_alpha=R, lora_dropout=0.5)
+    for p in (model[0].lora_A, model[0].lora_B):
+        p.data = torch.randint(-3, 4, p.shape, device=device).float()
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    for x in batches(device):
+        found, x = [], x.round_()
+        for _ in range(2):
+            y = compiled(x)
+            dy = torch.randint_like(y, -3, 4)
+            (da,) = torch.autograd.grad(y, model[0].lora_A, dy)
+            assert (y * dy).sum() == (model[0].lora_A * da).sum() != 0
+            found.append(y.detach())
+            recompiling_fails()
+        assert not torch.equal(*found)
+    torch.compiler.set_stance("default")
+    model.eval()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_inference_compiles(device):
     model = make_model(device, torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True)
@@ -139,12 +167,18 @@ def test_operations_are_what_their_schemas_say(device, dtype, adapter, randn):
     a, b = (randn(*s, dtype=adapter, device=device) for s in ((R, 24), (16, R)))
     backend = deltadiff.choose_path(x.device, dtype).backend
     op = torch.ops.deltadiff
-    for gate in (None, randn(device=device), randn(R, device=device)):
-        args = x, w, a, b, 0.5, gate, bias, backend
+    seed = torch.tensor(7, device=device)
+    for gate, *dropout in (
+        (None, 0.0, None),
+        (randn(device=device), 0.5, seed),
+        (randn(R, device=device), 0.0, None),
+    ):
+        args = x, w, a, b, 0.5, gate, bias, *dropout, backend
         opcheck(op.lora_linear_fwd.default, args)
         _, s = op.lora_linear_fwd(*args)
         for needs in ([True, True, True, gate is not None], [False, False, True, False]):
-            opcheck(op.lora_linear_bwd.default, (dy, x, w, a, b, s, 0.5, gate, needs, backend))
+            kept = w, a, b, s, 0.5, gate, needs, *args[7:]
+            opcheck(op.lora_linear_bwd.default, (dy, x, *kept))
         leaves = [t if t is None or t is w else t.clone().requires_grad_() for t in args[:4]]
         opcheck(op.lora_linear.default, (*leaves, *args[4:]))
         opcheck(op.lora_linear.default, (leaves[0].detach().view(2, 3, 24), *args[1:]))

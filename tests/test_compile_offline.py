@@ -89,13 +89,14 @@ def compile_all(capability: int):
     JITFunction.run = compile_only
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
-    def lora(m, dtype, adapter_dtype, r, gate, tf32=False, kernels=lora_linear):
+    def lora(m, dtype, adapter_dtype, r, gate, tf32=False, kernels=lora_linear, **dropout):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         x, weight, dy = (torch.empty(s, dtype=dtype) for s in ((m, 1024), (512, 1024), (m, 512)))
         a, b = (torch.empty(s, dtype=adapter_dtype) for s in ((r, 1024), (512, r)))
         bias = torch.empty(512, dtype=dtype)
-        _, s = kernels.lora_linear_fwd(x, weight, a, b, 2.0, gate, bias)
-        kernels.lora_linear_bwd(dy, x, weight, a, b, s, 2.0, gate, [True] * 3 + [False])
+        _, s = kernels.lora_linear_fwd(x, weight, a, b, 2.0, gate, bias, **dropout)
+        needs = [True] * 3 + [False]
+        kernels.lora_linear_bwd(dy, x, weight, a, b, s, 2.0, gate, needs, **dropout)
 
     gate = torch.empty(16)
     for dtype, adapter_dtype, tf32 in (
@@ -111,6 +112,18 @@ def compile_all(capability: int):
         for dtype in (bf16, fp32):
             case = f"{dtype} adapters float32, {m} tokens, r {r}"
             lora(m, dtype, fp32, r, None)
+
+    seed = torch.empty((), dtype=torch.int64)
+    for dtype, adapter_dtype, m, r, tf32 in (
+        (bf16, fp32, 16384, 16, False),
+        (fp16, fp16, 4096, 64, False),
+        (bf16, bf16, 300, 8, False),
+        (bf16, fp32, 8, 8, False),
+        (fp32, fp32, 4096, 16, False),
+        (fp32, fp32, 4096, 16, True),
+    ):
+        case = f"dropout, {dtype} adapters {adapter_dtype}{' tf32' * tf32}, {m} tokens, r {r}"
+        lora(m, dtype, adapter_dtype, r, None, tf32, dropout=0.1, seed=seed)
 
     index, lora_linear.index_type = lora_linear.index_type, lambda *_: tl.int64
     case = "strides beyond 32 bits"

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 STREAM = 0x5EA0
+NO_DROPOUT = 0.0, None
 SM_90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 CUDA_SOURCE = """
@@ -188,11 +189,13 @@ def record(folder: Path) -> None:
     gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     assert not ops._GLUON_MISSING
 
+    last = *NO_DROPOUT, "hopper"
+
     def forward(*args):
-        return torch.ops.deltadiff.lora_linear_fwd.default.redispatch(gpu, *args, "hopper")
+        return torch.ops.deltadiff.lora_linear_fwd.default.redispatch(gpu, *args, *last)
 
     def backward(*args):
-        return torch.ops.deltadiff.lora_linear_bwd.default.redispatch(gpu, *args, "hopper")
+        return torch.ops.deltadiff.lora_linear_bwd.default.redispatch(gpu, *args, *last)
 
     def both(launchers, case):
         m, n, k, r, gate = case["m"], 512, 768, case["r"], case["gate"]
@@ -311,9 +314,9 @@ def _inputs(m, adapter, r, gates, bias, device="cuda", dtype=torch.bfloat16):
 
 def _outputs(suffix, x, w, a, b, gate, bias, dy):
     fwd, bwd = (getattr(torch.ops.deltadiff, f"lora_linear_{p}{suffix}") for p in ("fwd", "bwd"))
-    y, kept = fwd(x, w, a, b, 1.7, gate, bias, "hopper")
+    y, kept = fwd(x, w, a, b, 1.7, gate, bias, *NO_DROPOUT, "hopper")
     needs = [True, True, True, gate is not None]
-    return [y, *bwd(dy, x, w, a, b, kept, 1.7, gate, needs, "hopper")]
+    return [y, *bwd(dy, x, w, a, b, kept, 1.7, gate, needs, *NO_DROPOUT, "hopper")]
 
 
 def _assert_equal(ours, theirs):

@@ -103,7 +103,8 @@ def test_each_name_has_to_match():
         ({"lora_alpha": -1}, "lora_alpha: got -1"),
         ({"lora_alpha": 0}, "lora_alpha: got 0"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
-        ({"lora_dropout": 0.1}, "lora_dropout: got 0.1"),
+        ({"lora_dropout": 1.0}, "lora_dropout: got 1.0"),
+        ({"use_rslora": 1}, "use_rslora: got 1"),
         ({"target_modules": 3}, "target_modules"),
         ({"target_modules": "("}, "regex"),
         ({"adapter_dtype": torch.float16}, "adapter_dtype"),
@@ -260,9 +261,7 @@ def test_peft_layers_keep_their_pair_and_scaling():
     assert type(model.base_model.model.layers[0].q_proj).__module__.startswith("peft.")
 
 
-def test_peft_dropout_and_merged_layers_are_refused():
-    with pytest.raises(ArgumentError, match="lora_dropout of base_model.model.layers.0.q_proj"):
-        swap_(peft_model(lora_dropout=0.1))
+def test_peft_layers_that_are_merged_or_more_than_lora_are_refused():
     model = peft_model()
     model.merge_adapter()
     with pytest.raises(ArgumentError, match="merged=True"):

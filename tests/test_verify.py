@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from deltadiff import compare, reference, verify
+from deltadiff import compare, reference, verify, verify_lora_linear
 from deltadiff.compare import Case, Row, differing, measure, poisoned
 from deltadiff.errors import ArgumentError, BackendUnavailableError
 from deltadiff.ops import choose_path
@@ -188,9 +188,9 @@ def test_what_a_backend_does_not_take_is_skipped(monkeypatch):
 
 def test_the_path_of_a_call():
     hopper = pytest.importorskip("deltadiff.kernels.lora_linear_hopper")
-    assert verify.path_of_call("hopper", hopper.LEAST_TOKENS) == "hopper"
-    assert verify.path_of_call("hopper", hopper.LEAST_TOKENS - 1) == "triton"
-    assert verify.path_of_call("cpp", hopper.LEAST_TOKENS) == "cpp"
+    assert verify_lora_linear.path_of_call("hopper", hopper.LEAST_TOKENS) == "hopper"
+    assert verify_lora_linear.path_of_call("hopper", hopper.LEAST_TOKENS - 1) == "triton"
+    assert verify_lora_linear.path_of_call("cpp", hopper.LEAST_TOKENS) == "cpp"
 
 
 def test_nothing_checked_is_not_a_pass(monkeypatch):

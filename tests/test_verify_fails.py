@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from deltadiff import reference, verify
+from deltadiff import reference, verify, verify_lora_linear
 from deltadiff.compare import Row
 from deltadiff.verify import FACTORS, format_table, run
 
@@ -69,7 +69,7 @@ def same(t: torch.Tensor) -> torch.Tensor:
 
 
 LEAVES = {"dx": "x", "dA": "lora_A", "dB": "lora_B", "dgate": "gate", "dbias": "bias"}
-real_lora_linear = verify.lora_linear
+real_lora_linear = verify_lora_linear.lora_linear
 
 
 def harmed_lora_linear(output, harm):
@@ -90,9 +90,8 @@ def harmed_lora_linear(output, harm):
 @pytest.mark.parametrize("output", ["y", *LEAVES])
 def test_lora_linear_slightly_off(output, monkeypatch):
     limit = limits("lora_linear", output)
-    monkeypatch.setattr(
-        verify, "lora_linear", harmed_lora_linear(output, lambda t: nudge(t, limit))
-    )
+    harmed = harmed_lora_linear(output, lambda t: nudge(t, limit))
+    monkeypatch.setattr(verify_lora_linear, "lora_linear", harmed)
     rows = failed("lora_linear")
     assert names(rows) == {output}
     assert {row.dtype for row in rows} == set(limit)
@@ -119,10 +118,10 @@ def last_row_left_out(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("output", ["y", *LEAVES])
 @pytest.mark.parametrize("harm", [one_wrong, one_nan, last_row_left_out])
 def test_lora_linear_wrong_somewhere(output, harm, monkeypatch):
-    monkeypatch.setattr(verify, "lora_linear", harmed_lora_linear(output, harm))
+    monkeypatch.setattr(verify_lora_linear, "lora_linear", harmed_lora_linear(output, harm))
     rows = failed("lora_linear")
-    assert output in names(rows) <= {output, "run to run"}
-    assert len([row for row in rows if row.output == output]) == 8  # 2 shapes, 4 dtypes
+    assert output in names(rows) <= {output, "run to run", "mask"}  # the mask is read from dx
+    assert len([row for row in rows if row.output == output]) == 12  # 3 shapes, 4 dtypes
 
 
 def without(**changes):
@@ -139,11 +138,20 @@ def without(**changes):
         (lambda x, w, a, b, **o: without(gate=o["gate"].mean())(x, w, a, b, **o), {"y"}),
         (lambda x, w, a, b, **o: without(bias=o["bias"].roll(1))(x, w, a, b, **o), {"y", "dbias"}),
         (lambda x, w, a, b, **o: real_lora_linear(x, w, a, b, **o).double(), {"y"}),
+        (without(dropout=0.0), {"y", "dx", "dA", "dB", "dgate", "mask"}),
+        (without(seed=1), {"y", "dx", "dA", "dB", "dgate", "mask"}),
     ],
-    ids=["scaling dropped", "gate averaged", "bias shifted", "dtype"],
+    ids=[
+        "scaling dropped",
+        "gate averaged",
+        "bias shifted",
+        "dtype",
+        "no dropout",
+        "another mask",
+    ],  # fmt: skip
 )
 def test_lora_linear_wrong_formula(function, outputs, monkeypatch):
-    monkeypatch.setattr(verify, "lora_linear", function)
+    monkeypatch.setattr(verify_lora_linear, "lora_linear", function)
     assert outputs <= names(failed("lora_linear"))
 
 
@@ -151,9 +159,9 @@ def test_an_operation_that_raises(monkeypatch):
     def raises(*_, **__):
         raise RuntimeError("out of\nshared memory")
 
-    monkeypatch.setattr(verify, "lora_linear", raises)
+    monkeypatch.setattr(verify_lora_linear, "lora_linear", raises)
     rows = failed("lora_linear")
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert {row.note for row in rows} == {"RuntimeError: out of shared memory"}
     assert "NO RuntimeError: out of shared memory" in format_table(rows)
 
