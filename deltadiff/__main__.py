@@ -15,7 +15,7 @@ from .errors import ArgumentError, CheckpointError
 EXIT_CODES = """\
 exit codes:
   0    done; everything that was checked passed
-  1    verify: a check failed; finetune: training failed; bench: a variant failed
+  1    verify: a check failed; finetune, compare: training failed; bench: a variant failed
   2    an argument, a file or a device that cannot be used
   130  interrupted"""
 
@@ -80,6 +80,17 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         from .finetune import add_arguments
 
         add_arguments(finetune)
+
+    text = "List the presets of finetune and compare, or what one of them sets."
+    presets = command("presets", _presets, text)
+    presets.add_argument("name", nargs="?", metavar="NAME", help="such as delta-lora/e2e")
+
+    text = "Fine-tune with several methods and seeds, and put them side by side."
+    compare = command("compare", _compare, text)
+    if argv[:1] == ["compare"]:
+        from .compare import add_arguments
+
+        add_arguments(compare)
 
     bench = command("bench", _bench, "Time a layer, the optimizer step or a model, beside peers.")
     if argv[:1] == ["bench"]:
@@ -227,6 +238,21 @@ def _load_configured(folder: Path):
 
 
 # ---------------------------------------------------------------- finetune
+
+
+def _presets(args: argparse.Namespace) -> int:
+    from .presets import describe, overview
+
+    print(describe(args.name) if args.name else overview())
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .compare import run
+
+    for package in FINETUNE_PACKAGES:
+        _need(package)
+    return run(args)
 
 
 def _finetune(args: argparse.Namespace) -> int:

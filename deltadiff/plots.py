@@ -1,19 +1,14 @@
 """Figures of a run. Each can be read without the text around it."""
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers too
 
 
 def plot_loss(path: Path, results: Mapping[str, dict], title: str) -> None:
     """Training loss over steps of one or more runs, with the held-out figure before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    for colour, (name, result) in zip(COLOURS, results.items(), strict=False):
+    figure, axes = _figure()
+    for colour, (name, result) in zip(_colours(len(results)), results.items(), strict=True):
         curve = result["loss_curve"]
         steps = range(1, len(curve) + 1)
         axes.plot(steps, curve, color=colour, alpha=0.25, linewidth=1)
@@ -21,17 +16,148 @@ def plot_loss(path: Path, results: Mapping[str, dict], title: str) -> None:
         axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{name}: {_gain(result)}")
     settings = next(iter(results.values()))["settings"]
     axes.set_xlabel(f"optimizer step ({settings['batch_size']} examples each)")
-    axes.set_ylabel("training loss (cross-entropy, nats)")
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend(title="thin: each step; thick: running mean", framealpha=0.9)
-    FigureCanvasAgg(figure).print_png(path)
+    squared = "mse" in next(iter(results.values()))["after"]
+    axes.set_ylabel("training loss " + ("(squared error)" if squared else "(cross-entropy, nats)"))
+    _finish(figure, axes, path, title, legend="thin: each step; thick: running mean")
+
+
+def plot_metric_curve(
+    path: Path, before: Mapping[str, float], curve: list[Mapping[str, float]], title: str
+) -> None:
+    """A panel a metric: its held-out value over the steps."""
+    figure, panels = _panels(len(before), (1 + 3.4 * len(before), 4))
+    for axes, metric in zip(panels, before, strict=True):
+        points = [(0, before[metric]), *((c["step"], c[metric]) for c in curve if metric in c)]
+        axes.plot(*zip(*points, strict=True), "o-", color=_colours(1)[0])
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(f"held-out {metric}")
+        axes.grid(alpha=0.3)
+    _save(figure, path, title)
+
+
+def plot_similarity(path: Path, similarity: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """Cosine similarity of fine-tuned and original weights over the blocks (figure 3)."""
+    figure, axes = _figure()
+    for colour, (name, blocks) in zip(_colours(len(similarity)), similarity.items(), strict=True):
+        axes.plot(
+            [int(block) for block in blocks], list(blocks.values()), "o-", color=colour, label=name
+        )
+    axes.ticklabel_format(useOffset=False)
+    axes.set_xlabel("block")
+    axes.set_ylabel("cosine similarity of fine-tuned and original weights")
+    _finish(figure, axes, path, title)
+
+
+def plot_metrics(path: Path, values: Mapping[str, Mapping[str, list[float]]], title: str) -> None:
+    """A panel a metric: the mean of each method, its standard deviation, and every seed."""
+    methods = list(values)
+    metrics = list(dict.fromkeys(m for found in values.values() for m in found))
+    size = (2 + 2.6 * len(metrics), 1.5 + 0.32 * len(methods))
+    figure, panels = _panels(len(metrics), size, sharey=True)
+    for axes, metric in zip(panels, metrics, strict=True):
+        for place, method in enumerate(methods):
+            seeds = values[method].get(metric, [])
+            if seeds:
+                axes.plot(seeds, [place] * len(seeds), ".", color="0.6", zorder=1)
+                axes.errorbar(
+                    statistics.fmean(seeds), place, xerr=_deviation(seeds), fmt="o", capsize=3,
+                    color="#0072b2",
+                )  # fmt: skip
+        axes.set_xlabel(metric)
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].invert_yaxis()
+    _save(figure, path, f"{title}\ngrey: each seed; blue: mean and standard deviation")
+
+
+def plot_sweep(
+    path: Path, name: str, values: Mapping[str, Mapping[float, Mapping[str, list[float]]]],
+    title: str,
+) -> None:  # fmt: skip
+    """A panel a metric: mean and standard deviation over the value that is swept, by method."""
+    metrics = list(dict.fromkeys(m for xs in values.values() for v in xs.values() for m in v))
+    figure, panels = _panels(len(metrics), (1 + 3.4 * len(metrics), 4))
+    for axes, metric in zip(panels, metrics, strict=True):
+        for colour, (method, found) in zip(_colours(len(values)), values.items(), strict=True):
+            xs = [x for x in sorted(found) if metric in found[x]]
+            seeds = [found[x][metric] for x in xs]
+            axes.errorbar(
+                xs, list(map(statistics.fmean, seeds)), yerr=list(map(_deviation, seeds)),
+                fmt="o-", capsize=3, color=colour, label=method,
+            )  # fmt: skip
+        axes.set_xlabel(name)
+        axes.set_ylabel(metric)
+        axes.grid(alpha=0.3)
+    panels[0].legend(framealpha=0.9)
+    _save(figure, path, title)
+
+
+def plot_curves(
+    path: Path, curves: Mapping[str, list[list[float]]], title: str, x: str, y: str, *,
+    smooth: bool = True,
+) -> None:  # fmt: skip
+    """A line a method, the mean over its seeds; ``smooth``: a running mean of it."""
+    figure, axes = _figure()
+    for colour, (name, seeds) in zip(_colours(len(curves)), curves.items(), strict=True):
+        mean = list(map(statistics.fmean, zip(*seeds, strict=True)))
+        mean = _running_mean(mean, max(1, len(mean) // 12)) if smooth else mean
+        axes.plot(range(smooth, len(mean) + smooth), mean, color=colour, label=name)
+    axes.ticklabel_format(useOffset=False)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    figure.set_size_inches(9.5, 5.5)
+    _finish(figure, axes, path, title, legend="mean over the seeds", beside=True)
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _gain(result: dict) -> str:
-    key = "accuracy" if "accuracy" in result["after"] else "nll_per_token"
-    name = {"nll_per_token": "loss a token"}.get(key, key)
+    key = next(iter(result["before"]))
+    name = {"nll_per_token": "loss a token", "mse": "squared error"}.get(key, key)
     return f"held-out {name} {result['before'][key]:.3f} → {result['after'][key]:.3f}"
+
+
+def _figure():
+    figure, (axes,) = _panels(1, (8, 4.8))
+    return figure, axes
+
+
+def _panels(count: int, size: tuple[float, float], sharey: bool = False):
+    """A figure with panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False, sharey=sharey)[0]
+
+
+def _colours(count: int):
+    """Told apart by colour-blind readers too, where a few are enough."""
+    import matplotlib
+
+    few = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+    return (
+        few[:count]
+        if count <= len(few)
+        else matplotlib.colormaps["turbo"].resampled(count)(range(count))
+    )
+
+
+def _finish(
+    figure, axes, path: Path, title: str, legend: str | None = None, beside: bool = False
+) -> None:
+    axes.grid(alpha=0.3)
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if beside else {}
+    axes.legend(title=legend, framealpha=0.9, fontsize="small", **place)
+    _save(figure, path, title)
+
+
+def _save(figure, path: Path, title: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.suptitle(title, fontsize="medium", wrap=True)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from .data import IGNORED, Encoded, Example, batch_indices
 from .errors import ArgumentError, CheckpointError
 from .models import Model
 
-WARMUP_STEPS = 10
 READ_EVERY = 10  # steps between two looks at the loss of a GPU, each of which waits for it
 
 
@@ -43,6 +42,7 @@ class Progress:
     step_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     before: dict[str, float] = field(default_factory=dict)
+    curve: list[dict[str, float]] = field(default_factory=list)  # held-out, and "step"
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,81 @@ class Task:
     dtype: torch.dtype
 
 
-# ------------------------------------------------------------------ loss and metric
+@dataclass(frozen=True)
+class Prepared:
+    """What a method made of a model: what is trained, what trains it, and how it is kept.
+
+    Attributes:
+        optimizer: of all that is trained.
+        save, load: write what was trained into a folder, and put it back.
+        penalty: added to the training loss, differentiable; None for none.
+        evaluating: a context in which the model is as it will be used.
+        keep: writes the finished model into a folder, where that is not what ``save`` writes.
+        about: more entries for result.json.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    save: Callable[[Path], object]
+    load: Callable[[Path], object]
+    penalty: Callable[[], Tensor] | None = None
+    evaluating: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    keep: Callable[[Path], object] | None = None
+    about: dict[str, object] = field(default_factory=dict)
+
+    def write(self, output: Path) -> None:
+        """The finished model, into the output folder."""
+        if self.keep is None:
+            self.save(output / "adapter")
+        else:
+            self.keep(output / "model")
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A search that comes before; ``run`` takes the output folder, and tells of it in ``about``."""
+
+    run: Callable[[Path], Prepared]
+
+
+# ----------------------------------------------------------------------------- loss
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A model with the device and the dtype that its products run in."""
+    """A model with the device and the dtype that its products run in.
+
+    ``label_smoothing`` is for training only.
+    """
 
     model: nn.Module
     device: torch.device
     dtype: torch.dtype
+    label_smoothing: float = 0.0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def loss(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, Tensor]:
-        """(loss, logits); the loss is of a class, or of every next token."""
+        """(loss, logits); the loss is of a class, of a number, or of every next token."""
         labels = batch["labels"]
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         logits = out.logits.float()
+        if labels.is_floating_point():
+            return mse_loss(logits.squeeze(-1), labels, reduction=reduction), logits
         if labels.dim() == 2:  # each token's logits are about the next one
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss = cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), reduction=reduction, ignore_index=IGNORED
-        )
+            logits.flatten(0, -2), labels.flatten(), reduction=reduction, ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing if self.model.training else 0.0,
+        )  # fmt: skip
         return (loss.view_as(labels) if reduction == "none" else loss), logits
 
 
 @torch.no_grad()
 def predict(forward: Forward, data: Encoded, batch_size: int) -> Tensor:
-    """A row an example: logits of the classes, or (negative log-likelihood, tokens)."""
+    """A row an example: what the head gives, or (negative log-likelihood, tokens)."""
     was_training = forward.model.training
     forward.model.eval()
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))  # little padding
@@ -104,22 +151,12 @@ def predict(forward: Forward, data: Encoded, batch_size: int) -> Tensor:
     return torch.cat(rows)[torch.tensor(order).argsort()]
 
 
-def metrics(rows: Tensor, data: Encoded) -> dict[str, float]:
-    """Accuracy and mean loss, or the negative log-likelihood of a token and its perplexity."""
-    if isinstance(data.labels[0], int):
-        labels = torch.tensor(data.labels)
-        accuracy = (rows.argmax(1) == labels).double().mean()
-        return {"accuracy": accuracy.item(), "loss": cross_entropy(rows, labels).item()}
-    nll = (rows[:, 0].double().sum() / rows[:, 1].sum()).item()
-    return {"nll_per_token": nll, "perplexity": math.exp(min(nll, 700))}
-
-
 # ------------------------------------------------------------------------- training
 
 
-def learning_rate(lr: float, step: int, steps: int) -> float:
+def learning_rate(lr: float, step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then linear decay to 0."""
-    warmup = min(WARMUP_STEPS, steps)
+    warmup = max(1, min(warmup, steps))
     return lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
 
 
@@ -130,14 +167,20 @@ def train(
     data: Encoded,
     progress: Progress,
     *,
+    penalty: Callable[[], Tensor] | None = None,
     lr: float,
+    warmup: int,
     steps: int,
     batch_size: int,
     seed: int,
     save_every: int,
     save: Callable[[], object],
+    evaluate_every: int = 0,
+    evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Train from ``progress.step`` to ``steps``; calls ``save`` now and then and when interrupted.
+
+    ``evaluate`` gives what ``progress.curve`` gets every so many steps (0: never).
 
     Raises:
         NonFiniteLossError, Interrupted.
@@ -158,9 +201,10 @@ def train(
         while progress.step < steps and not interrupt:
             indices = batch_indices(len(data), batch_size, seed, progress.step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(lr, progress.step, steps)
+                group["lr"] = learning_rate(lr, progress.step, steps, warmup)
             loss, _ = forward.loss(data.batch(indices, forward.device))
-            scaler.scale(loss).backward()
+            total = loss if penalty is None else loss + penalty()
+            scaler.scale(total).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -168,13 +212,17 @@ def train(
             progress.step += 1
             progress.tokens += sum(len(data.ids[i]) for i in indices)
             saves = progress.step % save_every == 0 and progress.step < steps
-            if len(losses) == read_every or saves or interrupt or progress.step == steps:
+            looks = evaluate_every and progress.step % evaluate_every == 0
+            ends = interrupt or progress.step == steps
+            if len(losses) == read_every or saves or looks or ends:
                 _read_losses(losses, progress)
                 seconds = time.perf_counter() - started
                 progress.step_seconds += [seconds / len(losses)] * len(losses)
                 bar.set_postfix(loss=f"{progress.losses[-1]:.4f}", refresh=False)
                 bar.update(len(losses))
                 losses.clear()
+                if looks:
+                    progress.curve.append({"step": progress.step, **evaluate()})
                 if saves and not interrupt:
                     save()
                 started = time.perf_counter()

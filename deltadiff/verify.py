@@ -1,7 +1,7 @@
 """Check the operations of a machine against float64, beside eager PyTorch on the same inputs.
 
-`deltadiff.compare` has the rule. The inputs are random and large enough in every term that leaving
-one out shows: an update is as large as its weight, a low-rank branch as its base.
+`deltadiff.verify_rule` has the rule. The inputs are random and large enough in every term that
+leaving one out shows: an update is as large as its weight, a low-rank branch as its base.
 """
 
 import math
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from . import reference
 from .checks import HALF_DTYPES
-from .compare import Bench, Row, format_table, poisoned
 from .errors import ArgumentError
 from .ops import adamw_step_, choose_path, delta_update_
 from .verify_lora_linear import check_lora_linear
+from .verify_rule import Bench, Row, format_table, poisoned
 
 __all__ = ["OPERATIONS", "Row", "find_device", "format_table", "run"]
 

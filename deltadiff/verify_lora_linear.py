@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .compare import FORWARD, GRADIENT, Bench, Row, poisoned
 from .ops import lora_linear
+from .verify_rule import FORWARD, GRADIENT, Bench, Row, poisoned
 
 
 def check_lora_linear(bench: Bench) -> Iterator[Row]:

@@ -211,3 +211,57 @@ def test_the_model_of_a_package_is_found_without_importing_it(tmp_path, monkeypa
     (package / "weights" / "config.json").write_text('{"model_type": "bert"}')
     monkeypatch.syspath_prepend(tmp_path)
     assert find_model("some-model") == package / "weights"
+
+
+# ----------------------------------------------------- labelled lines, pairs, numbers
+
+
+def test_a_label_and_a_text_on_each_line(tmp_path):
+    (tmp_path / "sst2.train").write_text("1 a  fine film\n\n0 dull\n")
+    path = str(tmp_path / "sst2.train")
+    expected = [Example("a  fine film", "1"), Example("dull", "0")]
+    assert read_examples(path, Columns(label="label"), "label-text") == expected
+    without = [Example(e.text) for e in expected]
+    assert read_examples(path, Columns(), "label-text") == without
+    with pytest.raises(ArgumentError, match="--format"):
+        read_examples(path)
+
+
+def test_a_line_without_text(tmp_path):
+    (tmp_path / "a.txt").write_text("1 fine\n0\n")
+    with pytest.raises(ArgumentError, match="line 2: 0"):
+        read_examples(str(tmp_path / "a.txt"), Columns(label="label"), "label-text")
+
+
+def test_the_format_comes_before_the_ending(tmp_path):
+    (tmp_path / "a.txt").write_text("text,label\nx,y\n")
+    assert read_examples(str(tmp_path / "a.txt"), BOTH, "csv") == [Example("x", "y")]
+    with pytest.raises(ArgumentError, match="format: got 'xml'"):
+        read_examples(str(tmp_path / "a.txt"), BOTH, "xml")
+
+
+def test_pairs_of_sentences_go_to_the_tokenizer_as_pairs():
+    class Pairs(Tokenizer):
+        def __call__(self, texts, others=None, truncation=False, max_length=None):
+            assert truncation and max_length == 9
+            pairs = zip(texts, others, strict=True)
+            return {"input_ids": [[*map(ord, a), 2, *map(ord, b)] for a, b in pairs]}
+
+    model = Model(None, Pairs(), ("no", "yes"), ("head",))
+    data = encode([Example("b", "yes", prompt="a")], model, 9)
+    assert data.ids == [[ord("a"), 2, ord("b")]] and data.labels == [1]
+
+
+def test_numbers_to_predict():
+    model = Model(None, Tokenizer(), (), ("head",), regression=True)
+    data = encode([Example("x", "2.5"), Example("y", "-1")], model, 9)
+    assert data.labels == [2.5, -1.0]
+    batch = data.batch([0, 1], torch.device("cpu"))
+    assert batch["labels"].dtype == torch.float32 and batch["labels"].tolist() == [2.5, -1.0]
+
+
+@pytest.mark.parametrize("label", ["many", "nan", None])
+def test_a_label_that_is_no_number(label):
+    model = Model(None, Tokenizer(), (), ("head",), regression=True)
+    with pytest.raises(ArgumentError, match="label_column"):
+        encode([Example("x", label)], model, 9)

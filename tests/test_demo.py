@@ -26,7 +26,7 @@ def test_the_demo(tmp_path):
     assert "predictions are the same" in done.stdout
     assert str(tmp_path) in done.stdout.splitlines()[-1]
     runs = json.loads((tmp_path / "comparison.json").read_text())
-    assert [run["settings"]["method"] for run in runs.values()] == ["lora", "delta-lora"]
+    assert [run["settings"]["method"] for run in runs.values()] == ["lora-peft", "delta-lora"]
     assert {"loss.png", "peft", "delta-lora"} < {p.name for p in tmp_path.iterdir()}
 
 

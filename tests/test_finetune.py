@@ -1,6 +1,7 @@
 """`deltadiff finetune` on tiny random models: learning, stopping, resuming, bad input, results."""
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -14,87 +15,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deltadiff import finetune, load_adapter, training
+from deltadiff import finetune, load_adapter, metrics, training
 from deltadiff.models import load_model, package_folder
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
-FUN = ["great", "fine", "clever", "warm", "bright"]
-DULL = ["dull", "flat", "stale", "weak", "tired"]
-NEUTRAL = ["the", "film", "is", "a", "story", "with", "plot", "and", "cast", "very"]
+pytest_plugins = ["tiny_models"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
     "lora": ["--method", "lora"],
     "inplace": ["--update-ratio", "0.5"],
     "factored": ["--update-ratio", "0.5", "--w-update", "factored"],
     "eager": ["--eager"],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# ------------------------------------------------------------ tiny models and text
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["[PAD]", "[UNK]", "[END]", *FUN, *DULL, *NEUTRAL]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
-    ).save_pretrained(folder)
-
-
-SIZES = {"vocab_size": 23, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("bert")
-    config = transformers.BertConfig(
-        **SIZES, num_attention_heads=2, max_position_embeddings=64, initializer_range=0.2
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("llama")
-    config = transformers.LlamaConfig(
-        **SIZES, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-        pad_token_id=0, eos_token_id=2, bos_token_id=None,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def reviews(tmp_path_factory) -> str:
-    """A word of praise or blame somewhere in each text."""
-    draw = random.Random(0)
-    lines = ["text,label"]
-    for _ in range(400):
-        label = draw.choice(["fun", "dull"])
-        words = draw.choices(NEUTRAL, k=draw.randint(2, 9))
-        words.insert(draw.randint(0, len(words)), draw.choice(FUN if label == "fun" else DULL))
-        lines.append(f"{' '.join(words)},{label}")
-    path = tmp_path_factory.mktemp("data") / "reviews.csv"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
 
 
 def command(*words: str) -> int:
@@ -157,8 +91,10 @@ def test_what_is_left_behind(bert, reviews, tmp_path):
     words = ["--steps", "12", "--save-every", "5", "--target-modules", "query,value"]
     result = train(bert, reviews, tmp_path / "out", *words)
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"adapter", "loss.png", "predictions.csv", "result.json", "settings.json"}
-    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    plots = {"loss.png", "similarity.png"}
+    assert names == {"adapter", "predictions.csv", "result.json", "settings.json"} | plots
+    for name in plots:
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert result["settings"] == json.loads((tmp_path / "out" / "settings.json").read_text())
     assert result["examples"] == {"train": 360, "heldout": 40}
     assert sum(result["labels"].values()) == 40
@@ -187,7 +123,7 @@ def test_the_adapter_gives_the_same_predictions_on_a_new_model(method, bert, rev
     lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()[1:]
     saved = torch.tensor([[float(x) for x in line.split(",")[3:]] for line in lines])
     torch.testing.assert_close(rows, saved, rtol=1e-4, atol=1e-4)
-    assert training.metrics(rows, task.heldout) == pytest.approx(result["after"], rel=1e-3)
+    assert metrics.score(rows, task.heldout)[0] == pytest.approx(result["after"], rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -392,3 +328,149 @@ def test_the_head_is_the_same_every_time(bert):
     first, second = (load_model(bert, ("a", "b"), seed=7) for _ in range(2))
     assert first.head == ("classifier",)
     assert torch.equal(first.module.classifier.weight, second.module.classifier.weight)
+
+
+# -------------------------------------------------------- numbers, text, the schedule
+
+
+@pytest.fixture(scope="module")
+def praise(tmp_path_factory) -> str:
+    """How many words of praise stand in each text."""
+    from tiny_models import FUN, NEUTRAL  # here, so that pytest has it as a plugin first
+
+    draw = random.Random(1)
+    lines = ["text\tlabel"]
+    for _ in range(300):
+        count = draw.randint(0, 3)
+        words = draw.choices(NEUTRAL, k=4) + draw.choices(FUN, k=count)
+        draw.shuffle(words)
+        lines.append(f"{' '.join(words)}\t{count / 2}")
+    path = tmp_path_factory.mktemp("data") / "praise.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_a_regression_learns(method, bert, praise, tmp_path):
+    pytest.importorskip("scipy")
+    result = train(bert, praise, tmp_path / "out", "--regression", "--method", method)
+    assert set(result["after"]) == {"mse", "pearson", "spearman"}
+    assert result["after"]["mse"] < (0.5 if method == "lora" else 1) * result["before"]["mse"]
+    assert result["after"]["pearson"] > (0.8 if method == "lora" else 0.1)
+    lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "text,label,predicted" and len(lines) == 31
+    saved = [float(line.rpartition(",")[2]) for line in lines[1:]]
+    labels = [float(line.split(",")[1]) for line in lines[1:]]
+    mse = sum((a - b) ** 2 for a, b in zip(saved, labels, strict=True)) / 30
+    assert mse == pytest.approx(result["after"]["mse"], rel=1e-4)
+
+
+def test_a_regression_is_merged(bert, praise, tmp_path):
+    from deltadiff.__main__ import main
+
+    train(bert, praise, tmp_path / "out", "--regression", "--method", "lora", "--steps", "3")
+    words = ["merge", bert, str(tmp_path / "out" / "adapter"), str(tmp_path / "merged")]
+    assert main(words) == 0
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    """A word, and what is said of it: three sayings of each."""
+    from tiny_models import DULL, FUN
+
+    lines = ["prompt,text"]
+    for fun, dull in zip(FUN, DULL, strict=True):
+        lines += [f"{fun},the film is {dull}", f"{fun},a {dull} film", f"{fun},very {dull} plot"]
+    path = tmp_path_factory.mktemp("data") / "pairs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("beams", ["1", "3"])
+def test_completions_are_scored(beams, llama, pairs, tmp_path):
+    pytest.importorskip("rouge_score")
+    words = ["--prompt-column", "prompt", "--heldout", pairs, "--generate", "4"]
+    words += [
+        "--num-beams",
+        beams,
+        "--max-new-tokens",
+        "6",
+        "--method",
+        "lora",
+        "--batch-size",
+        "5",
+    ]
+    result = train(llama, pairs, tmp_path / "out", *words, labels=False)
+    with (tmp_path / "out" / "completions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prompt"] for row in rows] == ["great", "fine", "clever", "warm"]  # as in the text
+    assert all(row["references"].count("\n") == 2 for row in rows)
+    learnt = [row["completion"] in row["references"].split("\n") for row in rows]
+    assert sum(learnt) >= 3
+    assert result["after"]["rouge_l"] > 80  # three words are too few for BLEU's 4-grams
+    assert set(result["metrics_left_out"]).isdisjoint(result["after"])
+
+
+def test_text_with_labels_is_not_completed(bert, reviews, tmp_path, capsys):
+    words = ["--label-column", "label", "--generate", "3", "--output", tmp_path / "out"]
+    assert command(bert, reviews, *words) == 2
+    assert "generate: got 3" in capsys.readouterr().err
+
+
+def test_epochs_instead_of_steps(bert, reviews, tmp_path):
+    words = ["--label-column", "label", "--output", tmp_path / "out", "--device", "cpu"]
+    assert command(bert, reviews, *words, "--epochs", "0.5", "--batch-size", "50") == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(result["loss_curve"]) == 4  # half of 360 texts in steps of 50
+    assert (result["settings"]["steps"], result["settings"]["epochs"]) == (4, 0.5)
+
+
+def test_the_learning_rate():
+    rates = [training.learning_rate(1.0, step, 10, warmup=4) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert training.learning_rate(1.0, 0, 10, warmup=0) == 1
+
+
+def test_the_metrics_along_the_way(bert, reviews, tmp_path):
+    words = ["--steps", "9", "--evaluate-every", "4"]
+    plain = train(bert, reviews, tmp_path / "a", "--steps", "9")
+    result = train(bert, reviews, tmp_path / "b", *words)
+    assert [c["step"] for c in result["metric_curve"]] == [4, 8]
+    assert all(set(c) == {"step", *result["before"]} for c in result["metric_curve"])
+    assert result["loss_curve"] == plain["loss_curve"] and plain["metric_curve"] == []
+    assert (tmp_path / "b" / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "a" / "metrics.png").exists()
+    ends = train(bert, reviews, tmp_path / "c", "--steps", "9", "--evaluate-every", "9")
+    last = {k: v for k, v in ends["metric_curve"][0].items() if k != "step"}
+    assert last == ends["after"]
+
+
+def test_label_smoothing_is_for_training_only(bert, reviews, tmp_path):
+    words = ["--method", "lora", "--steps", "1", "--lr", "1e-6"]
+    plain = train(bert, reviews, tmp_path / "a", *words)
+    smooth = train(bert, reviews, tmp_path / "b", *words, "--label-smoothing", "0.3")
+    assert plain["before"] == smooth["before"]
+    assert plain["loss_curve"] != smooth["loss_curve"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--epochs", "0"], "epochs: got 0"),
+        (["--epochs", "1", "--steps", "3"], "epochs: got 1.0 beside steps 3"),
+        (["--warmup-ratio", "1"], "warmup_ratio: got 1"),
+        (["--weight-decay", "-1"], "weight_decay: got -1"),
+        (["--label-smoothing", "1"], "label_smoothing: got 1"),
+        (["--generate", "-2"], "generate: got -2"),
+        (["--num-beams", "0"], "num_beams: got 0"),
+        (["--regression", "--label-column", "none"], "regression: got no label column"),
+        (["--regression"], "label_column: got"),
+        (["--preset", "delta-lora/none"], "preset: got 'delta-lora/none'"),
+        (["--lora-dropout", "1", "--method", "lora"], "lora_dropout: got 1"),
+    ],
+)
+def test_more_bad_input(words, told, bert, reviews, tmp_path, capsys):
+    fixed = [] if "--label-column" in words else ["--label-column", "label"]
+    assert command(bert, reviews, *fixed, *words, "--output", tmp_path / "out") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from deltadiff import compare, reference, verify, verify_lora_linear
-from deltadiff.compare import Case, Row, differing, measure, poisoned
+from deltadiff import reference, verify, verify_lora_linear, verify_rule
 from deltadiff.errors import ArgumentError, BackendUnavailableError
 from deltadiff.ops import choose_path
 from deltadiff.verify import OPERATIONS, find_device, format_table, half_ulp, run
+from deltadiff.verify_rule import Case, Row, differing, measure, poisoned
 
 SEED = 7
 
@@ -176,7 +176,7 @@ def test_what_a_backend_does_not_take_is_skipped(monkeypatch):
             raise BackendUnavailableError("backend", "'triton': odd", "another")
         return choose_path(device, dtype, None, layer)
 
-    monkeypatch.setattr(compare, "choose_path", some)
+    monkeypatch.setattr(verify_rule, "choose_path", some)
     monkeypatch.setattr(verify, "choose_path", some)
     rows, ok = run("cpu", ["lora_linear"], "triton", quick=True, seed=SEED)
     skipped = [row for row in rows if row.ok is None]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from deltadiff import reference, verify, verify_lora_linear
-from deltadiff.compare import Row
 from deltadiff.verify import FACTORS, format_table, run
+from deltadiff.verify_rule import Row
 
 SEED = 7
 
