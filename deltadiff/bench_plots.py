@@ -129,7 +129,10 @@ def _draw_layer(figure, records: Sequence[dict]) -> None:
         axes.set_title(f"forward + backward, {title}")
         axes.set_ylim(bottom=0.9)
         axes.grid(alpha=0.3)
-        axes.legend()
+    handles = {}
+    for axes in figure.axes:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
 
 
 # ------------------------------------------------------------------------- step

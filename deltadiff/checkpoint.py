@@ -156,13 +156,13 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
     entry = {
         "r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling,
         "lora_dropout": layer.lora_dropout, "update_ratio": None, "folded": 0,
+        "transposed": layer.transposed,
     }  # fmt: skip
+    entry |= {} if owner == plain else {"pair_of": owner}
+    entry |= {} if layer.share_group is None else {"share_group": layer.share_group}
     if layer.gate is not None:
         tensors[f"{plain}.gate"] = layer.gate.detach().clone()  # layers may share one
         entry["gate"] = _describe_gate(layer)
-    entry["transposed"] = layer.transposed
-    entry |= {} if owner == plain else {"pair_of": owner}
-    entry |= {} if layer.share_group is None else {"share_group": layer.share_group}
     if delta is None:
         return entry
     if delta.folded is None:

@@ -169,15 +169,15 @@ class LoraLinear(nn.Linear):
         self.added = None if delta is None or delta.in_weight else delta
 
     @property
+    def matrix(self) -> Tensor:
+        """W, (out, in): a view of ``weight``. All but bookkeeping works on this."""
+        return self.weight.T if self.transposed else self.weight
+
+    @property
     def adapter(self) -> list[nn.Parameter]:
         """The parameters that are this layer's own: the pair, and a gate that is trained."""
         gate = [self.gate] if isinstance(self.gate, nn.Parameter) else []
         return [self.lora_A, self.lora_B, *gate]
-
-    @property
-    def matrix(self) -> Tensor:
-        """W, (out, in): a view of ``weight``. All but bookkeeping works on this."""
-        return self.weight.T if self.transposed else self.weight
 
     @property
     def quantised(self) -> bool:

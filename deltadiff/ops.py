@@ -312,8 +312,11 @@ def lora_linear(
             return torch.ops.deltadiff.lora_linear(*kernel_args)
         except Exception as raised:  # C++ tells only that something does not fit
             error = raised
-        check_lora_linear(*args)
-        raise error
+        try:
+            check_lora_linear(*args)
+            raise error
+        finally:  # it holds this frame, and with it x: activation checkpointing ends in one
+            del error
     check_lora_linear(*args)
     if backend == "reference":
         return reference.lora_linear_ref(

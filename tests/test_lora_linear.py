@@ -1,9 +1,12 @@
 """`lora_linear` on every backend, against float64."""
 
+import gc
 import importlib
+import weakref
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import deltadiff
 from deltadiff import lora_linear
@@ -368,3 +371,25 @@ def test_more_than_2_31_elements(transposed, randn, assert_close):
     t = dy.double() @ b.double() * 0.7
     truth_a = sum(s.T @ v.double() for s, v in zip(t.split(50_000), x.split(50_000), strict=True))
     assert ((ours["lora_A"].double() - truth_a).norm() / truth_a.norm()).item() < 2**-8
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_keeps_no_activation_alive(path, reentrant, randn):
+    """Not until Python's collector comes by: recomputing ends in an exception, which holds frames
+    and so their tensors where one of them holds it."""
+    x, w, a, b, _, _, _ = inputs(randn, 8, 16, 12, 4, F32, path.device)
+    x.requires_grad_(), a.requires_grad_()
+    made = []
+
+    def block(x):
+        hidden = x.sin()
+        made.append(weakref.ref(hidden))
+        return lora_linear(hidden, w, a, b, scaling=2.0, backend=path.backend)
+
+    gc.collect()
+    gc.disable()
+    try:
+        checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+        assert len(made) == 2 and not any(ref() is not None for ref in made)
+    finally:
+        gc.enable()
