@@ -359,6 +359,7 @@ def delta_update_(
             W or float32.
         delta_A, delta_B: A' - A and B' - B as `adamw_step_` yields them; float32 (float64 with a
             float64 W).
+            Where a factor is not finite, what it adds to becomes NaN or infinite.
         scale: ``update_ratio * scaling``, one number or one a weight.
         rounding: for a 16-bit W (a wider one needs none, and it is ignored there):
             "remainder" keeps the bits that W cannot hold in ``remainder``: float32 arithmetic;

@@ -145,7 +145,7 @@ def _right(a, da, k0, start, K, R, BLOCK_SIZE_K):
 
 @triton.jit
 def _pieces(x):
-    """Three bfloat16 that add up to a float32."""
+    """Three bfloat16 that add up to a float32; what is not finite becomes NaN."""
     high = x.to(tl.bfloat16)
     x -= high.to(tl.float32)
     middle = x.to(tl.bfloat16)
@@ -153,8 +153,9 @@ def _pieces(x):
 
 
 @triton.jit
-def _add_product(left, right, acc, PRECISION: tl.constexpr):
-    """acc + left @ right of float32, the small products first."""
+def _product(left, right, PRECISION: tl.constexpr):
+    """left @ right of float32, the small products first."""
+    acc = tl.zeros((left.shape[0], right.shape[1]), tl.float32)
     if PRECISION == "tf32x3":
         return tl.dot(left, right, acc, input_precision="tf32x3")
     else:
@@ -206,15 +207,19 @@ def _update_strip(
         w = tl.load(w_ptrs + tl.cast(k0, tl.int64) * stride_wk, mask=mask, other=0.0)
         if rounding == "remainder":
             low = tl.load(low_ptrs + tl.cast(k0, tl.int64) * stride_lk, mask=mask, other=0)
-        acc = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_K), tl.float32)
-        for i in tl.static_range(KEPT_BLOCKS):
-            right = _right(a, da, k0, i * RANK_BLOCK, K, R, BLOCK_SIZE_K)
-            acc = _add_product(lefts[i], _swap_pairs(right), acc, PRECISION)
-        if KEPT_BLOCKS == 0:
+        # Each step's own sum first: tensor cores cut off what is small beside a large one.
+        if KEPT_BLOCKS > 0:
+            right = _right(a, da, k0, 0, K, R, BLOCK_SIZE_K)
+            acc = _product(lefts[0], _swap_pairs(right), PRECISION)
+            for i in tl.static_range(1, KEPT_BLOCKS):
+                right = _right(a, da, k0, i * RANK_BLOCK, K, R, BLOCK_SIZE_K)
+                acc += _product(lefts[i], _swap_pairs(right), PRECISION)
+        else:
+            acc = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_K), tl.float32)
             for start in range(0, 2 * R, RANK_BLOCK):
                 left = _left(b, db, scale, n0, start, N, R, BLOCK_SIZE_N)
                 right = _right(a, da, k0, start, K, R, BLOCK_SIZE_K)
-                acc = _add_product(left, _swap_pairs(right), acc, PRECISION)
+                acc += _product(left, _swap_pairs(right), PRECISION)
         acc = _swap_pairs(acc)
 
         wide = acc + (_join_remainder(w, low) if rounding == "remainder" else w.to(tl.float32))

@@ -108,7 +108,7 @@ def test_mask_does_not_depend_on_blocks(path, randint, monkeypatch):
     given = x, w, a, b, None, bias, dy
     options = {"scaling": 0.5, "dropout": 0.5, "seed": 9}
     expected = outputs(lora_linear_ref, *given, **options)
-    for m, k in ((16, 16), (32, 64), (64, 32), (128, 128)):
+    for m, k in ((16, 16), (32, 64), (64, 32), (64, 64)):
         if path.backend == "triton":
             from deltadiff.kernels import lora_linear as kernels
 
