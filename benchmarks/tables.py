@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deltadiff import compare_report
 from deltadiff.bench_plots import NAMES, plots, stale_plots, write_plots
-from deltadiff.compare_report import grouped, spread
+from deltadiff.compare_report import grouped
 from deltadiff.measure import case_text, shape_text, slug
 
 README = Path(__file__).parent.parent / "README.md"
@@ -124,31 +124,6 @@ def plot_links(records: list[dict]) -> str:
     return "\n" + "\n\n".join(links) + "\n" if links else "not measured yet"
 
 
-def finetune_table(records: list[dict]) -> str:
-    """A line a method: mean and standard deviation over the seeds."""
-    rows = []
-    metrics = [n.removesuffix("_after") for n in records[0] if n.endswith("_after")]
-    for (gpu, method), found in grouped(records, "gpu", "method").items():
-        cells = [gpu, method, str(len(found))]
-        for name in metrics:
-            before, after = ([r[f"{name}_{w}"] for r in found] for w in ("before", "after"))
-            cells.append(f"{statistics.fmean(before):.3f} -> {spread(after)}")
-        shares = [r["share"] for r in found if r["share"] is not None]
-        cells.append(spread(shares) if shares else "")
-        rows.append(cells)
-    header = ["machine", "method", "seeds", *(f"held-out {name}" for name in metrics)]
-    return markdown([*header, "share of the update in W"], rows)
-
-
-def finetune_caption(records: list[dict]) -> str:
-    r = records[0]
-    return (
-        f"{Path(r['model']).name}, {r['data'].removeprefix('package:')}, {r['dtype']}, "
-        f"r = {r['r']}, {r['target_modules']}, {r['steps']} steps of {r['batch_size']}, "
-        f"lr {r['lr']:g}, lambda {r['update_ratio']:g}, K {r['start_step']}"
-    )
-
-
 def compare_tables(records: list[dict]) -> str:
     """A table for each comparison, under what it was of, and its sweeps in tables of their own."""
     parts = []
@@ -172,9 +147,7 @@ PARTS: dict[str, tuple[Callable[[list[dict]], str], Callable[[dict], bool]]] = {
     "step": (speed_tables, is_speed(*STEP)),
     "model": (model_tables, is_speed("model")),
     "plots": (plot_links, is_speed("lora_linear", *STEP, "model")),
-    "finetune": (finetune_table, lambda r: r["op"] == "finetune"),
     "compare": (compare_tables, lambda r: r["op"] == "compare"),
-    "finetune-caption": (finetune_caption, lambda r: r["op"] == "finetune"),
 }
 
 

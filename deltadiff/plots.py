@@ -88,7 +88,8 @@ def plot_sweep(
         axes.set_xlabel(name)
         axes.set_ylabel(metric)
         axes.grid(alpha=0.3)
-    panels[0].legend(framealpha=0.9)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     _save(figure, path, title)
 
 
