@@ -118,7 +118,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    from .ops import BACKENDS
+    from .paths import BACKENDS
     from .verify import OPERATIONS
 
     parser.description += """

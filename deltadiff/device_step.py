@@ -11,7 +11,7 @@ from torch import Tensor
 from . import step_watch
 from .errors import ArgumentError
 from .kernels.send import send
-from .ops import choose_path
+from .paths import choose_path
 from .step_ops import prepare_adamw_step, run_advance
 
 NEVER = 2**62

@@ -11,7 +11,7 @@ import torch
 
 from . import __version__
 from .checks import DTYPES
-from .ops import BACKENDS, choose_path, why_unavailable
+from .paths import BACKENDS, choose_path, why_unavailable
 
 PACKAGES = ("triton", "transformers", "peft", "safetensors")
 LAYER = (1024, 1024, 8)  # out, in, r: a layer that every backend of `lora_linear` takes

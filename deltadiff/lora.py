@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .checks import DTYPES
 from .errors import SwapError
-from .ops import Path, choose_path, lora_linear
+from .ops import lora_linear
+from .paths import Path, choose_path
 
 
 @dataclass

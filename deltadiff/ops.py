@@ -1,16 +1,10 @@
-"""The public operations, and (with `step_ops`) the only file that knows backends.
+"""The public operations; with `step_ops` the only file that calls backends. `paths` picks one."""
 
-An operation has up to four: ``hopper`` and ``triton`` (`deltadiff.kernels`; the first is for
-`lora_linear` on sm_90), ``cpp`` (`csrc`) and ``reference``. `choose_path` picks one and says why.
-All backends of an operation share one signature.
-"""
-
+import contextlib
 import functools
-import importlib
 import itertools
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,132 +23,17 @@ from .checks import (
     check_number,
     check_seed,
 )
-from .errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+from .errors import ArgumentTypeError
 from .kernels.seen import Seen, fingerprint
+from .paths import CPP_MISSING, KERNELS, choose_path
 
-BACKENDS = ("hopper", "triton", "cpp", "reference")
-
-try:
-    importlib.import_module(f"{__package__}._C")  # registers torch.ops.deltadiff
-    _CPP_MISSING = None
-except ImportError as error:
-    _CPP_MISSING = f"the C++ extension is not built ({error}); install with a C++ compiler present"
-
-try:
-    import triton
-
+with contextlib.suppress(ImportError):  # without Triton, `choose_path` never names it
     from .kernels import adamw_step as triton_adamw_step
     from .kernels import delta_update as triton_delta_update
-    from .kernels import lora_linear as triton_lora_linear
 
-    _TRITON_MISSING = None
-    _KERNELS = {"triton": triton_lora_linear}  # the launchers of lora_linear, by backend
-except ImportError as error:
-    _TRITON_MISSING = f"Triton cannot be imported ({error})"
-    _KERNELS = {}
-
-try:
+with contextlib.suppress(ImportError, AttributeError):  # or Gluon, which is experimental
     from .kernels import lora_linear_hopper, lora_linear_plan
     from .kernels.plan import CannotPlanError
-
-    _GLUON_MISSING = None
-    _KERNELS["hopper"] = lora_linear_hopper
-except (ImportError, AttributeError) as error:  # Gluon is experimental, its names change
-    _GLUON_MISSING = f"this Triton's Gluon is not the one that the kernel is written in ({error})"
-
-
-# ------------------------------------------------------------------ choice of path
-
-
-@dataclass(frozen=True)
-class Path:
-    """Which backend runs, and why that one."""
-
-    backend: str
-    reason: str
-
-
-def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when ``backend`` can run ``dtype`` on ``device``, else the reason in words."""
-    if backend not in BACKENDS:
-        raise ArgumentError("backend", repr(backend), f"None or one of {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return None
-    if dtype == torch.float64:
-        return "float64 goes to the reference"
-    if backend == "hopper":
-        return _why_no_hopper(device, dtype)
-    if backend == "cpp":
-        if device.type != "cpu":
-            return f"the C++ kernels run on the CPU, not on {device.type}"
-        return _CPP_MISSING
-    if _TRITON_MISSING:
-        return _TRITON_MISSING
-    if device.type == "cpu":
-        if not triton.knobs.runtime.interpret:
-            return "Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
-        return None
-    if device.type != "cuda" or torch.version.hip:
-        return "the Triton kernels are for NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the Triton kernels need sm_80 or newer; {device} is sm_{major}{minor}"
-    return None
-
-
-def _why_no_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.version.hip:
-        return "the sm_90 kernel is for NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"the sm_90 kernel needs sm_90; {device} is sm_{major}{minor}"
-    if dtype not in HALF_DTYPES:
-        return "the sm_90 kernel is for bfloat16 and float16"
-    return _TRITON_MISSING or _GLUON_MISSING
-
-
-@functools.lru_cache(maxsize=256)
-def choose_path(
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str | None = None,
-    layer: tuple[int, int, int] | None = None,
-    dropout: bool = False,
-) -> Path:
-    """The backend for tensors of ``dtype`` on ``device``; ``backend`` asks for one by name.
-
-    ``layer``: (out_features, in_features, r) for `lora_linear`, which has a kernel of its own for
-    most layers on sm_90, unless there is ``dropout``; None for the other operations.
-
-    Raises:
-        BackendUnavailableError: ``backend`` was asked for and cannot run here.
-    """
-    no_hopper = _why_no_hopper(device, dtype)
-    if no_hopper is None:
-        no_hopper = lora_linear_hopper.why_not(*layer) if layer else "for lora_linear only"
-        if layer and dropout:
-            no_hopper = "the sm_90 kernel has no dropout"
-    if backend is not None:
-        reason = no_hopper if backend == "hopper" else why_unavailable(backend, device, dtype)
-        if reason:
-            raise BackendUnavailableError(
-                "backend",
-                f"{backend!r} for {dtype} on {device}: {reason}",
-                "a backend that `deltadiff info` lists as there",
-            )
-        return Path(backend, "asked for")
-    native = "cpp" if device.type == "cpu" else "triton"
-    reason = why_unavailable(native, device, dtype)
-    if reason:
-        return Path("reference", reason)
-    if native == "cpp":
-        return Path("cpp", "CPU: native C++")
-    major, minor = torch.cuda.get_device_capability(device)
-    if no_hopper is None:
-        return Path("hopper", "sm_90: one launch forward, one backward")
-    why = f" ({no_hopper})" if layer and (major, minor) == (9, 0) else ""
-    return Path("triton", f"sm_{major}{minor}: portable Triton kernels{why}")
-
 
 # -------------------------------------------------------------------- lora_linear
 
@@ -192,10 +71,10 @@ class LoraLinearFunction(torch.autograd.Function):
 def _launch(name, *args):
     *args, dropout, seed, backend = args
     mask = {} if seed is None else {"dropout": dropout, "seed": seed}  # not every backend has one
-    return getattr(_KERNELS[backend], name)(*args, **mask)
+    return getattr(KERNELS[backend], name)(*args, **mask)
 
 
-if not _CPP_MISSING:
+if not CPP_MISSING:
 
     @torch.library.register_fake("deltadiff::lora_linear_fwd")
     def _lora_linear_fwd_shapes(
@@ -242,8 +121,8 @@ def _lora_linear_path(
 ):  # fmt: skip
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
     backend = choose_path(device, dtype, asked, layer, dropout).backend
-    reached = backend == "cpp" or (device.type == "cuda" and backend in _KERNELS)
-    return backend, reached and not _CPP_MISSING
+    reached = backend == "cpp" or (device.type == "cuda" and backend in KERNELS)
+    return backend, reached and not CPP_MISSING
 
 
 def lora_linear(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .ops import why_unavailable
+from .paths import why_unavailable
 
 MOVED, GRADS, ANY, ALIGNED = 1, 2, 4, 8
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checks import DTYPES, check_dropout, check_number
 from .errors import ArgumentError, ArgumentTypeError, SwapError
 from .lora import LoraLinear, is_conv1d, linear_shape, lora_layers
-from .ops import choose_path
+from .paths import choose_path
 
 SELECTION = "_deltadiff_selection"  # where a model keeps what DiffoRA selected
 

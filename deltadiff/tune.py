@@ -15,7 +15,7 @@ from torch import nn
 from .bench_layer import GRAPHED, SHAPES
 from .errors import ArgumentError
 from .measure import failure, free_memory
-from .ops import why_unavailable
+from .paths import why_unavailable
 from .verify import find_device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

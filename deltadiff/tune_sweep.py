@@ -20,7 +20,7 @@ from torch import Tensor
 from .kernels import delta_update, lora_linear, lora_linear_hopper, tuned
 from .kernels.tuned import Launch, Rows
 from .measure import failure, graphed, sample
-from .ops import choose_path
+from .paths import choose_path
 
 MARGIN = 0.02  # a candidate that is faster by less could be one by chance
 ROUNDS, CALLS = 7, 5

@@ -16,7 +16,8 @@ from torch import Tensor
 from . import reference
 from .checks import HALF_DTYPES
 from .errors import ArgumentError
-from .ops import adamw_step_, choose_path, delta_update_
+from .ops import adamw_step_, delta_update_
+from .paths import choose_path
 from .verify_lora_linear import check_lora_linear
 from .verify_rule import Bench, Row, format_table, poisoned
 

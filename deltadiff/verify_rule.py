@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .checks import DTYPES, HALF_DTYPES
 from .errors import BackendUnavailableError
-from .ops import choose_path
+from .paths import choose_path
 
 FORWARD, GRADIENT = 2, 3  # how many times the error of eager PyTorch is accepted
 

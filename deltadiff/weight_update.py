@@ -13,7 +13,8 @@ from torch import Tensor
 from .checks import DTYPES, HALF_DTYPES
 from .errors import ArgumentError, SwapError
 from .lora import LoraLinear, PendingDelta, Product
-from .ops import choose_path, delta_update_
+from .ops import delta_update_
+from .paths import choose_path
 from .step_ops import prepare_delta_update
 
 MOST_FOLDED = 8  # products of earlier update ratios that are kept, for saving

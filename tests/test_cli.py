@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import deltadiff
-from deltadiff import DeltaLoRA, info, merge_, ops, save_adapter, swap_, verify
+from deltadiff import DeltaLoRA, info, merge_, save_adapter, swap_, verify
 from deltadiff.__main__ import main
 from deltadiff.lora import lora_layers
+from deltadiff.paths import BACKENDS, choose_path, why_unavailable
 
 
 def refused(capsys, *argv) -> str:
@@ -63,7 +64,7 @@ def test_info(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert deltadiff.__version__ in text and torch.__version__ in text
-    for backend in ops.BACKENDS:
+    for backend in BACKENDS:
         assert f"cpu     {backend}" in text
     assert "float64 goes to the reference" in text
 
@@ -76,12 +77,12 @@ def test_info_as_json(capsys):
         f"cuda:{i}" for i in range(torch.cuda.device_count())
     ]
     paths = found["paths"]
-    assert len(paths) == len(ops.BACKENDS) * 4 * len(found["devices"])
+    assert len(paths) == len(BACKENDS) * 4 * len(found["devices"])
     for path in paths:
         device, dtype = torch.device(path["device"]), getattr(torch, path["dtype"])
-        chosen = ops.choose_path(device, dtype).backend == path["backend"]
+        chosen = choose_path(device, dtype).backend == path["backend"]
         assert chosen == (path["chosen"] in ("all", "the others"))
-        assert path["reason"] == ops.why_unavailable(path["backend"], device, dtype)
+        assert path["reason"] == why_unavailable(path["backend"], device, dtype)
         assert not (path["chosen"] and path["reason"])
 
 
@@ -90,9 +91,9 @@ def test_info_tells_what_a_backend_is_chosen_for(monkeypatch):
     gpu = {"device": "cuda:0", "name": "", "capability": "", "memory_gib": 0, "threads": 0}
     monkeypatch.setattr(info, "_devices", lambda: [gpu])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    ops.choose_path.cache_clear()
-    table = info.format_info(info.collect()).splitlines()[-len(ops.BACKENDS) :]
-    ops.choose_path.cache_clear()
+    choose_path.cache_clear()
+    table = info.format_info(info.collect()).splitlines()[-len(BACKENDS) :]
+    choose_path.cache_clear()
     rows = {cells[1]: cells[2:] for cells in (re.split(r"\s{2,}", line) for line in table)}
     lora, others = "chosen for lora_linear", "chosen for the others"
     assert rows["hopper"][:4] == ["-", lora, lora, "-"]
@@ -142,7 +143,7 @@ def test_verify_fails_with_a_wrong_operation(op, name, flags, monkeypatch, capsy
 
 def test_verify_fails_with_a_wrong_kernel(monkeypatch, capsys):
     """Not the public function but the registered operation behind it."""
-    if ops.choose_path(torch.device("cpu"), torch.float32).backend != "cpp":
+    if choose_path(torch.device("cpu"), torch.float32).backend != "cpp":
         pytest.skip("the C++ extension is not built")
     real = torch.ops.deltadiff.lora_linear
 
@@ -158,7 +159,7 @@ def test_verify_fails_with_a_wrong_kernel(monkeypatch, capsys):
 def test_verify_refuses(capsys, monkeypatch):
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    ops.choose_path.cache_clear()
+    choose_path.cache_clear()
     assert "interpreter" in refused(capsys, "verify", "--backend", "triton")
     assert "NVIDIA GPUs" in refused(capsys, "verify", "--backend", "hopper")
     assert "one of cpu" in refused(capsys, "verify", "--device", "cuda:99")

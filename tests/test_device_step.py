@@ -6,7 +6,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, swap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.ops import Path
+from deltadiff.paths import Path
 from deltadiff.step_watch import ALIGNED, ANY, GRADS, MOVED, StepWatch, step_watch
 
 W_UPDATES = ["inplace", "factored"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deltadiff import lora_linear, ops, reference
+from deltadiff import lora_linear, paths, reference
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
 from deltadiff.reference import dropout_mask_ref, lora_linear_ref
 
@@ -293,17 +293,17 @@ def test_bad_input_is_named(change, argument, kind):
 def test_sm_90_takes_the_portable_kernels(monkeypatch):
     pytest.importorskip("deltadiff.kernels.lora_linear_hopper")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    ops.choose_path.cache_clear()
+    paths.choose_path.cache_clear()
     try:
         asked = torch.device("cuda:0"), BF16
         layer = 4096, 4096, 16
-        assert ops.choose_path(*asked, None, layer).backend == "hopper"
-        path = ops.choose_path(*asked, None, layer, True)
+        assert paths.choose_path(*asked, None, layer).backend == "hopper"
+        path = paths.choose_path(*asked, None, layer, True)
         assert path.backend == "triton" and "the sm_90 kernel has no dropout" in path.reason
         with pytest.raises(BackendUnavailableError, match="the sm_90 kernel has no dropout"):
-            ops.choose_path(*asked, "hopper", layer, True)
+            paths.choose_path(*asked, "hopper", layer, True)
     finally:
-        ops.choose_path.cache_clear()
+        paths.choose_path.cache_clear()
 
 
 # ----------------------------------------------------------------------------- GPU

@@ -178,7 +178,7 @@ def record(folder: Path) -> None:
     from deltadiff.kernels import lora_linear_plan
     from triton.runtime import driver
 
-    from deltadiff import ops
+    from deltadiff import paths
 
     stand_in = _Driver()
     driver.set_active(stand_in)
@@ -187,7 +187,7 @@ def record(folder: Path) -> None:
     plans, make_plan = [], lora_linear_plan.lora_linear_plan
     lora_linear_plan.lora_linear_plan = lambda *args: plans.append(1) or make_plan(*args)
     gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    assert not ops._GLUON_MISSING
+    assert not paths._GLUON_MISSING
 
     last = *NO_DROPOUT, "hopper"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_lora_linear import doubles, inputs, outputs
 
-from deltadiff import lora_linear, ops
+from deltadiff import lora_linear, paths
 from deltadiff.errors import BackendUnavailableError
 from deltadiff.reference import lora_linear_ref
 
@@ -58,11 +58,11 @@ def on_capability(monkeypatch):
 
     def pretend(*capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        ops.choose_path.cache_clear()
+        paths.choose_path.cache_clear()
         return torch.device("cuda:0")
 
     yield pretend
-    ops.choose_path.cache_clear()
+    paths.choose_path.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -81,37 +81,37 @@ def test_why_not(layer, reason, on_capability):
     assert hopper.why_not(*layer) == reason
     device = on_capability(9, 0)
     for dtype in (BF16, F16):
-        path = ops.choose_path(device, dtype, None, layer)
+        path = paths.choose_path(device, dtype, None, layer)
         assert path.backend == ("triton" if reason else "hopper")
         assert (reason or "sm_90") in path.reason
         if reason:
             with pytest.raises(BackendUnavailableError, match=reason):
-                ops.choose_path(device, dtype, "hopper", layer)
+                paths.choose_path(device, dtype, "hopper", layer)
         else:
-            assert ops.choose_path(device, dtype, "hopper", layer).backend == "hopper"
+            assert paths.choose_path(device, dtype, "hopper", layer).backend == "hopper"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_other_gpus_take_the_portable_kernels(capability, on_capability):
     device, layer = on_capability(*capability), (4096, 4096, 16)
-    assert ops.choose_path(device, BF16, None, layer).backend == "triton"
+    assert paths.choose_path(device, BF16, None, layer).backend == "triton"
     name = "sm_{}{}".format(*capability)
     with pytest.raises(BackendUnavailableError, match=f"needs sm_90; cuda:0 is {name}"):
-        ops.choose_path(device, BF16, "hopper", layer)
+        paths.choose_path(device, BF16, "hopper", layer)
 
 
 def test_it_is_for_16_bits_and_for_lora_linear_only(on_capability):
     device, layer = on_capability(9, 0), (4096, 4096, 16)
-    assert ops.choose_path(device, F32, None, layer).backend == "triton"
-    assert ops.choose_path(device, torch.float64, None, layer).backend == "reference"
-    assert ops.choose_path(device, BF16).backend == "triton"
+    assert paths.choose_path(device, F32, None, layer).backend == "triton"
+    assert paths.choose_path(device, torch.float64, None, layer).backend == "reference"
+    assert paths.choose_path(device, BF16).backend == "triton"
     for dtype in (F32, torch.float64):
         with pytest.raises(BackendUnavailableError, match="for bfloat16 and float16"):
-            ops.choose_path(device, dtype, "hopper", layer)
+            paths.choose_path(device, dtype, "hopper", layer)
     with pytest.raises(BackendUnavailableError, match="for lora_linear only"):
-        ops.choose_path(device, BF16, "hopper")
+        paths.choose_path(device, BF16, "hopper")
     with pytest.raises(BackendUnavailableError, match="NVIDIA GPUs"):
-        ops.choose_path(torch.device("cpu"), BF16, "hopper", layer)
+        paths.choose_path(torch.device("cpu"), BF16, "hopper", layer)
 
 
 # -------------------------------------------------------------------------- its inputs

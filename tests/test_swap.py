@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import deltadiff
-from deltadiff import LoraLinear, ops, swap_, swap_report, unswap_
+from deltadiff import LoraLinear, paths, swap_, swap_report, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, SwapError
 
 
@@ -133,8 +133,8 @@ def test_a_backend_that_is_not_there_is_refused():
 def test_a_layer_that_a_backend_cannot_take_is_refused(make, monkeypatch):
     """The sm_90 kernel takes widths that are multiples of 8: q_proj is 8 x 8, v_proj 6 x 8."""
     pytest.importorskip("deltadiff.kernels.lora_linear_hopper")
-    monkeypatch.setattr(ops, "_why_no_hopper", lambda device, dtype: None)
-    ops.choose_path.cache_clear()
+    monkeypatch.setattr(paths, "_why_no_hopper", lambda device, dtype: None)
+    paths.choose_path.cache_clear()
     model = make()
     with pytest.raises(BackendUnavailableError, match="6 x 8: TMA"):
         swap_(model, r=2, backend="hopper")
@@ -142,7 +142,7 @@ def test_a_layer_that_a_backend_cannot_take_is_refused(make, monkeypatch):
     model = Model()
     (row, _) = swap_(model, r=2, backend="hopper", target_modules=["q_proj"]).rows
     assert (row.path, row.reason) == ("hopper", "asked for")
-    ops.choose_path.cache_clear()
+    paths.choose_path.cache_clear()
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 from deltadiff.kernels import delta_update, lora_linear, lora_linear_few, lora_linear_hopper, tuned
 from deltadiff.kernels.tuned import Launch, TableError
 
-from deltadiff import ops, tune, tune_sweep
+from deltadiff import paths, tune, tune_sweep
 from deltadiff.__main__ import main
 from deltadiff.tune_sweep import Clock, Linear, Update, sweep
 
@@ -182,7 +182,7 @@ def interpreted(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("Triton compiles where there is a GPU")
     monkeypatch.setattr(
-        tune_sweep, "choose_path", lambda *_, **__: ops.Path("triton", "for a test")
+        tune_sweep, "choose_path", lambda *_, **__: paths.Path("triton", "for a test")
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from deltadiff import reference, verify, verify_lora_linear, verify_rule
 from deltadiff.errors import ArgumentError, BackendUnavailableError
-from deltadiff.ops import choose_path
+from deltadiff.paths import choose_path
 from deltadiff.verify import OPERATIONS, find_device, format_table, half_ulp, run
 from deltadiff.verify_rule import Case, Row, differing, measure, poisoned
 
