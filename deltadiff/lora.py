@@ -192,8 +192,8 @@ class LoraLinear(nn.Linear):
             return Path("reference", f"{self.weight.dtype} weight: the base layer's own product")
         rank = self.r if self.added is None else self.added.rank
         layer = (self.out_features, self.in_features, rank)
-        dropout = self.lora_dropout > 0
-        return choose_path(self.weight.device, self.weight.dtype, self.backend, layer, dropout)
+        how = self.lora_dropout > 0, self.transposed
+        return choose_path(self.weight.device, self.weight.dtype, self.backend, layer, *how)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, gate = self.lora_A, self.lora_B, self.gate

@@ -117,10 +117,10 @@ def _layer(weight: Tensor, lora_A: Tensor) -> tuple[int, int, int]:
 
 @torch.compiler.assume_constant_result
 def _lora_linear_path(
-    device: torch.device, dtype: torch.dtype, asked: str | None, layer: tuple, dropout: bool
+    device: torch.device, dtype: torch.dtype, asked: str | None, layer: tuple, *how: bool
 ):  # fmt: skip
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
-    backend = choose_path(device, dtype, asked, layer, dropout).backend
+    backend = choose_path(device, dtype, asked, layer, *how).backend
     reached = backend == "cpp" or (device.type == "cuda" and backend in KERNELS)
     return backend, reached and not CPP_MISSING
 
@@ -184,7 +184,8 @@ def lora_linear(
     seed = check_seed(seed, x.device) if p else None
     args = x, weight, lora_A, lora_B, scaling, gate, bias
     layer = _layer(weight, lora_A)
-    backend, native = _lora_linear_path(x.device, x.dtype, backend, layer, seed is not None)
+    how = seed is not None, weight.stride(1) != 1
+    backend, native = _lora_linear_path(x.device, x.dtype, backend, layer, *how)
     kernel_args = *args[:4], scaling / (1 - p), gate, bias, p, seed, backend
     if native:
         try:

@@ -95,11 +95,15 @@ def choose_path(
     backend: str | None = None,
     layer: tuple[int, int, int] | None = None,
     dropout: bool = False,
+    transposed: bool = False,
 ) -> Path:
     """The backend for tensors of ``dtype`` on ``device``; ``backend`` asks for one by name.
 
-    ``layer``: (out_features, in_features, r) for `lora_linear`, which has a kernel of its own for
-    most layers on sm_90, unless there is ``dropout``; None for the other operations.
+    Args:
+        layer: (out_features, in_features, r) for `lora_linear`, which has a kernel of its own for
+            most layers on sm_90; None for the other operations.
+        dropout: whether the layer has some, which that kernel cannot do.
+        transposed: whether W is stored (in, out), as GPT-2's, which that kernel would copy.
 
     Raises:
         BackendUnavailableError: ``backend`` was asked for and cannot run here.
@@ -125,6 +129,8 @@ def choose_path(
     if native == "cpp":
         return Path("cpp", "CPU: native C++")
     major, minor = torch.cuda.get_device_capability(device)
+    if no_hopper is None and transposed:
+        no_hopper = "W is stored (in, out), which the sm_90 kernel would copy"
     if no_hopper is None:
         return Path("hopper", "sm_90: one launch forward, one backward")
     why = f" ({no_hopper})" if layer and (major, minor) == (9, 0) else ""

@@ -100,6 +100,14 @@ def test_other_gpus_take_the_portable_kernels(capability, on_capability):
         paths.choose_path(device, BF16, "hopper", layer)
 
 
+def test_a_transposed_weight_takes_the_portable_kernels(on_capability):
+    device, layer = on_capability(9, 0), (4096, 4096, 16)
+    path = paths.choose_path(device, BF16, None, layer, transposed=True)
+    assert path.backend == "triton" and "would copy" in path.reason
+    asked = paths.choose_path(device, BF16, "hopper", layer, transposed=True)
+    assert asked.backend == "hopper"
+
+
 def test_it_is_for_16_bits_and_for_lora_linear_only(on_capability):
     device, layer = on_capability(9, 0), (4096, 4096, 16)
     assert paths.choose_path(device, F32, None, layer).backend == "triton"
