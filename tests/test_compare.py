@@ -215,7 +215,8 @@ def test_several_jobs_leave_the_times_out(bert, reviews, tmp_path):
     assert {r["seconds"] for r in records} == {r["step_ms"] for r in records} == {None}
     assert run(bert, reviews, tmp_path / "one", *words[:-2]) == 0
     values = [[r["value"] for r in found] for found in (records, load(tmp_path / "one"))]
-    assert values[0] == values[1]
+    # Sums may be in another order there: the processes share the cores.
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
 def test_options_of_some_methods_alone(bert, reviews, tmp_path):
