@@ -120,11 +120,7 @@ def _build(shape, mode, dtype, device) -> dict[str, Variant]:
 
 
 def build_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """With random weights, frozen.
-
-    Raises:
-        ArgumentError: there is no transformers.
-    """
+    """With random weights, frozen. Raises ArgumentError without transformers."""
     try:
         import transformers
     except ImportError as error:

@@ -228,7 +228,7 @@ def test_steps_of_the_search_compute_the_same(shape):
     assert ours.layers.keys() == eager.layers.keys() and ours.logits.shape[0] == 3
     # Gradients agree to 1e-15; Adam of a logit rounds to float32.
     torch.testing.assert_close(ours.logits, eager.logits, rtol=1e-6, atol=0)
-    assert ours.logits.abs().min() > 1e-3
+    assert ours.logits.abs().mean() > 5e-3
     for a, mine, other in zip(start, ours.layers.values(), eager.layers.values(), strict=True):
         for name in ("lora_A", "lora_B"):
             found, expected = getattr(mine, name), getattr(other, name)
