@@ -107,12 +107,30 @@ def model_table(records: list[dict]) -> str:
     return markdown([*header, *(f"{name}, checkpointing" for name in header[-3:])], rows)
 
 
+def search_table(records: list[dict]) -> str:
+    """A line a case, the time and then the peak memory of each variant."""
+    names = [name for name in NAMES if any(r["variant"] == name for r in records)]
+    rows = []
+    for (_, size, case), found in cases(records).items():
+        of = {r["variant"]: r for r in found}
+        cells = [number(of["frozen"]["p50_ms"], ".2f")]
+        cells += [ratio(of.get(name), bold=name == "deltadiff") for name in names[1:]]
+        cells += [number(of.get(name, {}).get("peak_mib"), ".0f") for name in names]
+        rows.append([size, case, *cells])
+    header = ["shape", "case", "floor, ms", *(NAMES[name] for name in names[1:])]
+    return markdown([*header, *(f"MiB: {NAMES[name]}" for name in names)], rows)
+
+
 def speed_tables(records: list[dict]) -> str:
     return by_machine(records, speed_table)
 
 
 def model_tables(records: list[dict]) -> str:
     return by_machine(records, model_table)
+
+
+def search_tables(records: list[dict]) -> str:
+    return by_machine(records, search_table)
 
 
 def plot_links(records: list[dict]) -> str:
@@ -146,6 +164,7 @@ PARTS: dict[str, tuple[Callable[[list[dict]], str], Callable[[dict], bool]]] = {
     "layer": (speed_tables, is_speed("lora_linear")),
     "step": (speed_tables, is_speed(*STEP)),
     "model": (model_tables, is_speed("model")),
+    "search": (search_tables, is_speed("search")),
     "plots": (plot_links, is_speed("lora_linear", *STEP, "model")),
     "compare": (compare_tables, lambda r: r["op"] == "compare"),
 }

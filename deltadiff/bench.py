@@ -1,4 +1,4 @@
-"""`deltadiff bench`: time and memory of a layer, the optimizer step or a model, beside peers."""
+"""`deltadiff bench`: time and memory of a layer, a step, a model or a search, beside peers."""
 
 import argparse
 import dataclasses
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from . import bench_layer, bench_model, bench_step
+from . import bench_layer, bench_model, bench_search, bench_step
 from .bench_layer import COMPILED, RANK, has_peft, layer_cases, layer_cases_of
+from .bench_search import search_cases
 from .bench_step import step_cases
 from .errors import ArgumentError
 from .info import environment
@@ -37,7 +38,7 @@ a copy of as many bytes as the step has to move. "host ms" is what the host need
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `deltadiff bench layer|step|model`."""
+    """The options of `deltadiff bench layer|step|model|search`."""
     whats = parser.add_subparsers(title="what", dest="what", required=True, metavar="WHAT")
 
     def what(name: str, text: str, variants: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -79,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--targets", nargs="+", choices=bench_model.TARGETS, help="layers to adapt")
     model.add_argument("--checkpointing", choices=("off", "on", "both"), default="both")
 
+    text = "A step of DiffoRA's search on a model with random weights."
+    what("search", text, bench_search.VARIANTS)
+
 
 def _shape(text: str) -> tuple[int, int, int]:
     m, k, n = map(_count, text.split("x"))  # argparse words the ValueError
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     where = environment(device)
     versions = f"torch {where['torch']}, Triton {where['triton']}, {where['threads']} threads"
     print(f"{where['gpu']}, {versions}", flush=True)
-    if not has_peft() and args.what != "step":
+    if not has_peft() and args.what in ("layer", "model"):
         print("left out: PEFT, which is not installed")
     records = []
     for found in (_model if args.what == "model" else _cases)(args, device):
@@ -144,6 +148,8 @@ def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict
 def _chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:
     if args.what == "step":
         return step_cases(device, args.quick)
+    if args.what == "search":
+        return search_cases(device, args.quick)
     if args.shapes or args.ranks or args.dtype:
         gpu = device.type == "cuda"
         shapes = args.shapes or (bench_layer.SHAPES[:1] if gpu else [(1024, 768, 768)])

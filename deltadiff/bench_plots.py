@@ -13,6 +13,7 @@ NAMES = {
     "deltadiff": "deltadiff",
     "deltadiff-fp32": "deltadiff, fp32 adapters",
     "eager": "eager",
+    "eager-cast": "eager, cast by hand",
     "peft": "PEFT",
     "peft-bf16": "PEFT, bf16 adapters",
     "peft-compiled": "torch.compile(PEFT bf16)",

@@ -1,12 +1,20 @@
 """`deltadiff bench`: records, the variants' equal work, the command's files, and plots."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
 
-from deltadiff import bench_layer, bench_model, bench_plots, bench_step, delta_update_
+from deltadiff import (
+    bench_layer,
+    bench_model,
+    bench_plots,
+    bench_search,
+    bench_step,
+    delta_update_,
+)
 from deltadiff.__main__ import main
 from deltadiff.measure import Case, Variant, compare, format_table
 
@@ -187,7 +195,98 @@ def test_config_that_cannot_be_used(tmp_path, capsys):
         assert "deltadiff: --config: got" in capsys.readouterr().err
 
 
+# --------------------------------------------------------------------- search
+
+SEARCHED = [
+    dataclasses.replace(
+        shape, config={**shape.config, **TINY, "model_type": kind, "num_hidden_layers": 3},
+        batch=2, sequence=8,
+    )
+    for kind, shape in (("bert", bench_search.BERT), ("llama", bench_search.LLAMA_1B))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SEARCHED, ids=lambda shape: shape.name)
+def test_steps_of_the_search_compute_the_same(shape):
+    model = bench_search.build_model(shape, torch.float64, CPU)
+    batches = bench_search.random_batches(model, shape, CPU)
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    both = [
+        make(bench_search.sharing_weights(model), torch.float64)
+        for make in (bench_search.ours, bench_search.EagerSearch)
+    ]
+    with torch.no_grad():  # large pairs, for gates to matter
+        for layer in [layer for search in both for layer in search.layers.values()]:
+            layer.lora_A.mul_(20)
+            layer.lora_B.mul_(20)
+    start = [layer.lora_A.detach().clone() for layer in both[0].layers.values()]
+    for mode in ("gate", "inner", "search"):  # two steps on each
+        for search in both:
+            bench_search.search_step(search, mode, batches)()
+
+    ours, eager = both
+    assert ours.layers.keys() == eager.layers.keys() and ours.logits.shape[0] == 3
+    # Gradients agree to 1e-15; Adam of a logit rounds to float32.
+    torch.testing.assert_close(ours.logits, eager.logits, rtol=1e-6, atol=0)
+    assert ours.logits.abs().mean() > 5e-3
+    for a, mine, other in zip(start, ours.layers.values(), eager.layers.values(), strict=True):
+        for name in ("lora_A", "lora_B"):
+            found, expected = getattr(mine, name), getattr(other, name)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        assert (mine.lora_A - a).abs().mean() > 1e-4
+    losses = [bench_search.loss_of(search.model, batches[0]) for search in both]
+    torch.testing.assert_close(*losses, rtol=1e-8, atol=0)
+    assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
+
+
+def check_search_variants(device):
+    for shape in SEARCHED:
+        for mode in bench_search.MODES:
+            found = compare(bench_search.search_case(shape, mode, BF16), device, budget_s=0.01)
+            assert [r["variant"] for r in found] == list(bench_search.VARIANTS)
+            for r in found:
+                assert r["note"] is None and r["p50_ms"] > 0 and r["shape"]["M"] == 16
+                adapters = None if r["variant"] == "frozen" else "float32"
+                assert (r["op"], r["mode"], r["adapter_dtype"]) == ("search", mode, adapters)
+
+
+def test_every_variant_of_the_search_runs():
+    check_search_variants(CPU)
+
+
+@pytest.mark.gpu
+def test_every_variant_of_the_search_runs_on_a_gpu():
+    check_search_variants(torch.device("cuda", torch.cuda.current_device()))
+
+
+def test_the_floor_of_the_search_takes_as_many_batches(monkeypatch):
+    seen, loss_of = [], bench_search.loss_of
+    monkeypatch.setattr(bench_search, "loss_of", lambda *args: seen.append(1) or loss_of(*args))
+    for mode, batches in (("gate", 1), ("inner", 1), ("search", 2)):
+        variants = bench_search.search_case(SEARCHED[0], mode, F32).build(CPU)
+        assert set(variants) == set(bench_search.VARIANTS) - {"eager-cast"}
+        for variant in variants.values():
+            call = variant.make()
+            seen.clear()
+            call()
+            assert len(seen) == batches
+
+
 # ------------------------------------------------------------ command and plots
+
+
+def test_search_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_search, "LLAMA_SMALL", SEARCHED[1])
+    argv = ["bench", "search", "--device", "cpu", "--variants", "eager", "--output", str(tmp_path)]
+    assert main([*argv, "--quick"]) == 0
+    assert main(argv) == 0, capsys.readouterr().err
+    (path,) = tmp_path.iterdir()
+    records = json.loads(path.read_text())
+    assert all(r.keys() >= NEEDED | {"model", "adapter_dtype"} for r in records)
+    assert [(r["mode"], r["variant"]) for r in records] == [
+        (mode, variant) for mode in bench_search.MODES for variant in ("frozen", "eager")
+    ]
+    assert all((r["over_floor"] == 1) == (r["variant"] == "frozen") for r in records)
 
 
 def test_layer_command(tmp_path, capsys):
