@@ -9,6 +9,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from deltadiff import compare_report
@@ -121,18 +122,6 @@ def search_table(records: list[dict]) -> str:
     return markdown([*header, *(f"MiB: {NAMES[name]}" for name in names)], rows)
 
 
-def speed_tables(records: list[dict]) -> str:
-    return by_machine(records, speed_table)
-
-
-def model_tables(records: list[dict]) -> str:
-    return by_machine(records, model_table)
-
-
-def search_tables(records: list[dict]) -> str:
-    return by_machine(records, search_table)
-
-
 def plot_links(records: list[dict]) -> str:
     found = plots(records, RESULTS).items()
     links = [
@@ -161,10 +150,10 @@ def is_speed(*ops: str) -> Callable[[dict], bool]:
 STEP = ("delta_update", "adamw_step", "step")
 PARTS: dict[str, tuple[Callable[[list[dict]], str], Callable[[dict], bool]]] = {
     "verify": (verify_table, lambda r: "error" in r),
-    "layer": (speed_tables, is_speed("lora_linear")),
-    "step": (speed_tables, is_speed(*STEP)),
-    "model": (model_tables, is_speed("model")),
-    "search": (search_tables, is_speed("search")),
+    "layer": (partial(by_machine, table=speed_table), is_speed("lora_linear")),
+    "step": (partial(by_machine, table=speed_table), is_speed(*STEP)),
+    "model": (partial(by_machine, table=model_table), is_speed("model")),
+    "search": (partial(by_machine, table=search_table), is_speed("search")),
     "plots": (plot_links, is_speed("lora_linear", *STEP, "model")),
     "compare": (compare_tables, lambda r: r["op"] == "compare"),
 }

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,31 @@ from .checks import check_number
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError
 from .swap import Targets, choose_modules, is_peft
 
+T = TypeVar("T")
 VERSION = 1
+
+
+class _JsonFile:
+    """`save` and `load` for what has `to_json` and `from_json`."""
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write as JSON, atomically; all that it is made of is in the file."""
+        write_atomically(Path(path), json.dumps(self.to_json(), indent=1).encode())
+
+    @classmethod
+    def load(cls: type[T], path: str | os.PathLike) -> T:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: a file that is missing, garbled or foreign.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_bytes()))
+        except ArgumentError as error:
+            given = f"{error.argument}: {error.given}"
+            raise CheckpointError(str(path), given, error.accepted) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(str(path), error, "a JSON file that `save` wrote") from None
 
 
 @dataclass(frozen=True)
@@ -110,7 +135,7 @@ def _split(name: str, lists: set[str]) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class GateMatrix:
+class GateMatrix(_JsonFile):
     """The relaxed matrix of gates (DiffoRA eq. 11), a row for each layer.
 
     Attributes:
@@ -160,19 +185,6 @@ class GateMatrix:
 
         return _select(self.candidates, ratio, largest, self)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write as JSON, atomically."""
-        _write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "GateMatrix":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: a file that is missing, garbled or foreign.
-        """
-        return _load_json(path, cls.from_json)
-
     def to_json(self) -> dict:
         table = _nest(self.candidates, lambda _, i, j: self.values[i][j])
         return {"format": "deltadiff-gates", "version": VERSION, "layers": table}
@@ -189,7 +201,7 @@ class GateMatrix:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(_JsonFile):
     """Which candidates get a low-rank pair of their own in stage 2.
 
     Attributes:
@@ -213,19 +225,6 @@ class Selection:
     def others(self) -> tuple[str, ...]:
         """The candidates that were not selected."""
         return tuple(name for name in self.candidates.places if name not in self.selected)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write as JSON, atomically; its gates are in it."""
-        _write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Selection":
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: a file that is missing, garbled or foreign.
-        """
-        return _load_json(path, cls.from_json)
 
     def to_json(self) -> dict:
         table = _nest(self.candidates, lambda name, i, j: name in self.selected)
@@ -308,17 +307,3 @@ def _parse(data: object, form: str, kinds: tuple[type, ...]) -> tuple[Candidates
                 accepted = " or ".join(k.__name__ for k in kinds)
                 raise ArgumentError(f"{layer}.{kind}", f"{value!r:.60}", accepted)
     return Candidates(tuple(table), tuple(tuple(row) for row in table.values())), [*table.values()]
-
-
-def _write_json(path: str | os.PathLike, data: dict) -> None:
-    write_atomically(Path(path), json.dumps(data, indent=1).encode())
-
-
-def _load_json(path: str | os.PathLike, parse: Callable):
-    try:
-        return parse(json.loads(Path(path).read_bytes()))
-    except ArgumentError as error:
-        given = f"{error.argument}: {error.given}"
-        raise CheckpointError(str(path), given, error.accepted) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(str(path), error, "a JSON file that `save` wrote") from None

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor
 
 from .atomic_write import write_atomically
-from .checks import check_number
+from .checks import check_int, check_number
 from .data import batch_indices
 from .diffora_gates import GateMatrix
 from .diffora_search import Search
-from .errors import ArgumentError, ArgumentTypeError, CheckpointError
-from .training import Interrupted, NonFiniteLossError, catch_interrupt
+from .errors import ArgumentError
+from .training import (
+    Interrupted,
+    NonFiniteLossError,
+    catch_interrupt,
+    reading,
+    rng_states,
+    set_rng_states,
+)
 
 FORMAT, VERSION = "deltadiff-search", 1
 FILE = "search.pt"
@@ -59,7 +66,7 @@ def split(n: int, share: float = 1.0, valid_share: float = 0.5, seed: int = 0) -
     Raises:
         ArgumentTypeError, ArgumentError: another share, or one that leaves a part empty.
     """
-    _check_count("n", n)
+    check_int("n", n, 1)
     if not 0 < check_number("share", share) <= 1:
         raise ArgumentError("share", share, "a share in (0, 1]")
     if not 0 < check_number("valid_share", valid_share) < 1:
@@ -119,7 +126,7 @@ def search(
         ("batch_size", batch_size),
         ("save_every", save_every),
     ):
-        _check_count(name, value)
+        check_int(name, value, 1)
     most = min(len(data.train), len(data.valid))
     if batch_size > most:
         raise ArgumentError("batch_size", batch_size, f"1 to {most}, the smaller part of the data")
@@ -183,13 +190,6 @@ def _show(bar, state: Search) -> None:
     bar.update()
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ArgumentTypeError(name, repr(value), "an int of at least 1")
-    if value < 1:
-        raise ArgumentError(name, value, "an int of at least 1")
-
-
 # ------------------------------------------------------------------------ checkpoints
 
 
@@ -200,8 +200,7 @@ def _save(path: Path, state: Search, settings: dict) -> None:
         "version": VERSION,
         "settings": settings,
         "search": state.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        **rng_states(),
     }
     torch.save(contents, blob)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +211,7 @@ def _load(path: Path | None, state: Search, settings: dict) -> None:
     """Nothing in the file is unpickled but tensors and plain data."""
     if path is None:
         raise ArgumentError("folder", None, "the folder of the search to resume")
-    try:
+    with reading(path, "a search that was saved"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if (saved["format"], saved["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {saved['format']!r}, version {saved['version']}")
@@ -221,11 +220,4 @@ def _load(path: Path | None, state: Search, settings: dict) -> None:
                 given = f"{value!r:.60}"
                 raise ArgumentError(name, given, f"{saved['settings'][name]!r:.60}, as before")
         state.load_state_dict(saved["search"])
-        torch.set_rng_state(saved["rng"])
-    except ArgumentError:
-        raise
-    except Exception as error:  # torch.load alone raises half a dozen kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(str(path), reason, "a search that was saved") from error
-    if saved["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        set_rng_states(saved)

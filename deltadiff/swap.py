@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .checks import DTYPES, check_dropout, check_number
+from .checks import DTYPES, check_dropout, check_int, check_number
 from .errors import ArgumentError, ArgumentTypeError, SwapError
 from .lora import LoraLinear, is_conv1d, linear_shape, lora_layers
 from .paths import choose_path
@@ -124,10 +124,7 @@ def swap_(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
-    if not isinstance(r, int) or isinstance(r, bool):
-        raise ArgumentTypeError("r", repr(r), "an int of at least 1")
-    if r < 1:
-        raise ArgumentError("r", r, "an int of at least 1")
+    check_int("r", r, 1)
     if check_number("lora_alpha", lora_alpha, 0) == 0:
         raise ArgumentError("lora_alpha", lora_alpha, "a number above 0")
     check_dropout("lora_dropout", lora_dropout)

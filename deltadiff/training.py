@@ -310,8 +310,7 @@ def save_checkpoint(
         state = {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            **rng_states(),
         }
         torch.save(state, temporary / "state.pt")
         (temporary / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
@@ -354,18 +353,38 @@ def load_checkpoint(
     Raises:
         CheckpointError: a part is missing or garbled.
     """
-    try:
+    with reading(folder, "a checkpoint of this run"):
         progress = Progress(**json.loads((folder / "progress.json").read_text()))
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         load_weights(folder / "adapter")
         optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    set_rng_states(state)
+    return progress
+
+
+@contextlib.contextmanager
+def reading(path: Path, accepted: str) -> Iterator[None]:
+    """Whatever goes wrong in here is a CheckpointError about ``path``, but for bad arguments."""
+    try:
+        yield
     except ArgumentError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(str(folder), reason, "a checkpoint of this run") from error
-    scaler.load_state_dict(state["scaler"])
+        raise CheckpointError(str(path), reason, accepted) from error
+
+
+def rng_states() -> dict[str, object]:
+    """The random generators of the CPU and of all GPUs, as entries of a checkpoint."""
+    return {
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_states(state: dict) -> None:
+    """Put the generators where `rng_states` found them."""
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return progress

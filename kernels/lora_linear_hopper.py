@@ -34,7 +34,7 @@ from . import tuned
 from .hopper_load import FLAGS, load
 from .hopper_multiply import multiply
 from .launch import launch
-from .send import is_capturing
+from .send import current_stream, is_capturing
 from .tables import on_device
 
 MAX_RANK = 256
@@ -173,10 +173,10 @@ def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
     """(y, kept) for x (M, K): y in x.dtype; kept is what the gradients need beside x."""
     m, r = x.shape[0], lora_A.shape[0]
     kept = x.new_empty(kept_shape(m, r, gate is not None), dtype=torch.float32)
-    u, s = _kept_views(kept, r, x.dtype)
     if not takes(m):
         s = _portable_view(kept, r)
         return portable.lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, s)[0], kept
+    u, s = _kept_views(kept, r, x.dtype)
     with on_device(x.device):
         x, weight = _for_tma(x), _for_tma(weight)
         y = x.new_empty((m, weight.shape[0]))
@@ -401,7 +401,7 @@ def _sync(device: torch.device, numel: int) -> torch.Tensor:
             return zeros(numel)
         taken, _reserves[device] = reserve[:numel], reserve[numel:]
         return taken
-    place = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    place = device, current_stream(device)
     _set_aside(device)
     if place not in _syncs or _syncs[place].numel() < numel:
         _syncs[place] = zeros(max(numel, 1024))

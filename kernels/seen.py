@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .send import is_capturing
+from .send import current_stream, is_capturing
 
 T = TypeVar("T")
 
@@ -28,8 +28,7 @@ def fingerprint(tensors: Iterable[Tensor | None]) -> tuple | None:
     device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
     if is_capturing(device):
         return None
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return stream, *made(tensors)
+    return current_stream(device), *made(tensors)
 
 
 class Seen:

@@ -8,6 +8,11 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def current_stream(device: torch.device) -> int:
+    """The handle of the stream that launches go to; 0 without a GPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class _LastingMemory:
     """Pinned memory that no one else is ever given.
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .send import is_capturing, send
+from .send import current_stream, is_capturing, send
 
 # Shared memory that one block can have, in KiB. A capability that is not here gets the smallest,
 # which every GPU since sm_80 has.
@@ -45,8 +45,7 @@ def device_numbers(numbers: tuple, dtype: torch.dtype, device: torch.device) -> 
     if is_capturing(device):
         return new_numbers(numbers, dtype, device)
     # A copy in flight is ordered with its own stream alone, so the stream belongs to the key.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _cached_numbers(numbers, dtype, device, stream)
+    return _cached_numbers(numbers, dtype, device, current_stream(device))
 
 
 @functools.lru_cache(maxsize=32)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from test_lora_linear import doubles, outputs
 
 from deltadiff import lora_linear, paths, reference
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
@@ -25,22 +26,6 @@ def inputs(make, m, k, n, r, dtype, device, adapter=None, gate=None, bias=True):
         make(n, dtype=dtype, device=device) if bias else None,
         make(m, n, dtype=dtype, device=device),
     ]
-
-
-def outputs(function, x, weight, a, b, gate, bias, dy, scaling=0.7, **options):
-    """y and the gradients of all that has one, as a dict."""
-    leaves = {"x": x, "lora_A": a, "lora_B": b, "gate": gate, "bias": bias}
-    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items() if t is not None}
-    y = function(
-        leaves["x"], weight, leaves["lora_A"], leaves["lora_B"], scaling=scaling,
-        gate=leaves.get("gate"), bias=leaves.get("bias"), **options,
-    )  # fmt: skip
-    grads = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def doubles(tensors):
-    return [None if t is None else t.double() for t in tensors]
 
 
 def mask_of(path, dtype, m, k, seed, p=P, n=24, r=3):
