@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deltadiff import compare_report
 from deltadiff.bench_plots import NAMES, plots, stale_plots, write_plots
-from deltadiff.compare_report import grouped
+from deltadiff.compare_report import grouped, markdown_table
 from deltadiff.measure import case_text, shape_text, slug
 
 README = Path(__file__).parent.parent / "README.md"
@@ -23,11 +23,6 @@ RESULTS = Path(__file__).parent / "results"
 
 def load() -> list[dict]:
     return [r for path in sorted(RESULTS.glob("*.json")) for r in json.loads(path.read_text())]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def verify_table(records: list[dict]) -> str:
@@ -42,7 +37,7 @@ def verify_table(records: list[dict]) -> str:
         worst = f"{max(shares):.2f}" if shares else ""
         rows.append([gpu, op, dtype, path, passed, median, worst])
     header = ["machine", "operation", "dtype", "path", "passed", "error / eager's (median)"]
-    return markdown([*header, "error / limit (largest)"], rows)
+    return markdown_table([*header, "error / limit (largest)"], *rows)
 
 
 def by_machine(records: list[dict], table: Callable[[list[dict]], str]) -> str:
@@ -76,7 +71,7 @@ def speed_table(records: list[dict]) -> str:
         cells += [number(ours.get("host_ms"), ".3f"), number(ours.get("peak_mib"), ".1f")]
         rows.append([op, size, case, f"{floor['variant']} {floor['p50_ms']:.3f}", *cells])
     header = ["operation", "shape", "case", "floor, ms", *(NAMES[name] for name in names)]
-    return markdown([*header, "host ms", "MiB"], rows)
+    return markdown_table([*header, "host ms", "MiB"], *rows)
 
 
 def ratio(r: dict | None, bold: bool) -> str:
@@ -105,7 +100,7 @@ def model_table(records: list[dict]) -> str:
             cells += [number(r.get("over_floor"), ".3f"), number(peak, ".1f")]
         rows.append(cells)
     header = ["model", "layers", "by", "method", "rounding", "ms a step", "x frozen", "peak GiB"]
-    return markdown([*header, *(f"{name}, checkpointing" for name in header[-3:])], rows)
+    return markdown_table([*header, *(f"{name}, checkpointing" for name in header[-3:])], *rows)
 
 
 def search_table(records: list[dict]) -> str:
@@ -119,7 +114,7 @@ def search_table(records: list[dict]) -> str:
         cells += [number(of.get(name, {}).get("peak_mib"), ".0f") for name in names]
         rows.append([size, case, *cells])
     header = ["shape", "case", "floor, ms", *(NAMES[name] for name in names[1:])]
-    return markdown([*header, *(f"MiB: {NAMES[name]}" for name in names)], rows)
+    return markdown_table([*header, *(f"MiB: {NAMES[name]}" for name in names)], *rows)
 
 
 def plot_links(records: list[dict]) -> str:

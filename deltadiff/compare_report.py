@@ -94,9 +94,12 @@ def text(records: Sequence[dict]) -> str:
 
 
 def markdown(records: Sequence[dict]) -> str:
-    header, *rows = table(records)
-    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines + [f"\n{note}" for note in notes(records)])
+    return "\n".join([markdown_table(*table(records)), *(f"\n{note}" for note in notes(records))])
+
+
+def markdown_table(header: Sequence[str], *rows: Sequence[str]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def caption(records: Sequence[dict]) -> str:
