@@ -110,7 +110,8 @@ def caption(records: Sequence[dict]) -> str:
     for field, name in names.items():
         if len({r[field] for r in records}) == 1:
             words.append(f"{name} {r[field]:g}")
-    return ", ".join([*words, r["gpu"], f"torch {r['torch']}"])
+    versions = [f"{name} {r[name]}" for name in ("torch", "transformers") if r.get(name)]
+    return ", ".join([*words, r["gpu"], *versions])
 
 
 # ------------------------------------------------------------------------------ files

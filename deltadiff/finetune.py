@@ -166,7 +166,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
 
     def evaluate() -> dict[str, float]:
         with prepared.evaluating():
-            rows = predict(forward, task.heldout, settings.batch_size)
+            rows = predict(forward, task.heldout, settings.measured_at_once)
         return score(rows, task.heldout)[0]
 
     checkpoints = find_checkpoints(output) if resume else []
@@ -216,14 +216,15 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
 def _measure(forward: Forward, task: Task, settings: Settings) -> dict:
     """The entries of result.json about the trained model; writes what it said on held-out text."""
     output = Path(settings.output)
-    rows = predict(forward, task.heldout, settings.batch_size)
+    rows = predict(forward, task.heldout, settings.measured_at_once)
     report.write_predictions(output / "predictions.csv", rows, task)
     after, left_out = score(rows, task.heldout)
     if settings.generate:
         names = ("num_beams", "length_penalty", "no_repeat_ngram_size", "max_new_tokens")
         completions = complete(
             forward, task.model.tokenizer, task.heldout_examples, most=settings.generate,
-            batch_size=settings.batch_size, **{name: getattr(settings, name) for name in names},
+            batch_size=settings.measured_at_once,
+            **{name: getattr(settings, name) for name in names},
         )  # fmt: skip
         report.write_completions(output / "completions.csv", completions)
         written = score_text([c.text for c in completions], [c.references for c in completions])

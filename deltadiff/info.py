@@ -29,7 +29,7 @@ def environment(device: torch.device) -> dict:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "driver": versions["NVIDIA driver"] if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
-        **{name: versions[name] for name in ("torch", "triton", "python")},
+        **{name: versions[name] for name in ("torch", "triton", "transformers", "python")},
         "commit": commit(),
     }
 

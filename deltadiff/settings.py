@@ -93,6 +93,9 @@ class Settings:
     steps: int = _training(100, "optimizer steps")
     epochs: float | None = _training(None, "the same in passes over the text", kind=float)
     batch_size: int = _training(32, "examples a step")
+    eval_batch_size: int | None = _training(
+        None, "examples at a time when measuring and generating (default: as in a step)", kind=int
+    )
     evaluate_every: int = _training(0, "steps between looks at the held-out text; 0: at the end")
     generate: int = _scores(0, "held-out prompts to complete and to score; -1: all of them")
     num_beams: int = _scores(1, "beams of the search")
@@ -106,14 +109,16 @@ class Settings:
 
     def check(self) -> None:
         least = {
-            "steps": 1, "batch_size": 1, "save_every": 1, "max_length": 2, "generate": -1,
+            "steps": 1, "batch_size": 1, "eval_batch_size": 1, "save_every": 1, "max_length": 2,
+            "generate": -1,
             "num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "warmup_steps": 0,
             "deltaT": 1, "search_rounds": 1, "inner_steps": 1, "share_r": 0, "start_step": 0,
             "evaluate_every": 0,
         }  # fmt: skip
         for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ArgumentError(name, getattr(self, name), f"an int of at least {lowest}")
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ArgumentError(name, value, f"an int of at least {lowest}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ArgumentError("lr", self.lr, "a finite number above 0")
         for name in ("weight_decay", "update_ratio"):
@@ -143,6 +148,11 @@ class Settings:
     @property
     def columns(self) -> Columns:
         return Columns(self.text_column, self.label_column, self.prompt_column, self.group_column)
+
+    @property
+    def measured_at_once(self) -> int:
+        """Examples of a batch outside of training."""
+        return self.eval_batch_size or self.batch_size
 
     @property
     def warmup(self) -> int:

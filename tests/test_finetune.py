@@ -126,6 +126,19 @@ def test_the_adapter_gives_the_same_predictions_on_a_new_model(method, bert, rev
     assert metrics.score(rows, task.heldout)[0] == pytest.approx(result["after"], rel=1e-3)
 
 
+def test_batches_outside_of_training_have_their_own_size(bert, reviews, tmp_path, monkeypatch):
+    sizes, batch = [], training.Encoded.batch
+
+    def noted(data, indices, device):
+        sizes.append(len(indices))
+        return batch(data, indices, device)
+
+    monkeypatch.setattr(training.Encoded, "batch", noted)
+    words = ["--steps", "2", "--batch-size", "6", "--eval-batch-size", "20"]
+    train(bert, reviews, tmp_path / "out", *words)
+    assert sizes == [20, 20, 6, 6, 20, 20]  # 40 held out, before and after
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits(dtype, bert, reviews, tmp_path):
     result = train(bert, reviews, tmp_path / "out", "--dtype", dtype)
@@ -277,6 +290,7 @@ def test_a_loss_that_is_not_finite(bert, reviews, tmp_path, capsys):
         (["{bert}", "{data}", "--update-ratio", "-2", "--label-column", "label"], "update_ratio"),
         (["{bert}", "{data}", "--steps", "0"], "steps: got 0"),
         (["{bert}", "{data}", "--batch-size", "0"], "batch_size: got 0"),
+        (["{bert}", "{data}", "--eval-batch-size", "0"], "eval_batch_size: got 0"),
         (["{bert}", "{data}", "--heldout", "1.5"], "heldout: got 1.5"),
         (["{bert}", "{data}", "--heldout", "no.csv"], "no.csv"),
         (["{bert}", "{data}", "--device", "cuda:99"], "device: got 'cuda:99'"),
@@ -387,20 +401,21 @@ def pairs(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("beams", ["1", "3"])
-def test_completions_are_scored(beams, llama, pairs, tmp_path):
+def test_completions_are_scored(beams, llama, pairs, tmp_path, monkeypatch):
     pytest.importorskip("rouge_score")
+    sizes, mixin = [], pytest.importorskip("transformers").GenerationMixin
+    search = mixin.generate
+
+    def noted(model, input_ids, **options):
+        sizes.append(len(input_ids))
+        return search(model, input_ids, **options)
+
+    monkeypatch.setattr(mixin, "generate", noted)
     words = ["--prompt-column", "prompt", "--heldout", pairs, "--generate", "4"]
-    words += [
-        "--num-beams",
-        beams,
-        "--max-new-tokens",
-        "6",
-        "--method",
-        "lora",
-        "--batch-size",
-        "5",
-    ]
+    words += ["--num-beams", beams, "--max-new-tokens", "6", "--method", "lora"]
+    words += ["--batch-size", "5", "--eval-batch-size", "3"]
     result = train(llama, pairs, tmp_path / "out", *words, labels=False)
+    assert sizes == [3, 1]
     with (tmp_path / "out" / "completions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["prompt"] for row in rows] == ["great", "fine", "clever", "warm"]  # as in the text
