@@ -158,6 +158,8 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
                 raise
             except (NonFiniteLossError, torch.OutOfMemoryError) as error:
                 note = f"failed: {str(error).splitlines()[0]}"
+                # What other runs take of the memory may be free next time.
+                final = alone or isinstance(error, NonFiniteLossError)
             except Exception as error:  # one method must not end the others; the log has it all
                 cannot = isinstance(error, ArgumentError) and error.argument == "method"
                 reason = error.given if cannot else f"{type(error).__name__}: {error}"

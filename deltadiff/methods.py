@@ -290,6 +290,8 @@ def _adapter_hub(config: str) -> Callable[[Task, "Settings"], Prepared]:
         module.add_adapter("task", config=config)
         module.train_adapter("task")
         module.to(task.device)
+        if module.can_generate():  # adapters 1.3 drops Llama's key-value cache without a word
+            module.generation_config.use_cache = False
         trained = [n for n, p in module.named_parameters() if p.requires_grad]
         return _whole(task, settings, trained)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from deltadiff import compare, compare_report
 from deltadiff.__main__ import main
@@ -197,6 +198,23 @@ def test_an_error_of_one_method_does_not_end_the_others(bert, reviews, tmp_path,
     assert notes == {"lora": "failed: RuntimeError: a kernel did not compile", "bitfit": None}
     assert "Traceback" in (tmp_path / "out" / "runs" / "lora-seed0.log").read_text()
     assert run(bert, reviews, tmp_path / "out", *words) == 0  # it is tried again
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_memory_that_others_took_may_be_free_later(alone, bert, reviews, tmp_path, monkeypatch):
+    ran = []
+
+    def finetune(settings, **more):
+        ran.append(settings)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compare, "finetune", finetune)
+    given = {"model": bert, "data": reviews, "device": "cpu"}
+    (case,) = compare.cases(given, tmp_path, ["lora"], seeds=1)
+    for _ in range(2):
+        (record,) = compare.run_case(case, "reviews", alone)
+        assert record["note"] == "failed: CUDA out of memory"
+    assert len(ran) == (1 if alone else 2)
 
 
 def test_epochs_become_steps_in_the_records(bert, reviews, tmp_path):

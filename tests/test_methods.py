@@ -355,6 +355,25 @@ def test_adapters_say_why_not(method, bert, reviews, monkeypatch):
     assert "/" not in caught.value.given  # no path of this machine
 
 
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_adapters_train_and_generate(method, bert, llama, reviews):
+    pytest.importorskip("adapters", exc_type=ImportError)
+    _, prepared = prepare(method, bert, reviews)
+    names = trained_names(prepared.module)
+    assert names == {n for n in names if ".adapters." in n or n.startswith("classifier.")}
+    places = {n.partition(".adapters.")[0] for n in names if ".adapters." in n}
+    assert len(places) == 2 * (2 if method == "houlsby" else 1)  # of 2 blocks
+
+    task, prepared = prepare(method, llama, reviews, label_column=None)
+    module = prepared.module.eval()
+    given = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3).long()}
+    found = module.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)[0]
+    for n in range(3, len(found)):  # as a pass over the whole text says
+        logits = module(input_ids=found[None, :n]).logits
+        assert found[n] == logits[0, -1].argmax()
+    assert len(found) == 8
+
+
 def test_an_option_that_the_name_contradicts(bert, reviews):
     with pytest.raises(ArgumentError, match="rounding: got 'stochastic'"):
         settings_for("delta-lora-nearest", bert, reviews, rounding="stochastic").check()
