@@ -16,7 +16,7 @@ UNITS = {
     "accuracy": "accuracy", "loss": "loss", "matthews": "Matthews", "f1": "F1", "mse": "MSE",
     "pearson": "Pearson", "spearman": "Spearman", "nll_per_token": "NLL a token",
     "perplexity": "perplexity", "bleu": "BLEU", "nist": "NIST", "meteor": "METEOR",
-    "rouge_l": "ROUGE-L", "cider": "CIDEr",
+    "rouge_l": "ROUGE-L", "cider": "CIDEr", "squad_em": "exact match", "squad_f1": "SQuAD F1",
 }  # fmt: skip
 
 

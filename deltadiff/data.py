@@ -18,8 +18,9 @@ from torch import Tensor
 from .errors import ArgumentError
 from .models import Model, package_folder
 
-FORMATS = ("csv", "tsv", "jsonl", "txt", "label-text")  # the last: label, a space, text, a line
-ENDINGS = ".csv, .tsv, .jsonl or .txt (also .gz or .bz2 of it), or --format"
+# "label-text": label, a space and text on each line; "squad": the JSON that SQuAD comes as
+FORMATS = ("csv", "tsv", "jsonl", "txt", "label-text", "squad")
+ENDINGS = ".csv, .tsv, .jsonl, .txt or SQuAD's .json (also .gz or .bz2 of it), or --format"
 IGNORED = -100  # the label of a token that has no loss, as in torch's cross_entropy
 MOST_LABELS = 1000
 
@@ -31,15 +32,17 @@ MOST_LABELS = 1000
 class Example:
     """One text; ``label`` is None where the text itself is to be learnt.
 
-    ``prompt`` stands before the text: what a language model completes (it has no loss), or the
-    first of two sentences to classify. Examples of one ``group`` are never split between training
-    and held-out.
+    ``prompt`` stands before the text: what a language model completes (it has no loss), the first
+    of two sentences to classify, or a question. ``answers`` are the parts of the text that answer
+    it, each with its first character; empty where none does, None where nothing is asked. Examples
+    of one ``group`` are never split between training and held-out.
     """
 
     text: str
     label: str | None = None
     prompt: str = ""
     group: str | None = None
+    answers: tuple[tuple[str, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def read_examples(
     if format is None:
         suffixes = [s for s in path.suffixes if s not in (".gz", ".bz2")]
         format = suffixes[-1].removeprefix(".") if suffixes else ""
+        format = "squad" if format == "json" else format
         if format not in FORMATS:
             raise ArgumentError("data", f"{data}, a file ending in {format!r}", ENDINGS)
     elif format not in FORMATS:
@@ -95,6 +99,8 @@ def read_examples(
                 examples = [Example(line.strip()) for line in file if line.strip()]
             elif format == "label-text":
                 examples = list(_labelled_lines(file, columns))
+            elif format == "squad":
+                examples = list(_squad_questions(file))
             else:
                 rows = _json_rows(file) if format == "jsonl" else _table_rows(file, format, columns)
                 examples = list(_from_rows(rows, columns))
@@ -141,6 +147,24 @@ def _labelled_lines(file, columns: Columns) -> Iterator[Example]:
             raise ArgumentError("data", f"line {number}: {label:.60}", accepted)
         if label:
             yield Example(text.strip(), None if columns.label in (None, "none") else label)
+
+
+def _squad_questions(file) -> Iterator[Example]:
+    """Questions and the paragraphs that they are about; a paragraph is a group."""
+    try:
+        for article in json.load(file)["data"]:
+            for paragraph in article["paragraphs"]:
+                text = paragraph["context"]
+                for asked in paragraph["qas"]:
+                    answers = tuple((a["text"], a["answer_start"]) for a in asked["answers"])
+                    for answer, at in answers:
+                        if not answer or text[at : at + len(answer)] != answer:
+                            given = f"{answer!r:.60}, which is not at {at} of {text!r:.60}"
+                            raise ArgumentError("data", given, "answers that stand in their text")
+                    yield Example(text, prompt=asked["question"], group=text, answers=answers)
+    except (KeyError, TypeError) as error:
+        given = f"JSON in which {error!r:.60} was met"
+        raise ArgumentError("data", given, "the structure of SQuAD's files") from error
 
 
 def _table_rows(file, format: str, columns: Columns) -> Iterator[tuple[int, dict]]:
@@ -239,6 +263,20 @@ class Encoded:
         return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
 
 
+def find_kind(examples: Sequence[Example], regression: bool) -> tuple[str, tuple[str, ...]]:
+    """What an answer is, one of `models.KINDS`, and the classes.
+
+    Raises:
+        ArgumentError: see `find_labels`.
+    """
+    if any(e.answers is not None for e in examples):
+        return "span", ()
+    if regression:
+        return "number", ()
+    labels = find_labels(examples)
+    return ("class" if labels else "text"), labels
+
+
 def find_labels(examples: Sequence[Example]) -> tuple[str, ...]:
     """The classes in the order of their names; empty where the examples have none.
 
@@ -253,15 +291,16 @@ def find_labels(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def encode(examples: Sequence[Example], model: Model, max_length: int) -> Encoded:
-    """Token ids and labels, each text cut to ``max_length`` tokens.
+    """Token ids and labels, each text cut to ``max_length`` tokens; for spans see `spans.encode`.
 
     Raises:
         ArgumentError: a label that the model has not, or that is no number; texts of which no token
             is left to learn.
     """
     tokenizer = model.tokenizer
-    if model.labels or model.regression:
-        labels = _numbers(examples) if model.regression else _classes(examples, model.labels)
+    if model.kind != "text":
+        numbers = model.kind == "number"
+        labels = _numbers(examples) if numbers else _classes(examples, model.labels)
         texts = [[e.text for e in examples]]
         if any(e.prompt for e in examples):  # pairs of sentences
             texts.insert(0, [e.prompt for e in examples])

@@ -1,7 +1,8 @@
 """`deltadiff finetune`: fine-tune a real model on real text, measured before and after.
 
-Text with labels trains a classifier or a regression (an encoder or a decoder with a new linear
-head); text without labels trains a causal language model. The output folder holds result.json,
+Text with labels trains a classifier or a regression, questions with answers in a text their
+extraction (an encoder or a decoder with a new linear head); other text trains a causal language
+model. The output folder holds result.json,
 settings.json, predictions.csv (and completions.csv), what was trained, figures of the loss, the
 metrics and the similarity of weights, and while a run lasts its latest checkpoint.
 """
@@ -18,8 +19,8 @@ from pathlib import Path
 import torch
 
 from . import finetune_report as report
-from . import presets, search_stage
-from .data import encode, find_labels, read_examples, split_examples
+from . import presets, search_stage, spans
+from .data import encode, find_kind, read_examples, split_examples
 from .errors import ArgumentError
 from .generate import complete
 from .methods import METHODS
@@ -120,16 +121,19 @@ def load_task(settings: Settings) -> Task:
     else:
         examples, heldout = split_examples(examples, share, settings.seed)
     dtype = DTYPES[settings.dtype]
-    labels = () if settings.regression else find_labels(examples)
-    if labels and settings.generate:
-        raise ArgumentError("generate", settings.generate, "0 for text with labels")
-    model = load_model(
-        settings.model, labels, regression=settings.regression, dtype=dtype, seed=settings.seed
-    )
+    kind, labels = find_kind(examples, settings.regression)
+    if kind != "text" and settings.generate:
+        raise ArgumentError("generate", settings.generate, "0 for text with labels or answers")
+    model = load_model(settings.model, kind, labels, dtype=dtype, seed=settings.seed)
     for head in model.head:
         model.module.get_submodule(head).float()  # trained whole, so 16 bits are too few
     model.module.to(device)
-    parts = [encode(part, model, settings.max_length) for part in (examples, heldout)]
+    parts = [
+        spans.encode(part, model, settings.max_length, settings.doc_stride)
+        if kind == "span"
+        else encode(part, model, settings.max_length)
+        for part in (examples, heldout)
+    ]
     return Task(model, *parts, heldout, device, dtype)
 
 
@@ -231,9 +235,8 @@ def _measure(forward: Forward, task: Task, settings: Settings) -> dict:
         after, left_out = after | written[0], left_out | written[1]
     module = task.model.module  # the same one, under its own names
     original = load_model(
-        settings.model, task.model.labels, regression=settings.regression, dtype=task.dtype,
-        seed=settings.seed,
-    ).module  # fmt: skip
+        settings.model, task.model.kind, task.model.labels, dtype=task.dtype, seed=settings.seed
+    ).module
     return {
         "after": after,
         "metrics_left_out": left_out,

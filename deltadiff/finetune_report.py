@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import info
+from . import info, spans
 from .generate import Completion
 from .lora import lora_layers
 from .swap import swap_report
@@ -120,13 +120,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_predictions(path: Path, rows: Tensor, task: Task) -> None:
     """A line a held-out example: the answer and logits, or (negative log-likelihood, tokens)."""
-    labels, regression = task.model.labels, task.model.regression
-    columns = ["label", "predicted", *(f"logit {name}" for name in labels)]
+    kind, labels = task.model.kind, task.model.labels
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["text", *(columns if labels or regression else ["nll", "tokens"])])
+        if kind == "span":
+            writer.writerow(["question", "predicted", "answers"])
+            answers = spans.answers(rows, task.heldout)
+            for example, answer in zip(task.heldout_examples, answers, strict=True):
+                right = "\n".join(text for text, _ in example.answers)
+                writer.writerow([example.prompt, answer, right])
+            return
+        columns = ["label", "predicted", *(f"logit {name}" for name in labels)]
+        writer.writerow(["text", *(["nll", "tokens"] if kind == "text" else columns)])
         for example, row in zip(task.heldout_examples, rows.tolist(), strict=True):
-            names = [example.label] if labels or regression else []
+            names = [] if kind == "text" else [example.label]
             names += [labels[row.index(max(row))]] if labels else []
             writer.writerow([example.text, *names, *row])
 

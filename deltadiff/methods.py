@@ -248,6 +248,11 @@ def _bitfit(task: Task, settings: "Settings") -> Prepared:
 # ------------------------------------------------------------------ through libraries
 
 
+PEFT_TASKS = {
+    "text": "CAUSAL_LM", "class": "SEQ_CLS", "number": "SEQ_CLS", "span": "QUESTION_ANS",
+}  # fmt: skip
+
+
 def _peft_lora(task: Task, settings: "Settings") -> Prepared:
     """PEFT's eager layers and torch's AdamW."""
     try:
@@ -261,7 +266,7 @@ def _peft_lora(task: Task, settings: "Settings") -> Prepared:
         use_rslora=settings.use_rslora,
         target_modules=find_targets(settings, model.module),
         modules_to_save=list(model.head) or None,
-        task_type="SEQ_CLS" if model.head else "CAUSAL_LM",
+        task_type=PEFT_TASKS[model.kind],
     )  # fmt: skip
     try:
         module = peft.get_peft_model(model.module, config)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from .data import Encoded
+from .spans import Windows, answers
 
 Scores = tuple[dict[str, float], dict[str, str]]  # metrics, and why others were left out
 
@@ -23,9 +24,16 @@ def score(rows: Tensor, data: Encoded) -> Scores:
     """Of what `training.predict` gave.
 
     Classes: accuracy, loss, Matthews' correlation, F1 (of the second of two classes, else the mean
-    of all). Numbers: mean squared error, Pearson's and Spearman's correlation. Text: negative
-    log-likelihood of a token, perplexity.
+    of all). Numbers: mean squared error, Pearson's and Spearman's correlation. Spans: loss, and
+    SQuAD's exact match and F1, percentages. Text: negative log-likelihood of a token, perplexity.
     """
+    if isinstance(data, Windows):
+        found, left_out = {"loss": rows[:, 0].mean().item()}, {}
+        try:
+            found |= _squad(answers(rows, data), [e.answers for e in data.examples])
+        except ImportError as error:
+            left_out = dict.fromkeys(("squad_em", "squad_f1"), str(error))
+        return found, left_out
     if isinstance(data.labels[0], list):
         nll = (rows[:, 0].double().sum() / rows[:, 1].sum()).item()
         return {"nll_per_token": nll, "perplexity": math.exp(min(nll, 700))}, {}
@@ -98,6 +106,23 @@ def _spearman(predicted: list[float], labels: list[float]) -> float:
 def _vary(*columns: list[float]) -> bool:
     """A constant has no correlation."""
     return all(len(set(column)) > 1 for column in columns)
+
+
+# ------------------------------------------------------------------------------- spans
+
+
+def _squad(found: list[str], right: list[Sequence[tuple[str, int]]]) -> dict[str, float]:
+    """Of the nearest of the right answers; no answer is the answer "", as SQuAD 2 has it."""
+    from torchmetrics.functional.text import squad
+
+    wanted = [
+        {"id": str(i), "answers": {"text": texts, "answer_start": [0] * len(texts)}}
+        for i, answers in enumerate(right)
+        if (texts := [text for text, _ in answers] or [""])
+    ]
+    given = [{"id": str(i), "prediction_text": text} for i, text in enumerate(found)]
+    values = squad(given, wanted)
+    return {"squad_em": values["exact_match"].item(), "squad_f1": values["f1"].item()}
 
 
 # -------------------------------------------------------------------------------- text

@@ -42,32 +42,40 @@ def find_model(name: str) -> Path:
     raise ArgumentError("model", f"{name!r}, in which there is no model", accepted)
 
 
+# What an answer is: the next word; one of some classes; a number; part of a given text.
+KINDS = {
+    "text": "AutoModelForCausalLM",
+    "class": "AutoModelForSequenceClassification",
+    "number": "AutoModelForSequenceClassification",
+    "span": "AutoModelForQuestionAnswering",
+}
+
+
 @dataclass
 class Model:
     """A pre-trained model, ready for its task.
 
-    ``head``: names of the modules that are new and have to be trained whole; empty for a causal
-    language model. ``labels``: the classes; empty for a language model and for ``regression``.
+    ``kind``: of an answer, one of KINDS. ``labels``: the classes; empty for other kinds. ``head``:
+    names of the modules that are new and have to be trained whole; empty for a causal language
+    model.
     """
 
     module: nn.Module
     tokenizer: object
+    kind: str
     labels: tuple[str, ...]
     head: tuple[str, ...]
-    regression: bool = False
 
 
 def load_model(
     name: str,
+    kind: str = "text",
     labels: Sequence[str] = (),
     *,
-    regression: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Model:
-    """Load a model with a new linear head for ``labels``, or for a number (``regression``).
-
-    Without either it is a causal language model.
+    """Load a causal language model, or for another of KINDS a model with a new linear head.
 
     Raises:
         ArgumentError: no such model, or one that transformers cannot load for this task.
@@ -82,25 +90,24 @@ def load_model(
     where = {"pretrained_model_name_or_path": place, "local_files_only": True}
     if place.suffix == ".gguf":
         where |= {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
-    kind = transformers.AutoModelForCausalLM
     options = {"dtype": dtype}
-    outputs = 1 if regression else len(labels)
-    if outputs:
-        kind = transformers.AutoModelForSequenceClassification
+    if kind != "text":
+        outputs = {"class": len(labels), "number": 1, "span": 2}[kind]
         options |= {"num_labels": outputs, "ignore_mismatched_sizes": True}
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # a new head is no news here
     transformers.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(**where)
-        _check_generates(config, outputs)
+        if kind == "text":
+            _check_generates(config)
         torch.manual_seed(seed)  # for the new head
-        module = kind.from_pretrained(**where, **options)
+        module = getattr(transformers, KINDS[kind]).from_pretrained(**where, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         accepted = "a model that transformers can load" + (
-            "" if outputs else " for text generation"
+            " for text generation" if kind == "text" else ""
         )
         raise ArgumentError("model", f"{place}: {reason}", accepted) from error
     finally:
@@ -113,8 +120,8 @@ def load_model(
     if labels:
         module.config.id2label = dict(enumerate(labels))
         module.config.label2id = {label: i for i, label in enumerate(labels)}
-    head = _new_head(module) if outputs else ()
-    return Model(module, tokenizer, tuple(labels), head, regression)
+    head = () if kind == "text" else _new_head(module)
+    return Model(module, tokenizer, kind, tuple(labels), head)
 
 
 QUERY_VALUE = (
@@ -140,10 +147,10 @@ def query_value(module: nn.Module) -> list[str]:
     return found
 
 
-def _check_generates(config, outputs: int) -> None:
+def _check_generates(config) -> None:
     """An encoder would learn to copy: it sees the token that it has to predict."""
     kinds = config.architectures or []
-    if kinds and not outputs and not any(k.endswith(("CausalLM", "LMHeadModel")) for k in kinds):
+    if kinds and not any(k.endswith(("CausalLM", "LMHeadModel")) for k in kinds):
         raise ValueError(f"{kinds[0]} is no language model; give a label column")
 
 

@@ -124,18 +124,16 @@ TABLE_7 = {
     "squad-v2": (7e-4, 4000, 2, (2, 4, 8, 15)),
 }
 PERCENT = ("0.08", "0.16", "0.32", "0.65")
-SPANS = "answers are spans, scored by exact match and F1; here are classes, numbers and text"
 
 
 def _diffora_squad(version: str, r: int) -> Preset:
     lr, warmup_steps, share_r, _ = TABLE_7[version]
     settings = {
-        "lr": lr, "epochs": 3.0, "share_r": share_r, "r": r, "alpha": 16.0,
+        "format": "squad", "lr": lr, "epochs": 3.0, "share_r": share_r, "r": r, "alpha": 16.0,
         "warmup_steps": warmup_steps,
     }  # fmt: skip
-    typo = "a dropout of 16 is none: the table repeats its row alpha"
-    not_set = {"LoRA drop 16": typo, "head and metrics of SQuAD": SPANS}
-    return Preset("DiffoRA, table 7", DIFFORA | K_OF_SIX | settings, not_set)
+    typo = {"LoRA drop 16": "a dropout of 16 is none: the table repeats its row alpha"}
+    return Preset("DiffoRA, table 7", DIFFORA | K_OF_SIX | settings, typo)
 
 
 PRESETS: dict[str, Preset] = {

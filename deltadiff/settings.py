@@ -57,7 +57,8 @@ class Settings:
     format: str | None = _text(None, "of the files, if not what they end in", choices=FORMATS)
     regression: bool = _text(False, "the labels are numbers: one output, mean squared error")
     heldout: str = _text("0.1", "share of the examples to evaluate on, or a file of its own")
-    max_length: int = _text(128, "tokens after which a text is cut")
+    max_length: int = _text(128, "tokens after which a text is cut; of a window of SQuAD's")
+    doc_stride: int = _text(64, "tokens that two windows of one of SQuAD's texts share")
     method: str = _method(
         "delta-lora", f"what to train: {', '.join(METHODS)}", choices=tuple(METHODS)
     )
@@ -113,7 +114,7 @@ class Settings:
             "generate": -1,
             "num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "warmup_steps": 0,
             "deltaT": 1, "search_rounds": 1, "inner_steps": 1, "share_r": 0, "start_step": 0,
-            "evaluate_every": 0,
+            "evaluate_every": 0, "doc_stride": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from . import spans
 from .data import IGNORED, Encoded, Example, batch_indices
 from .errors import ArgumentError, CheckpointError
 from .models import Model
@@ -116,10 +117,14 @@ class Forward:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def loss(self, batch: dict[str, Tensor], reduction: str = "mean") -> tuple[Tensor, Tensor]:
-        """(loss, logits); the loss is of a class, of a number, or of every next token."""
+        """(loss, logits); the loss is of a class, a number, a span, or of every next token."""
         labels = batch["labels"]
+        smoothing = self.label_smoothing if self.model.training else 0.0
         with self.autocast():
             out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        if "context" in batch:
+            logits = torch.stack([out.start_logits, out.end_logits], dim=-1).float()
+            return spans.loss(logits, labels, reduction, smoothing), logits
         logits = out.logits.float()
         if labels.is_floating_point():
             return mse_loss(logits.squeeze(-1), labels, reduction=reduction), logits
@@ -127,14 +132,17 @@ class Forward:
             labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss = cross_entropy(
             logits.flatten(0, -2), labels.flatten(), reduction=reduction, ignore_index=IGNORED,
-            label_smoothing=self.label_smoothing if self.model.training else 0.0,
+            label_smoothing=smoothing,
         )  # fmt: skip
         return (loss.view_as(labels) if reduction == "none" else loss), logits
 
 
 @torch.no_grad()
 def predict(forward: Forward, data: Encoded, batch_size: int) -> Tensor:
-    """A row an example: what the head gives, or (negative log-likelihood, tokens)."""
+    """A row an example: what the head gives, or (negative log-likelihood, tokens).
+
+    Of spans a row a window, see `spans.best`.
+    """
     was_training = forward.model.training
     forward.model.eval()
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))  # little padding
@@ -145,6 +153,8 @@ def predict(forward: Forward, data: Encoded, batch_size: int) -> Tensor:
         if loss.dim() == 2:
             counted = batch["labels"][:, 1:] != IGNORED
             rows.append(torch.stack([loss.sum(1), counted.sum(1)], dim=1).cpu())
+        elif "context" in batch:
+            rows.append(spans.best(loss, logits, batch["context"]).cpu())
         else:
             rows.append(logits.cpu())
     forward.model.train(was_training)

@@ -146,7 +146,7 @@ class Tokenizer:
 
 
 def test_prompts_have_no_loss():
-    model = Model(None, Tokenizer(), (), ())
+    model = Model(None, Tokenizer(), "text", (), ())
     data = encode([Example("yz", prompt="p"), Example("abcdef", prompt="p")], model, max_length=6)
     p, n, y, z, a, b, c, d = map(ord, "p\nyzabcd")
     assert data.ids == [[p, n, y, z, 1], [p, n, a, b, c, d]]
@@ -159,12 +159,14 @@ def test_prompts_have_no_loss():
 
 def test_nothing_left_to_learn():
     with pytest.raises(ArgumentError, match="max_length"):
-        encode([Example("x", prompt="long")], Model(None, Tokenizer(), (), ()), max_length=5)
+        encode(
+            [Example("x", prompt="long")], Model(None, Tokenizer(), "text", (), ()), max_length=5
+        )
 
 
 def test_a_label_of_another_file():
     with pytest.raises(ArgumentError, match="2 classes of the training text: bad, good"):
-        encode([Example("x", "new")], Model(None, Tokenizer(), ("bad", "good"), ()), 8)
+        encode([Example("x", "new")], Model(None, Tokenizer(), "class", ("bad", "good"), ()), 8)
 
 
 def test_batches_go_through_every_example_once_an_epoch():
@@ -192,14 +194,14 @@ def test_a_garbled_model(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text('{"model_type": "bert", ')
     with pytest.raises(ArgumentError, match="transformers can load"):
-        load_model(str(tmp_path), ("a", "b"))
+        load_model(str(tmp_path), "class", ("a", "b"))
 
 
 def test_a_model_of_an_unknown_kind(tmp_path):
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text('{"model_type": "no such kind"}')
     with pytest.raises(ArgumentError, match="model"):
-        load_model(str(tmp_path), ("a", "b"))
+        load_model(str(tmp_path), "class", ("a", "b"))
 
 
 def test_the_model_of_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
@@ -247,13 +249,13 @@ def test_pairs_of_sentences_go_to_the_tokenizer_as_pairs():
             pairs = zip(texts, others, strict=True)
             return {"input_ids": [[*map(ord, a), 2, *map(ord, b)] for a, b in pairs]}
 
-    model = Model(None, Pairs(), ("no", "yes"), ("head",))
+    model = Model(None, Pairs(), "class", ("no", "yes"), ("head",))
     data = encode([Example("b", "yes", prompt="a")], model, 9)
     assert data.ids == [[ord("a"), 2, ord("b")]] and data.labels == [1]
 
 
 def test_numbers_to_predict():
-    model = Model(None, Tokenizer(), (), ("head",), regression=True)
+    model = Model(None, Tokenizer(), "number", (), ("head",))
     data = encode([Example("x", "2.5"), Example("y", "-1")], model, 9)
     assert data.labels == [2.5, -1.0]
     batch = data.batch([0, 1], torch.device("cpu"))
@@ -262,6 +264,6 @@ def test_numbers_to_predict():
 
 @pytest.mark.parametrize("label", ["many", "nan", None])
 def test_a_label_that_is_no_number(label):
-    model = Model(None, Tokenizer(), (), ("head",), regression=True)
+    model = Model(None, Tokenizer(), "number", (), ("head",))
     with pytest.raises(ArgumentError, match="label_column"):
         encode([Example("x", label)], model, 9)

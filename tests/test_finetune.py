@@ -339,7 +339,7 @@ def test_a_real_model_on_real_text(tmp_path):
 
 
 def test_the_head_is_the_same_every_time(bert):
-    first, second = (load_model(bert, ("a", "b"), seed=7) for _ in range(2))
+    first, second = (load_model(bert, "class", ("a", "b"), seed=7) for _ in range(2))
     assert first.head == ("classifier",)
     assert torch.equal(first.module.classifier.weight, second.module.classifier.weight)
 

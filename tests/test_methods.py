@@ -297,7 +297,7 @@ def test_similarity_of_a_known_change(bert, reviews):
     layer = prepared.module.bert.encoder.layer[1].attention.self.query
     with torch.no_grad():
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(0))
-    original = load_model(bert, task.model.labels).module
+    original = load_model(bert, "class", task.model.labels).module
     w = layer.weight.detach().double()
     v = w + layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
     found = similarity(prepared.module, original)

@@ -126,7 +126,7 @@ def test_diffora_squad():
         expected = dict(zip(names, map(float, values), strict=True))
         expected["ratio"] = expected.pop("K") / 6
         name = f"diffora/{version}-{percent}"
-        check(name, expected, method="diffora")
+        check(name, expected, method="diffora", format="squad")
         assert "LoRA drop 16" in PRESETS[name].not_set  # no dropout can be that
 
 
