@@ -9,13 +9,14 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from .data import Encoded
-from .spans import Windows, answers
+from .spans import LOSS, Windows, answers
 
 Scores = tuple[dict[str, float], dict[str, str]]  # metrics, and why others were left out
 
@@ -28,12 +29,9 @@ def score(rows: Tensor, data: Encoded) -> Scores:
     SQuAD's exact match and F1, percentages. Text: negative log-likelihood of a token, perplexity.
     """
     if isinstance(data, Windows):
-        found, left_out = {"loss": rows[:, 0].mean().item()}, {}
-        try:
-            found |= _squad(answers(rows, data), [e.answers for e in data.examples])
-        except ImportError as error:
-            left_out = dict.fromkeys(("squad_em", "squad_f1"), str(error))
-        return found, left_out
+        more = {"squad_em": partial(_squad, "exact_match"), "squad_f1": partial(_squad, "f1")}
+        right = [[text for text, _ in e.answers] for e in data.examples]
+        return _add({"loss": rows[:, LOSS].mean().item()}, more, answers(rows, data), right)
     if isinstance(data.labels[0], list):
         nll = (rows[:, 0].double().sum() / rows[:, 1].sum()).item()
         return {"nll_per_token": nll, "perplexity": math.exp(min(nll, 700))}, {}
@@ -111,18 +109,16 @@ def _vary(*columns: list[float]) -> bool:
 # ------------------------------------------------------------------------------- spans
 
 
-def _squad(found: list[str], right: list[Sequence[tuple[str, int]]]) -> dict[str, float]:
-    """Of the nearest of the right answers; no answer is the answer "", as SQuAD 2 has it."""
+def _squad(metric: str, found: list[str], right: list[list[str]]) -> float:
+    """Of the nearest of the right answers; none is the answer "", as SQuAD 2 has it."""
     from torchmetrics.functional.text import squad
 
-    wanted = [
-        {"id": str(i), "answers": {"text": texts, "answer_start": [0] * len(texts)}}
-        for i, answers in enumerate(right)
-        if (texts := [text for text, _ in answers] or [""])
-    ]
     given = [{"id": str(i), "prediction_text": text} for i, text in enumerate(found)]
-    values = squad(given, wanted)
-    return {"squad_em": values["exact_match"].item(), "squad_f1": values["f1"].item()}
+    wanted = [
+        {"id": str(i), "answers": {"text": texts or [""], "answer_start": [0] * max(1, len(texts))}}
+        for i, texts in enumerate(right)
+    ]
+    return squad(given, wanted)[metric].item()
 
 
 # -------------------------------------------------------------------------------- text

@@ -111,10 +111,9 @@ class Settings:
     def check(self) -> None:
         least = {
             "steps": 1, "batch_size": 1, "eval_batch_size": 1, "save_every": 1, "max_length": 2,
-            "generate": -1,
-            "num_beams": 1, "no_repeat_ngram_size": 0, "max_new_tokens": 1, "warmup_steps": 0,
-            "deltaT": 1, "search_rounds": 1, "inner_steps": 1, "share_r": 0, "start_step": 0,
-            "evaluate_every": 0, "doc_stride": 0,
+            "doc_stride": 0, "generate": -1, "num_beams": 1, "no_repeat_ngram_size": 0,
+            "max_new_tokens": 1, "warmup_steps": 0, "deltaT": 1, "search_rounds": 1,
+            "inner_steps": 1, "share_r": 0, "start_step": 0, "evaluate_every": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)
