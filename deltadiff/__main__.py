@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from . import __version__
@@ -208,13 +209,17 @@ def _load_with_adapter(name: str, place: Path, adapter: Path, labels: tuple[str,
     def as_configured():
         return _load_configured(place), None
 
-    def as_finetuned():
-        loaded = load_model(name, labels, dtype="auto")
+    def as_finetuned(*kind):
+        loaded = load_model(name, *kind, dtype="auto")
         return loaded.module, loaded.tokenizer
 
-    order = [as_configured, as_finetuned] if place.is_dir() else [as_finetuned]
+    order = [as_configured] if place.is_dir() else []
+    if labels:
+        order = [partial(as_finetuned, "class", labels), partial(as_finetuned, "span"), *order]
+    else:
+        order.append(partial(as_finetuned, "text"))
     errors = []
-    for load in reversed(order) if labels else order:
+    for load in order:
         try:
             model, tokenizer = load()
             load_adapter(model, adapter)

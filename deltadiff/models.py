@@ -102,7 +102,7 @@ def load_model(
         if kind == "text":
             _check_generates(config)
         torch.manual_seed(seed)  # for the new head
-        module = getattr(transformers, KINDS[kind]).from_pretrained(**where, **options)
+        module = _load(getattr(transformers, KINDS[kind]), where, options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -122,6 +122,22 @@ def load_model(
         module.config.label2id = {label: i for i, label in enumerate(labels)}
     head = () if kind == "text" else _new_head(module)
     return Model(module, tokenizer, kind, tuple(labels), head)
+
+
+def _load(auto, where: dict, options: dict) -> nn.Module:
+    """The model with its pre-trained body, also where the checkpoint has another name for that."""
+    from transformers import AutoModel
+
+    module, found = auto.from_pretrained(**where, **options, output_loading_info=True)
+    body = {n for n, _ in module.named_parameters() if n.startswith(f"{module.base_model_prefix}.")}
+    if body and body <= set(found["missing_keys"]):  # Llama's model for questions is like this
+        trained, found = AutoModel.from_pretrained(
+            **where, dtype=options["dtype"], output_loading_info=True
+        )
+        if set(found["missing_keys"]) >= {name for name, _ in trained.named_parameters()}:
+            raise ValueError("the checkpoint has none of the model's weights")
+        setattr(module, module.base_model_prefix, trained)
+    return module
 
 
 QUERY_VALUE = (

@@ -85,8 +85,7 @@ def _label(answers: Sequence[tuple[str, int]], offsets: Tensor) -> tuple[int, in
     text, start = answers[0]
     end = start + len(text)
     firsts, lasts = offsets.unbind(1)
-    inside = (lasts > 0) & (lasts > start) & (firsts < end)
-    tokens = inside.nonzero().flatten().tolist()
+    tokens = ((lasts > start) & (firsts < end)).nonzero().flatten().tolist()
     whole = tokens and firsts[tokens[0]] <= start and lasts[tokens[-1]] >= end
     return (tokens[0], tokens[-1]) if whole else (0, 0)
 
@@ -100,7 +99,7 @@ def loss(logits: Tensor, labels: Tensor, reduction: str, label_smoothing: float)
     return sum(cross_entropy(logits[..., i], labels[:, i], **options) for i in (0, 1)) / 2
 
 
-def best(loss: Tensor, logits: Tensor, context: Tensor) -> Tensor:
+def best(losses: Tensor, logits: Tensor, context: Tensor) -> Tensor:
     """(windows, COLUMNS): loss, the best span of the text, its score, and that of no answer.
 
     A score is the sum of two logits. ``context`` (windows, tokens): which tokens are of the text.
@@ -113,7 +112,7 @@ def best(loss: Tensor, logits: Tensor, context: Tensor) -> Tensor:
     allowed = allowed & context[:, :, None] & context[:, None, :]
     scores = (first[:, :, None] + last[:, None, :]).masked_fill(~allowed, -torch.inf)
     score, at = scores.flatten(1).max(1)
-    return torch.stack([loss, at // tokens, at % tokens, score, first[:, 0] + last[:, 0]], dim=1)
+    return torch.stack([losses, at // tokens, at % tokens, score, first[:, 0] + last[:, 0]], dim=1)
 
 
 def answers(rows: Tensor, data: Windows) -> list[str]:
@@ -129,7 +128,7 @@ def answers(rows: Tensor, data: Windows) -> list[str]:
         missing[owner] = min(missing[owner], row[NONE])
         if row[SCORE] > found[owner][0]:
             start, end = offsets[int(row[FIRST]), 0], offsets[int(row[LAST]), 1]
-            found[owner] = row[SCORE], data.examples[owner].text[start:end]
+            found[owner] = row[SCORE], data.examples[owner].text[start:end].strip()
     return [
         "" if may_miss and none > score else text
         for (score, text), none in zip(found, missing, strict=True)

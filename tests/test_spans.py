@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from deltadiff.__main__ import main
-from deltadiff.data import Example, read_examples
+from deltadiff.data import Example, read_examples, split_examples
 from deltadiff.errors import ArgumentError
 from deltadiff.metrics import score
-from deltadiff.models import Model
+from deltadiff.models import Model, load_model
 from deltadiff.spans import NONE, Windows, answers, best, encode, loss
+from deltadiff.training import Forward, predict
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
@@ -251,10 +252,32 @@ def test_it_learns_to_find_answers(method, bert, questions, tmp_path):
     assert 100 * sum(right) / len(right) == pytest.approx(after["squad_em"], abs=1e-3)
 
 
+def test_the_merged_model_gives_the_same_answers(bert, questions, tmp_path):
+    finetune(bert, questions, tmp_path / "out", "--method", "delta-lora", "--steps", 40)
+    words = ["merge", bert, str(tmp_path / "out" / "adapter"), str(tmp_path / "merged")]
+    assert main(words) == 0
+    merged = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "merged").eval()
+    _, heldout = split_examples(read_examples(questions), 0.1, seed=0)
+    data = encode(heldout, load_model(bert, "span"), 128, 64)
+    forward = Forward(merged, torch.device("cpu"), torch.float32)
+    found = answers(predict(forward, data, 8), data)
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        assert found == [row["predicted"] for row in csv.DictReader(file)]
+
+
 def test_a_decoder_learns_too(llama, questions, tmp_path):
     pytest.importorskip("torchmetrics")
     result = finetune(llama, questions, tmp_path / "out", "--method", "lora")
     assert result["after"]["squad_f1"] > 80 > 50 > result["before"]["squad_f1"]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_body_is_the_pre_trained_one(name, request):
+    folder = request.getfixturevalue(name)
+    module = load_model(folder, "span").module
+    body = getattr(module, module.base_model_prefix).state_dict()
+    trained = transformers.AutoModel.from_pretrained(folder).state_dict()
+    assert len(body) >= 20 and all(torch.equal(p, trained[n]) for n, p in body.items())
 
 
 def test_windows_of_a_text_that_is_cut(bert, questions, tmp_path):
