@@ -161,7 +161,8 @@ def _squad_questions(file) -> Iterator[Example]:
                         if not answer or text[at : at + len(answer)] != answer:
                             given = f"{answer!r:.60}, which is not at {at} of {text!r:.60}"
                             raise ArgumentError("data", given, "answers that stand in their text")
-                    yield Example(text, prompt=asked["question"], group=text, answers=answers)
+                    if text.strip():
+                        yield Example(text, prompt=asked["question"], group=text, answers=answers)
     except (KeyError, TypeError) as error:
         given = f"JSON in which {error!r:.60} was met"
         raise ArgumentError("data", given, "the structure of SQuAD's files") from error

@@ -54,8 +54,9 @@ def test_squads_files_are_read(tmp_path):
         asked("what is it", "the film is great", "great", "is great"),
         asked("who", "nobody knows"),
     ]
+    empty = asked("who", " ")
     for name, format in (("train-v2.0.json", None), ("a.txt", "squad")):
-        (tmp_path / name).write_text(squad(*questions))
+        (tmp_path / name).write_text(squad(empty, *questions))
         assert read_examples(str(tmp_path / name), format=format) == questions
 
 
