@@ -30,6 +30,7 @@ from .checks import check_int, check_number
 from .delta_lora import DeltaLoRA
 from .errors import ArgumentError, ArgumentTypeError
 from .lora import LoraLinear, lora_layers
+from .param_groups import find_layers
 from .swap import SwapReport, Targets, swap_, swap_report
 
 INITIAL_STD = 0.02  # of P and Q, as in the authors' code
@@ -220,9 +221,8 @@ class AdaLoRA(DeltaLoRA):
 
     def _find_layers(self) -> dict[str, LoraLinear]:
         mine = {p for group in self.param_groups for p in group["params"]}
-        known = {m: name for module in self._modules for name, m in lora_layers(module).items()}
         found = {}
-        for m, name in known.items():
+        for m, name in find_layers(self._modules).items():
             there = [p in mine for p in m.adapter]
             if len(there) == 3 and m.gate.shape == (m.r,) and any(there):
                 if not all(there):

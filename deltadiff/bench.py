@@ -26,7 +26,7 @@ from .measure import (
     variant_text,
     write,
 )
-from .verify import find_device
+from .verify import default_device, find_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL_VARIANTS = ("frozen", "deltadiff", "peft", "peft-bf16")
@@ -101,8 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None and importlib.util.find_spec("matplotlib") is None:
         accepted = 'an installed matplotlib for --output: pip install "deltadiff[finetune]"'
         raise ArgumentError("matplotlib", "nothing", accepted)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    device = find_device(args.device or default)
+    device = find_device(args.device or default_device())
     where = environment(device)
     versions = f"torch {where['torch']}, Triton {where['triton']}, {where['threads']} threads"
     print(f"{where['gpu']}, {versions}", flush=True)

@@ -24,7 +24,7 @@ import torch
 
 from . import compare_report as report
 from .errors import ArgumentError
-from .finetune import finetune, load_task
+from .finetune import device_of, finetune, load_task
 from .finetune_report import write_json
 from .info import environment
 from .measure import free_memory, slug
@@ -32,7 +32,6 @@ from .methods import METHODS
 from .settings import Settings, given_settings, make_settings, parse_value
 from .settings import add_arguments as add_settings
 from .training import Interrupted, NonFiniteLossError
-from .verify import find_device
 
 NEVER = 10**9  # steps between checkpoints: a run is short, and is begun anew
 WHERE = ("output", "device", "save_every")  # settings that say where or how, not what
@@ -148,7 +147,7 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
     if folder.exists() and not resume:
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    device = _device(settings)
+    device = device_of(settings)
     result, note, final = None, None, True
     with folder.with_suffix(".log").open("a") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -217,11 +216,6 @@ def _read(path: Path):
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-
-
-def _device(settings: Settings) -> torch.device:
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return find_device(auto if settings.device == "auto" else settings.device)
 
 
 def run_all(todo: Sequence[Case], task: str, jobs: int) -> Iterator[tuple[Case, list[dict]]]:
@@ -341,4 +335,4 @@ def _check_input(settings: Settings) -> None:
     """Text or a model that cannot be used would make a note of every run."""
     with contextlib.redirect_stdout(None):
         load_task(settings)
-    free_memory(_device(settings))
+    free_memory(device_of(settings))

@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def demo(output: Path, steps: int, more: list[str]) -> int:
-    device = verify.find_device("cuda" if torch.cuda.is_available() else "cpu")
+    device = verify.find_device(verify.default_device())
     on_gpu = device.type == "cuda"
     name = (
         torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"

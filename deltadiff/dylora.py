@@ -28,6 +28,7 @@ from .delta_lora import DeltaLoRA
 from .errors import ArgumentError, ArgumentTypeError, SwapError
 from .kernels.send import is_capturing, send
 from .lora import LoraLinear, lora_layers
+from .param_groups import find_layers
 from .swap import SwapReport, swap_report
 
 SCALES = ("alpha/b", "alpha/r")
@@ -131,7 +132,7 @@ class DyLoRA(DeltaLoRA):
 
     def _find_layers(self) -> list[LoraLinear]:
         mine = {p for group in self.param_groups for p in group["params"]}
-        known = {m: name for module in self._modules for name, m in lora_layers(module).items()}
+        known = find_layers(self._modules)
         layers = {m: name for m, name in known.items() if m.lora_A in mine or m.lora_B in mine}
         if not layers:
             accepted = "a model that `swap_` changed, or model="

@@ -1,10 +1,10 @@
 """`deltadiff finetune`: fine-tune a real model on real text, measured before and after.
 
-Text with labels trains a classifier or a regression, questions with answers in a text their
-extraction (an encoder or a decoder with a new linear head); other text trains a causal language
-model. The output folder holds result.json,
-settings.json, predictions.csv (and completions.csv), what was trained, figures of the loss, the
-metrics and the similarity of weights, and while a run lasts its latest checkpoint.
+Text with labels trains a classifier or a regression, and questions whose answers are spans of a
+text train a model that finds them (an encoder or a decoder with a new linear head); other text
+trains a causal language model. The output folder holds result.json, settings.json, predictions.csv
+(and completions.csv), what was trained, figures of the loss, the metrics and the similarity of
+weights, and while a run lasts its latest checkpoint.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from .training import (
     save_checkpoint,
     train,
 )
-from .verify import find_device
+from .verify import default_device, find_device
 
 # --------------------------------------------------------------------- command line
 
@@ -101,6 +101,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
 # ------------------------------------------------------------------------------ run
 
 
+def device_of(settings: Settings) -> torch.device:
+    """The device that a run is on."""
+    return find_device(default_device() if settings.device == "auto" else settings.device)
+
+
 def load_task(settings: Settings) -> Task:
     """Read the text and the model; both come out the same every time.
 
@@ -109,10 +114,7 @@ def load_task(settings: Settings) -> Task:
     """
     settings.check()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    name = settings.device
-    device = find_device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    )
+    device = device_of(settings)
     examples = read_examples(settings.data, settings.columns, settings.format)
     try:
         share = float(settings.heldout)

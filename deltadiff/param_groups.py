@@ -82,6 +82,11 @@ def check_parameter(p: Tensor) -> None:
         raise ArgumentTypeError("model_or_params", given, accepted)
 
 
+def find_layers(modules: list[nn.Module]) -> dict[LoraLinear, str]:
+    """The swapped layers of some modules, with their names."""
+    return {layer: name for module in modules for name, layer in lora_layers(module).items()}
+
+
 def find_pairs(
     modules: list[nn.Module], groups: list[dict], index: dict[Tensor, int]
 ) -> dict[str, LoraLinear]:
@@ -89,10 +94,8 @@ def find_pairs(
 
     ``index``: the group of each parameter.
     """
-    pairs, known = {}, {}
-    for module in modules:
-        known |= {layer: name for name, layer in lora_layers(module).items()}
-    for layer, name in known.items():
+    pairs = {}
+    for layer, name in find_layers(modules).items():
         if layer.share_group is not None:
             continue
         own = [groups[index[p]] for p in (layer.lora_A, layer.lora_B) if p in index]

@@ -21,7 +21,7 @@ from .paths import choose_path
 from .verify_lora_linear import check_lora_linear
 from .verify_rule import Bench, Row, format_table, poisoned
 
-__all__ = ["OPERATIONS", "Row", "find_device", "format_table", "run"]
+__all__ = ["OPERATIONS", "Row", "default_device", "find_device", "format_table", "run"]
 
 
 def run(
@@ -59,6 +59,11 @@ def run(
         rows += OPERATIONS[op](bench)
     checked = [row.ok for row in rows if row.ok is not None]
     return rows, bool(checked) and all(checked)
+
+
+def default_device() -> str:
+    """The name of a GPU if there is one, else of the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def find_device(device: str | torch.device) -> torch.device:

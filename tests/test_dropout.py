@@ -153,21 +153,24 @@ CASES = [  # tokens, in, out, r; gate, bias, adapters in float32
 ]
 
 
-@pytest.mark.parametrize("shape, gate, bias, mixed", CASES, ids=lambda v: str(v).replace(" ", ""))
-def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, assert_close):
-    given = inputs(
-        randn, *shape, dtype, path.device, F32 if mixed else dtype, gate=gate, bias=bias
-    )  # fmt: skip
-    options = {"dropout": P, "seed": 3}
-    ours, again = (
-        outputs(lora_linear, *given, **options, backend=path.backend) for _ in range(2)
-    )  # fmt: skip
+def assert_like_the_reference(given, options, dtype, assert_close, backend=None):
+    """y and gradients are close to the truth, and a second run gives the same bits."""
+    ours, again = (outputs(lora_linear, *given, **options, backend=backend) for _ in range(2))
     eager = outputs(lora_linear_ref, *given, **options)
     truth = outputs(lora_linear_ref, *doubles(given), **options)
     for name, expected in truth.items():
         assert torch.equal(ours[name], again[name]), name
         assert_close(ours[name], eager[name], expected, 2 if name == "y" else 3,
                      dtype if name == "gate" else None)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, gate, bias, mixed", CASES, ids=lambda v: str(v).replace(" ", ""))
+def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, assert_close):
+    given = inputs(
+        randn, *shape, dtype, path.device, F32 if mixed else dtype, gate=gate, bias=bias
+    )  # fmt: skip
+    options = {"dropout": P, "seed": 3}
+    assert_like_the_reference(given, options, dtype, assert_close, path.backend)
 
 
 def test_a_scalar_gate(path, randint):
@@ -300,13 +303,7 @@ def test_large_layers_on_a_gpu(dtype, randn, assert_close, gpu_path):
     for shape in ((1000, 1234, 777, 19), (4096, 2048, 1536, 16), (16, 4096, 4096, 24)):
         given = inputs(randn, *shape, dtype, "cuda", F32, gate=(shape[3],))
         options = {"dropout": 0.1, "seed": torch.tensor(2**40 + 1, device="cuda")}
-        ours, again = (outputs(lora_linear, *given, **options) for _ in range(2))
-        eager = outputs(lora_linear_ref, *given, **options)
-        truth = outputs(lora_linear_ref, *doubles(given), **options)
-        for name, expected in truth.items():
-            assert torch.equal(ours[name], again[name]), name
-            assert_close(ours[name], eager[name], expected, 2 if name == "y" else 3,
-                         dtype if name == "gate" else None)  # fmt: skip
+        assert_like_the_reference(given, options, dtype, assert_close)
         m, k = shape[:2]
         assert torch.equal(
             mask_of(gpu_path, dtype, m, k, 7), dropout_mask_ref((m, k), P, 7, "cuda")
