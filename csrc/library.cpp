@@ -16,11 +16,11 @@ at::Tensor empty_for(const at::Tensor& like, c10::SymIntArrayRef sizes) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_meta(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor&, const at::Tensor& lora_A,
+    const at::Tensor& dy, const OptionalTensor&, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor&, double, const OptionalTensor& gate,
     std::array<bool, 4> needs, double, const OptionalTensor&, std::string_view) {
   at::Tensor dx, dA, dB, dgate;
-  if (needs[0]) dx = empty_for(dy, x.sym_sizes());
+  if (needs[0]) dx = empty_for(dy, {dy.sym_size(0), weight.sym_size(1)});
   if (needs[1]) dA = empty_for(lora_A, lora_A.sym_sizes());
   if (needs[2]) dB = empty_for(lora_A, lora_B.sym_sizes());
   if (needs[3] && gate) dgate = empty_for(*gate, gate->sym_sizes());
@@ -50,7 +50,7 @@ TORCH_LIBRARY(deltadiff, m) {
       "Tensor? gate, Tensor? bias, float dropout, Tensor? seed, str backend) "
       "-> (Tensor y, Tensor S)");
   m.def(
-      "lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, "
+      "lora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, "
       "float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed, str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
   // The passes on a GPU launched from Python, and what it would launch, for C++ to do so: see
@@ -60,7 +60,7 @@ TORCH_LIBRARY(deltadiff, m) {
       "float scaling, Tensor? gate, Tensor? bias, float dropout, Tensor? seed, str backend) "
       "-> (Tensor y, Tensor S)");
   m.def(
-      "lora_linear_bwd_python(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "lora_linear_bwd_python(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, "
       "Tensor S, float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed, "
       "str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");

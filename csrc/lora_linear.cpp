@@ -105,12 +105,12 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
     std::array<bool, 4> needs, double dropout, const OptionalTensor& seed, std::string_view) {
   const PlainTensors plain;
-  const Dropout drops(dropout, seed, x.size(1));
-  const auto dtype = x.scalar_type();
+  const Dropout drops(dropout, seed, weight.size(1));
+  const auto dtype = weight.scalar_type();
   const auto [need_x, need_A, need_B, need_gate] = needs;
   const at::Tensor dy_rows = readable(dy);
   at::Tensor dx, dA, dB, dgate, T;
@@ -123,13 +123,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     dx = at::mm(dy_rows, weight);
     dx.addmm_(gated(T, gate), lora_A.to(dtype), /*beta=*/1, /*alpha=*/scaling);
   }
-  if (need_A) dA = down_gradient(gated(T, gate), x, scaling, drops).to(lora_A.scalar_type());
+  if (need_A) dA = down_gradient(gated(T, gate), *x, scaling, drops).to(lora_A.scalar_type());
   if (need_B) {  // transposed, which is the faster product; laid out and cast in one pass
     const at::Tensor dBt = scaled_mm(gated(S, gate).t(), dy_rows, scaling);
     dB = at::empty(lora_B.sizes(), lora_B.options()).copy_(dBt.t());
   }
   if (need_gate && gate) {
-    const at::Tensor sums = column_sums(dy, x, lora_A, lora_B, scaling, drops);
+    const at::Tensor sums = column_sums(dy, *x, lora_A, lora_B, scaling, drops);
     dgate = (gate->numel() == 1 ? sums.sum() : sums).to(gate->scalar_type()).view(gate->sizes());
   }
   return {dx, dA, dB, dgate};

@@ -50,6 +50,8 @@ std::tuple<at::Tensor, at::Tensor> forward_pass(
   return {y, S};
 }
 
+bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
+
 class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
  public:
   static at::Tensor forward(
@@ -59,9 +61,11 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
       const OptionalTensor& seed, std::string_view backend) {
     auto [y, S] =
         forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend);
+    // Where A is frozen, as in a step on the gates, no gradient reads x again: it need not stay.
+    const bool keep_x = lora_A.requires_grad() || (x.is_cpu() && needs_grad(gate));
     const at::Tensor none;
     ctx->save_for_backward(
-        {x, weight, lora_A, lora_B, gate.value_or(none), S, seed.value_or(none)});
+        {keep_x ? x : none, weight, lora_A, lora_B, gate.value_or(none), S, seed.value_or(none)});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout"] = dropout;
     ctx->saved_data["backend"] = std::string(backend);
@@ -77,11 +81,13 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     std::optional<at::AutoDispatchBelowADInplaceOrView> no_autograd;
     if (!at::GradMode::is_enabled()) no_autograd.emplace();
 
-    const at::Tensor &x = saved[0], &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3];
+    const at::Tensor &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3];
     const auto given = [](const at::Tensor& t) {
       return t.defined() ? OptionalTensor(t) : std::nullopt;
     };
     const OptionalTensor gate = given(saved[4]), seed = given(saved[6]);
+    const auto in = weight.sym_size(1);
+    const OptionalTensor x = saved[0].defined() ? OptionalTensor(rows(saved[0], in)) : std::nullopt;
     // Edges are counted without the arguments that were not given.
     const bool need_gate = gate && ctx->needs_input_grad(4);
     const bool need_bias =
@@ -91,12 +97,16 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
 
     const at::Tensor dy = rows(grads[0], weight.sym_size(0));
     auto [dx, dA, dB, dgate] = backward_op().call(
-        dy, rows(x, weight.sym_size(1)), weight, lora_A, lora_B, saved[5],
+        dy, x, weight, lora_A, lora_B, saved[5],
         ctx->saved_data["scaling"].toDouble(), gate, needs,
         ctx->saved_data["dropout"].toDouble(), seed, ctx->saved_data["backend"].toStringView());
-    if (dx.defined() && x.dim() != 2) dx = dx.view_symint(x.sym_sizes());
+    if (dx.defined() && grads[0].dim() != 2) {
+      c10::SymDimVector shape(grads[0].sym_sizes().begin(), grads[0].sym_sizes().end());
+      shape.back() = in;
+      dx = dx.view_symint(shape);
+    }
     at::Tensor dbias;
-    if (need_bias) dbias = dy.sum(0, /*keepdim=*/false, at::kFloat).to(x.scalar_type());
+    if (need_bias) dbias = dy.sum(0, /*keepdim=*/false, at::kFloat).to(weight.scalar_type());
     return {dx, {}, dA, dB, {}, dgate, dbias, {}, {}, {}};
   }
 };
@@ -137,8 +147,6 @@ bool fits(
     if (*t && (*t)->device() != x.device()) return false;
   return std::isfinite(scaling);
 }
-
-bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 
 }  // namespace
 

@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd_cuda(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+    const Tensor& dy, const OptionalTensor& x, const Tensor& weight, const Tensor& lora_A,
     const Tensor& lora_B, const Tensor& S, double scaling, const OptionalTensor& gate,
     std::array<bool, 4> needs, double dropout, const OptionalTensor& seed,
     std::string_view backend) {
@@ -236,26 +236,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
                                  .findSchemaOrThrow("deltadiff::lora_linear_bwd_python", "")
                                  .typed<decltype(lora_linear_bwd_cuda)>();
   const PlainTensors plain;
-  const c10::DeviceGuard guard(x.device());
+  const c10::DeviceGuard guard(dy.device());
   const OptionalTensor g = dense(gate);
   // The others are stored tensors, which fit; a gradient is often one row, or number, expanded.
   const Tensor rows = backend == "hopper" ? for_tma(dy) : dy;
+  // Stands in for an x that was not kept, which then no launch reads.
+  Tensor dx = at::empty({dy.size(0), weight.size(1)}, dy.options());
   const Inputs inputs = {
-      {&x, &weight, &lora_A, &lora_B, given(g), nullptr, &rows}, needs[1], needs[2]};
+      {x ? &*x : &dx, &weight, &lora_A, &lora_B, given(g), nullptr, &rows}, needs[1], needs[2]};
   const bool kept_as_made = S.is_contiguous() && misalignment(S) == 0;
   const auto call = kept_as_made ? find_call(inputs, backend) : std::nullopt;
-  if (!call)
+  if (!call) {
+    dx.reset();
     return python.call(
         rows, x, weight, lora_A, lora_B, S, scaling, gate, needs, dropout, seed, backend);
+  }
 
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
-  Tensor dx = like(x), dA = like(lora_A), dB = like(lora_B), dgate;
+  Tensor dA = like(lora_A), dB = like(lora_B), dgate;
   const Tensor vt = like(S);
   run(*call, inputs, {{US, S}, {VT, vt}, {Y, dx}, {DA, dA}, {DB, dB}}, scaling);
-  const int64_t m = x.size(0), r = lora_A.size(0);
+  const int64_t m = dy.size(0), r = lora_A.size(0);
   if (!call->plan->factor_gradients) {
-    const at::ScalarType half = x.scalar_type(), own = lora_A.scalar_type();
-    if (needs[1]) dA = product(product_part(vt, m, r, half).t(), x, own);
+    const at::ScalarType half = dy.scalar_type(), own = lora_A.scalar_type();
+    if (needs[1]) dA = product(product_part(vt, m, r, half).t(), *x, own);
     if (needs[2]) dB = product(rows.t(), product_part(S, m, r, half), own);
   }
   if (needs[3] && gate) {

@@ -34,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cuda(
     std::string_view backend);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cuda(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
     std::array<bool, 4> needs, double dropout, const OptionalTensor& seed,
     std::string_view backend);
@@ -46,9 +46,10 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
     std::string_view backend);
 
-// What `needs` (x, A, B, gate) leaves out comes back undefined, which Python sees as None.
+// What `needs` (x, A, B, gate) leaves out comes back undefined, which Python sees as None. `x` may be
+// left out without dA; here, not on GPUs, the gate's gradient asks for it too.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
-    const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
+    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
     std::array<bool, 4> needs, double dropout, const OptionalTensor& seed,
     std::string_view backend);

@@ -48,7 +48,8 @@ class LoraLinearFunction(torch.autograd.Function):
             "lora_linear_fwd", rows, weight, lora_A, lora_B, scaling, gate, bias,
             dropout, seed, backend,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, lora_A, lora_B, gate, s, seed)
+        kept = x if lora_A.requires_grad else None  # for dA alone
+        ctx.save_for_backward(kept, weight, lora_A, lora_B, gate, s, seed)
         ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
         return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -58,13 +59,15 @@ class LoraLinearFunction(torch.autograd.Function):
         x, weight, lora_A, lora_B, gate, s, seed = ctx.saved_tensors
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
         needs = [need_x, need_A, need_B, need_gate]
-        dy, rows = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+        n, k = weight.shape
+        leading, dy = dy.shape[:-1], dy.reshape(-1, n)
+        rows = None if x is None else x.reshape(-1, k)
         dx, da, db, dgate = _launch(
             "lora_linear_bwd", dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
             ctx.dropout, seed, ctx.backend,
         )  # fmt: skip
-        dx = dx.view_as(x) if need_x else None
-        dbias = dy.sum(0, dtype=torch.float32).to(x.dtype) if need_bias else None
+        dx = dx.view(*leading, k) if need_x else None
+        dbias = dy.sum(0, dtype=torch.float32).to(weight.dtype) if need_bias else None
         return dx, None, da, db, None, dgate, dbias, None, None, None
 
 
@@ -145,7 +148,8 @@ def lora_linear(
     the backward pass instead of being stored.
 
     Differentiable in ``x``, ``lora_A``, ``lora_B``, ``gate`` and ``bias``. ``weight`` is a
-    constant: its gradient is never computed, also where it requires one.
+    constant: its gradient is never computed, also where it requires one. For the backward pass x is
+    kept only where ``lora_A`` requires a gradient (in C++ on the CPU, also where ``gate`` does).
 
     Args:
         x: (..., K), any leading shape and strides, also empty; float32, bfloat16, float16 or

@@ -234,7 +234,10 @@ def lora_linear_fwd(
 def lora_linear_bwd(
     dy, x, weight, lora_A, lora_B, S, scaling, gate, needs, dropout=0.0, seed=None
 ):  # fmt: skip
-    """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for."""
+    """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for.
+
+    x may be None without dA.
+    """
     need_x, need_A, need_B, need_gate = needs
     dx = da = db = dgate = None
     drop = seed, dropout

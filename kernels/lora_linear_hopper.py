@@ -190,19 +190,24 @@ def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
 
 
 def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
-    """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for."""
-    r = lora_A.shape[0]
+    """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for.
+
+    x may be None without dA.
+    """
+    (m, n), k, r = dy.shape, weight.shape[1], lora_A.shape[0]
     need_x, need_A, need_B, need_gate = needs
-    if not takes(x.shape[0]):
+    if not takes(m):
         s = _portable_view(kept, r)
         return portable.lora_linear_bwd(dy, x, weight, lora_A, lora_B, s, scaling, gate, needs)
-    u, s = _kept_views(kept, r, x.dtype)
+    u, s = _kept_views(kept, r, dy.dtype)
     with on_device(dy.device):
+        dx = dy.new_empty((m, k))
+        x = dx if x is None else x  # where it is not there, no program reads it
         dy, x, weight = _for_tma(dy), _for_tma(x), _for_tma(weight)
-        v, t = _kept_views(torch.empty_like(kept), r, x.dtype)
-        dx, da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (x, lora_A, lora_B))
-        a, b = _packed(lora_A, lora_B, x.dtype)
-        work = _Work.of(dy.device, dy.shape[0], x.shape[1], dy.shape[1], r, (need_A, need_B))
+        v, t = _kept_views(torch.empty_like(kept), r, dy.dtype)
+        da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (lora_A, lora_B))
+        a, b = _packed(lora_A, lora_B, dy.dtype)
+        work = _Work.of(dy.device, m, k, n, r, (need_A, need_B))
         parts = dy.new_empty(work.parts, dtype=torch.float32)
         sync = _sync(dy.device, work.flags)
         tensors = dy, weight, b, a, v, t, u, x, dx, _dense(gate), None

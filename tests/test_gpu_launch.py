@@ -167,6 +167,7 @@ def _cases():
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     yield dict(dtype=bf16, adapter=bf16, m=1000, r=16, gate=None, bias=False, expanded=True)
     yield dict(dtype=bf16, adapter=fp32, m=4096, r=16, gate=torch.ones(()), bias=False)
+    yield dict(dtype=bf16, adapter=fp32, m=512, r=8, gate=None, bias=False, frozen_A=True)
     yield dict(dtype=fp16, adapter=fp32, m=512, r=5, gate=torch.ones(5, 2)[:, 0], bias=True)
 
 
@@ -209,8 +210,11 @@ def record(folder: Path) -> None:
         fwd, bwd = launchers
         y, kept = fwd(x, w, a, b, 1.7, gate, bias if case["bias"] else None)
         found = notes.taken(**inputs, y=y, kept=kept)
-        dx, da, db, _ = bwd(dy, x, w, a, b, kept, 1.7, gate, [True, True, True, False])
-        return found + notes.taken(**inputs, kept=kept, dx=dx, da=da, db=db)
+        need_A = not case.get("frozen_A")
+        given = dy, x if need_A else None, w, a, b, kept, 1.7, gate, [True, need_A, True, False]
+        dx, da, db, _ = bwd(*given)
+        inputs |= {"da": da} if need_A else {}
+        return found + notes.taken(**inputs, kept=kept, dx=dx, db=db)
 
     native, python = (forward, backward), (hopper.lora_linear_fwd, hopper.lora_linear_bwd)
     calls = []

@@ -162,6 +162,30 @@ def test_only_what_is_asked_for_gets_a_gradient(path, wanted, randn):
     assert all(t.grad is None for name, t in names.items() if name != wanted)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
+def test_a_frozen_A_keeps_no_activation(path, leading, dropout, randn):
+    if path.backend == "reference":
+        return  # autograd's own
+    x, w, a, b, gate, bias, dy = inputs(randn, 6, 16, 12, 2, F32, path.device, gate=(2,), bias=True)
+    given = x.view(*leading, 16), w, a, b, gate, bias, dy.view(*leading, 12)
+    extra = dict(backend=path.backend, dropout=dropout, seed=3)
+    everything = outputs(lora_linear, *given, **extra)
+    x, w, a, b, gate, bias, dy = given
+    leaves = {"x": x, "lora_B": b, "bias": bias}
+    if path.backend != "cpp":  # there the gate's gradient is computed from x, in a wider dtype
+        leaves["gate"] = gate
+    for t in leaves.values():
+        t.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = lora_linear(x, w, a, b, scaling=0.7, gate=gate, bias=bias, **extra)
+    assert kept and all(t.data_ptr() != x.data_ptr() for t in kept)
+    y.backward(dy)
+    for name, t in leaves.items():
+        assert torch.equal(t.grad, everything[name]), name
+
+
 def test_a_second_derivative_is_refused(path, randn):
     if path.backend == "reference":
         return  # autograd's own
