@@ -2,7 +2,8 @@
 
 One model serves all variants: each puts its adapters in, is timed, and takes them out again. The
 floor is the frozen model, forward and backward to the embeddings. It is timed between any two
-variants, and a variant is compared with the frozen steps right before and after it.
+variants, and a variant is compared with the frozen steps right before and after it: the median of
+as many on each side as are timed of itself, so that a slow one among them does not count.
 """
 
 import functools
@@ -121,7 +122,7 @@ def model_records(
                     if checkpoint and not (m.checkpointed and target == "all"):
                         continue
                     timing = _measure(m, device, names, model, embeds, labels, settings)
-                    after = _time(step, 1, device).seconds
+                    after = _time(step, settings.steps, device).seconds
                     frozen += after
                     own = {"targets": target, "method": m.method, "rounding": m.rounding}
                     own["adapter_dtype"] = _adapter_dtype(m, settings)

@@ -1,6 +1,7 @@
 """`deltadiff bench`: records, the variants' equal work, the command's files, and plots."""
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -185,6 +186,23 @@ def test_model_command(config, tmp_path, capsys):
     assert {r["checkpointing"] for r in records if r["variant"] == "deltadiff"} == {False, True}
     assert all(r["over_floor"] == 1 for r in records if r["variant"] == "frozen")
     assert bench_plots.stale_plots(records, tmp_path) == []
+
+
+def test_one_slow_frozen_step_is_no_floor(config, monkeypatch):
+    """Each of them in turn."""
+    settings = bench_model.settings_for(CPU, config=config, batch=1, sequence=8)
+    frozen = itertools.count()
+    slow = None
+
+    def seconds(step, calls, device, flush):
+        is_frozen = getattr(step, "func", None) is bench_model._forward_backward
+        return [2.0 if is_frozen and next(frozen) == slow else 1.0]
+
+    monkeypatch.setattr(bench_model, "sample", seconds)
+    for slow in range(9):
+        frozen = itertools.count()
+        records = list(bench_model.model_records(CPU, settings, ["all"], [False], ["deltadiff"]))
+        assert next(frozen) > slow and {r["over_floor"] for r in records} == {1.0}
 
 
 def test_config_that_cannot_be_used(tmp_path, capsys):
