@@ -50,8 +50,9 @@ TORCH_LIBRARY(deltadiff, m) {
       "Tensor? gate, Tensor? bias, float dropout, Tensor? seed, str backend) "
       "-> (Tensor y, Tensor S)");
   m.def(
-      "lora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, "
-      "float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed, str backend) "
+      "lora_linear_bwd(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, "
+      "Tensor S, float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed, "
+      "str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
   // The passes on a GPU launched from Python, and what it would launch, for C++ to do so: see
   // csrc/lora_linear_cuda.cpp. deltadiff/ops.py has these three.

@@ -105,9 +105,10 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
-    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
-    const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs, double dropout, const OptionalTensor& seed, std::string_view) {
+    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight,
+    const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& S, double scaling,
+    const OptionalTensor& gate, std::array<bool, 4> needs, double dropout,
+    const OptionalTensor& seed, std::string_view) {
   const PlainTensors plain;
   const Dropout drops(dropout, seed, weight.size(1));
   const auto dtype = weight.scalar_type();

@@ -97,8 +97,7 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
 
     const at::Tensor dy = rows(grads[0], weight.sym_size(0));
     auto [dx, dA, dB, dgate] = backward_op().call(
-        dy, x, weight, lora_A, lora_B, saved[5],
-        ctx->saved_data["scaling"].toDouble(), gate, needs,
+        dy, x, weight, lora_A, lora_B, saved[5], ctx->saved_data["scaling"].toDouble(), gate, needs,
         ctx->saved_data["dropout"].toDouble(), seed, ctx->saved_data["backend"].toStringView());
     if (dx.defined() && grads[0].dim() != 2) {
       c10::SymDimVector shape(grads[0].sym_sizes().begin(), grads[0].sym_sizes().end());

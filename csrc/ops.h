@@ -34,10 +34,10 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cuda(
     std::string_view backend);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cuda(
-    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
-    const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs, double dropout, const OptionalTensor& seed,
-    std::string_view backend);
+    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight,
+    const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& S, double scaling,
+    const OptionalTensor& gate, std::array<bool, 4> needs, double dropout,
+    const OptionalTensor& seed, std::string_view backend);
 
 // The rest runs on the CPU.
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
@@ -46,13 +46,13 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
     std::string_view backend);
 
-// What `needs` (x, A, B, gate) leaves out comes back undefined, which Python sees as None. `x` may be
-// left out without dA; here, not on GPUs, the gate's gradient asks for it too.
+// What `needs` (x, A, B, gate) leaves out comes back undefined, which Python sees as None. `x` is
+// for dA and, unlike on GPUs, the gate's gradient; without them it may be left out.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
-    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
-    const at::Tensor& lora_B, const at::Tensor& S, double scaling, const OptionalTensor& gate,
-    std::array<bool, 4> needs, double dropout, const OptionalTensor& seed,
-    std::string_view backend);
+    const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight,
+    const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& S, double scaling,
+    const OptionalTensor& gate, std::array<bool, 4> needs, double dropout,
+    const OptionalTensor& seed, std::string_view backend);
 
 void delta_update_(
     at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs,
