@@ -33,21 +33,24 @@ at::Tensor rows(const at::Tensor& t, const c10::SymInt& columns) {
   return t.dim() == 2 ? t : t.reshape_symint({-1, columns});
 }
 
+// A matrix with the rows of t, in t's leading shape.
+at::Tensor in_shape_of(const at::Tensor& t, const at::Tensor& matrix) {
+  if (t.dim() == 2) return matrix;
+  c10::SymDimVector shape(t.sym_sizes().begin(), t.sym_sizes().end());
+  shape.back() = matrix.sym_size(1);
+  return matrix.view_symint(shape);
+}
+
 std::tuple<at::Tensor, at::Tensor> forward_pass(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
     const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
     std::string_view backend) {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  auto [y, S] = forward_op().call(
+  const auto [y, S] = forward_op().call(
       rows(x, weight.sym_size(1)), weight, lora_A, lora_B, scaling, gate, bias, dropout, seed,
       backend);
-  if (x.dim() != 2) {
-    c10::SymDimVector shape(x.sym_sizes().begin(), x.sym_sizes().end());
-    shape.back() = weight.sym_size(0);
-    y = y.view_symint(shape);
-  }
-  return {y, S};
+  return {in_shape_of(x, y), S};
 }
 
 bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
@@ -86,8 +89,8 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
       return t.defined() ? OptionalTensor(t) : std::nullopt;
     };
     const OptionalTensor gate = given(saved[4]), seed = given(saved[6]);
-    const auto in = weight.sym_size(1);
-    const OptionalTensor x = saved[0].defined() ? OptionalTensor(rows(saved[0], in)) : std::nullopt;
+    OptionalTensor x = given(saved[0]);
+    if (x) x = rows(*x, weight.sym_size(1));
     // Edges are counted without the arguments that were not given.
     const bool need_gate = gate && ctx->needs_input_grad(4);
     const bool need_bias =
@@ -99,11 +102,7 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     auto [dx, dA, dB, dgate] = backward_op().call(
         dy, x, weight, lora_A, lora_B, saved[5], ctx->saved_data["scaling"].toDouble(), gate, needs,
         ctx->saved_data["dropout"].toDouble(), seed, ctx->saved_data["backend"].toStringView());
-    if (dx.defined() && grads[0].dim() != 2) {
-      c10::SymDimVector shape(grads[0].sym_sizes().begin(), grads[0].sym_sizes().end());
-      shape.back() = in;
-      dx = dx.view_symint(shape);
-    }
+    if (dx.defined()) dx = in_shape_of(grads[0], dx);
     at::Tensor dbias;
     if (need_bias) dbias = dy.sum(0, /*keepdim=*/false, at::kFloat).to(weight.scalar_type());
     return {dx, {}, dA, dB, {}, dgate, dbias, {}, {}, {}};

@@ -240,8 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
   const OptionalTensor g = dense(gate);
   // The others are stored tensors, which fit; a gradient is often one row, or number, expanded.
   const Tensor rows = backend == "hopper" ? for_tma(dy) : dy;
-  // Stands in for an x that was not kept, which then no launch reads.
-  Tensor dx = at::empty({dy.size(0), weight.size(1)}, dy.options());
+  // Where x was not kept, dx stands in for it: no launch reads it then.
+  Tensor dx = x ? Tensor() : at::empty({dy.size(0), weight.size(1)}, dy.options());
   const Inputs inputs = {
       {x ? &*x : &dx, &weight, &lora_A, &lora_B, given(g), nullptr, &rows}, needs[1], needs[2]};
   const bool kept_as_made = S.is_contiguous() && misalignment(S) == 0;
@@ -253,6 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
   }
 
   const auto like = [](const Tensor& t) { return at::empty(t.sizes(), t.options()); };
+  if (x) dx = like(*x);
   Tensor dA = like(lora_A), dB = like(lora_B), dgate;
   const Tensor vt = like(S);
   run(*call, inputs, {{US, S}, {VT, vt}, {Y, dx}, {DA, dA}, {DB, dB}}, scaling);

@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ def score(rows: Tensor, data: Encoded) -> Scores:
     SQuAD's exact match and F1, percentages. Text: negative log-likelihood of a token, perplexity.
     """
     if isinstance(data, Windows):
-        more = {"squad_em": partial(_squad, "exact_match"), "squad_f1": partial(_squad, "f1")}
         right = [[text for text, _ in e.answers] for e in data.examples]
-        return _add({"loss": rows[:, LOSS].mean().item()}, more, answers(rows, data), right)
+        both = cache(partial(_squad, answers(rows, data), right))
+        more = {"squad_em": lambda: both()["exact_match"], "squad_f1": lambda: both()["f1"]}
+        return _add({"loss": rows[:, LOSS].mean().item()}, more)
     if isinstance(data.labels[0], list):
         nll = (rows[:, 0].double().sum() / rows[:, 1].sum()).item()
         return {"nll_per_token": nll, "perplexity": math.exp(min(nll, 700))}, {}
@@ -109,7 +110,7 @@ def _vary(*columns: list[float]) -> bool:
 # ------------------------------------------------------------------------------- spans
 
 
-def _squad(metric: str, found: list[str], right: list[list[str]]) -> float:
+def _squad(found: list[str], right: list[list[str]]) -> dict[str, Tensor]:
     """Of the nearest of the right answers; none is the answer "", as SQuAD 2 has it."""
     from torchmetrics.functional.text import squad
 
@@ -118,7 +119,7 @@ def _squad(metric: str, found: list[str], right: list[list[str]]) -> float:
         {"id": str(i), "answers": {"text": texts or [""], "answer_start": [0] * max(1, len(texts))}}
         for i, texts in enumerate(right)
     ]
-    return squad(given, wanted)[metric].item()
+    return squad(given, wanted)
 
 
 # -------------------------------------------------------------------------------- text

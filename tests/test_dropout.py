@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_lora_linear import doubles, outputs
+from test_lora_linear import doubles, kept_by, outputs
 
 from deltadiff import lora_linear, paths, reference
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
@@ -222,12 +222,11 @@ def test_no_mask_is_kept_for_backward(path, randn):
         return  # autograd's own
     given = inputs(randn, 24, 40, 16, 4, F32, path.device, gate=(4,))
     x, w, a, b, gate, bias, _ = (t.requires_grad_() for t in given)
-    seed, kept = torch.tensor(3, device=path.device), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear(
-            x, w.detach(), a, b, scaling=1.0, gate=gate, bias=bias, dropout=P, seed=seed,
-            backend=path.backend,
-        )  # fmt: skip
+    seed = torch.tensor(3, device=path.device)
+    _, kept = kept_by(
+        lora_linear, x, w.detach(), a, b, scaling=1.0, gate=gate, bias=bias, dropout=P, seed=seed,
+        backend=path.backend,
+    )  # fmt: skip
     shapes = [tuple(t.shape) for t in kept]
     assert sorted(shapes) == sorted([*(tuple(t.shape) for t in (x, w, a, b, gate, seed)), (24, 4)])
 

@@ -42,6 +42,27 @@ def outputs(function, x, weight, a, b, gate, bias, dy, scaling=0.7, **kwargs):
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
+def kept_by(function, *args, **options):
+    """What it gives, and the tensors that autograd keeps of it for the backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        return function(*args, **options), kept
+
+
+def assert_frozen_A_keeps_no_x(given, trained, **options):
+    """Those of ``trained`` get the gradients that they get beside a trained A."""
+    everything = outputs(lora_linear, *given, **options)
+    x, w, a, b, gate, bias, dy = given
+    leaves = {"x": x, "lora_B": b, "gate": gate, "bias": bias}
+    for name in trained:
+        leaves[name].requires_grad_()
+    y, kept = kept_by(lora_linear, x, w, a, b, scaling=0.7, gate=gate, bias=bias, **options)
+    assert kept and all(t.data_ptr() != x.data_ptr() for t in kept)
+    y.backward(dy)
+    for name in trained:
+        assert torch.equal(leaves[name].grad, everything[name]), name
+
+
 def doubles(tensors):
     return [None if t is None else t.double() for t in tensors]
 
@@ -169,21 +190,11 @@ def test_a_frozen_A_keeps_no_activation(path, leading, dropout, randn):
         return  # autograd's own
     x, w, a, b, gate, bias, dy = inputs(randn, 6, 16, 12, 2, F32, path.device, gate=(2,), bias=True)
     given = x.view(*leading, 16), w, a, b, gate, bias, dy.view(*leading, 12)
-    extra = dict(backend=path.backend, dropout=dropout, seed=3)
-    everything = outputs(lora_linear, *given, **extra)
-    x, w, a, b, gate, bias, dy = given
-    leaves = {"x": x, "lora_B": b, "bias": bias}
+    trained = ["x", "lora_B", "bias"]
     if path.backend != "cpp":  # there the gate's gradient is computed from x, in a wider dtype
-        leaves["gate"] = gate
-    for t in leaves.values():
-        t.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = lora_linear(x, w, a, b, scaling=0.7, gate=gate, bias=bias, **extra)
-    assert kept and all(t.data_ptr() != x.data_ptr() for t in kept)
-    y.backward(dy)
-    for name, t in leaves.items():
-        assert torch.equal(t.grad, everything[name]), name
+        trained.append("gate")
+    extra = dict(backend=path.backend, dropout=dropout, seed=3)
+    assert_frozen_A_keeps_no_x(given, trained, **extra)
 
 
 def test_a_second_derivative_is_refused(path, randn):
