@@ -38,7 +38,7 @@ install() {
 endef
 
 demo: setup
-	@exec .venv/bin/python -I -m deltadiff.demo demo-output
+	@exec .venv/bin/python -I -m deltadiff.finetune.demo demo-output
 
 test: setup
 	@exec .venv/bin/pytest

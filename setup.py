@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -59,8 +59,12 @@ else:
     options = {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 setup(
-    packages=["deltadiff", "deltadiff.kernels"],
+    packages=[
+        *find_packages(include=["deltadiff", "deltadiff.*"]),
+        "deltadiff.kernels",
+        *(f"deltadiff.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"deltadiff.kernels": "kernels"},
-    package_data={"deltadiff.kernels": ["tuned-*.json"]},
+    package_data={"deltadiff.kernels.runtime": ["tuned-*.json"]},
     **options,
 )

@@ -3,7 +3,7 @@
 import pytest
 from conftest import DEVICE
 
-from deltadiff.bench_step import step_cases
+from deltadiff.bench.step import step_cases
 
 CASES = [case for case in step_cases(DEVICE) if case.fields["op"] == "delta_update"]
 

@@ -3,7 +3,7 @@
 import pytest
 from conftest import DEVICE
 
-from deltadiff.bench_layer import COMPILED, VARIANTS, layer_cases
+from deltadiff.bench.layer import COMPILED, VARIANTS, layer_cases
 
 WANTED = [name for name in VARIANTS if name != COMPILED]  # compiling takes longer than the rest
 

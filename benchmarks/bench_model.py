@@ -2,7 +2,7 @@
 
 from conftest import DEVICE, found
 
-from deltadiff.bench_model import model_records, settings_for
+from deltadiff.bench.model import model_records, settings_for
 
 
 def bench_model(benchmark):

@@ -3,7 +3,7 @@
 import pytest
 from conftest import DEVICE
 
-from deltadiff.bench_search import search_cases
+from deltadiff.bench.search import search_cases
 
 
 @pytest.mark.parametrize("case", search_cases(DEVICE), ids=str)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltadiff import measure
-from deltadiff.info import environment
+from deltadiff.bench import timing as measure
+from deltadiff.devices import environment, free_memory
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +26,7 @@ def compare(benchmark):
         assert not [r["note"] for r in records if r["note"] not in (None, "out of memory")]
 
     yield run
-    measure.free_memory(DEVICE)
+    free_memory(DEVICE)
 
 
 def pytest_terminal_summary(terminalreporter):

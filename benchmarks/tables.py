@@ -12,10 +12,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from deltadiff import compare_report
-from deltadiff.bench_plots import NAMES, plots, stale_plots, write_plots
-from deltadiff.compare_report import grouped, markdown_table
-from deltadiff.measure import case_text, shape_text, slug
+from deltadiff.bench.plots import NAMES, plots, stale_plots, write_plots
+from deltadiff.bench.timing import case_text, shape_text
+from deltadiff.files import slug
+from deltadiff.finetune import compare_report
+from deltadiff.finetune.compare_report import grouped
+from deltadiff.text import markdown_table
 
 README = Path(__file__).parent.parent / "README.md"
 RESULTS = Path(__file__).parent / "results"

@@ -1,15 +1,20 @@
 """deltadiff: fused kernels for Delta-LoRA and DiffoRA fine-tuning."""
 
-from . import diffora
-from .checkpoint import load_adapter, save_adapter
-from .delta_lora import DeltaLoRA
-from .lora import LoraLinear
-from .merge import merge_
-from .ops import adamw_step_, delta_update_, lora_linear
-from .paths import choose_path
-from .swap import swap_, swap_report, unswap_
+from importlib import metadata
 
-__version__ = "0.1.0"
+from . import diffora
+from .layers.adapter_file import load_adapter, save_adapter
+from .layers.lora_linear import LoraLinear
+from .layers.merge import merge_
+from .layers.report import swap_report
+from .layers.swap import swap_, unswap_
+from .ops.adamw_step import adamw_step_
+from .ops.delta_update import delta_update_
+from .ops.dispatch import choose_path
+from .ops.lora_linear import lora_linear
+from .optim.delta_lora import DeltaLoRA
+
+__version__ = metadata.version("deltadiff")
 
 __all__ = [
     "DeltaLoRA",

@@ -78,7 +78,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
     finetune = command("finetune", _finetune, "Fine-tune a model on text, with Delta-LoRA.")
     if argv[:1] == ["finetune"]:  # the other commands need none of its imports
-        from .finetune import add_arguments
+        from .finetune.command import add_arguments
 
         add_arguments(finetune)
 
@@ -89,19 +89,19 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     text = "Fine-tune with several methods and seeds, and put them side by side."
     compare = command("compare", _compare, text)
     if argv[:1] == ["compare"]:
-        from .compare import add_arguments
+        from .finetune.compare import add_arguments
 
         add_arguments(compare)
 
     bench = command("bench", _bench, "Time a layer, the optimizer step or a model, beside peers.")
     if argv[:1] == ["bench"]:
-        from .bench import add_arguments
+        from .bench.command import add_arguments
 
         add_arguments(bench)
 
     tune = command("tune", _tune, "Find faster launch configurations on this GPU and keep them.")
     if argv[:1] == ["tune"]:
-        from .tune import add_arguments
+        from .tuning.command import add_arguments
 
         add_arguments(tune)
     return parser
@@ -111,7 +111,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from .info import collect, format_info
+    from .ops.info import collect, format_info
 
     found = collect()
     print(json.dumps(found, indent=1) if args.json else format_info(found))
@@ -119,8 +119,8 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    from .paths import BACKENDS
-    from .verify import OPERATIONS
+    from .ops.dispatch import BACKENDS
+    from .verify.run import OPERATIONS
 
     parser.description += """
 
@@ -141,7 +141,9 @@ Shapes are tokens x in x out, and out x in."""
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from .verify import find_device, format_table, run
+    from .devices import find_device
+    from .verify.run import run
+    from .verify.tolerance import format_table
 
     device = find_device(args.device)
     seed = secrets.randbits(31) if args.seed is None else args.seed
@@ -160,8 +162,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from .merge import merge_
-    from .models import find_model
+    from .finetune.models import find_model
+    from .layers.merge import merge_
 
     adapter, output = Path(args.adapter), Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -203,8 +205,8 @@ def _load_with_adapter(name: str, place: Path, adapter: Path, labels: tuple[str,
 
     That is the class in the model's config, or the one in which `deltadiff finetune` loads it.
     """
-    from .checkpoint import load_adapter
-    from .models import load_model
+    from .finetune.models import load_model
+    from .layers.adapter_file import load_adapter
 
     def as_configured():
         return _load_configured(place), None
@@ -246,14 +248,14 @@ def _load_configured(folder: Path):
 
 
 def _presets(args: argparse.Namespace) -> int:
-    from .presets import describe, overview
+    from .finetune.presets import describe, overview
 
     print(describe(args.name) if args.name else overview())
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from .compare import run
+    from .finetune.compare import run
 
     for package in FINETUNE_PACKAGES:
         _need(package)
@@ -261,7 +263,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> int:
-    from .finetune import run
+    from .finetune.command import run
 
     for package in FINETUNE_PACKAGES:  # before the training, not after it
         _need(package)
@@ -269,13 +271,13 @@ def _finetune(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import run
+    from .bench.command import run
 
     return run(args)
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from .tune import run
+    from .tuning.command import run
 
     return run(args)
 

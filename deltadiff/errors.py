@@ -34,3 +34,11 @@ class BackendUnavailableError(ArgumentError, RuntimeError):
 
 class SwapError(ArgumentError, RuntimeError):
     """A model is not in the state that the call needs (un-swapped, merged, swapped twice)."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became inf or NaN; nothing was saved after the step that it names."""
+
+
+class Interrupted(Exception):
+    """The user stopped the run; what was done is saved."""

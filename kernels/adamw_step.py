@@ -11,14 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
-from .seen import Seen
-from .send import send
-from .tables import TRITON_DTYPES, device_numbers, find_row, on_device
+from .runtime.async_copy import send
+from .runtime.cached_launch import launch
+from .runtime.launch_cache import Seen
+from .runtime.multi_tensor import TRITON_DTYPES, device_numbers, find_row, on_device
 
 # A row of the table: pointers of p, m, v, delta and anchor (0: none), the number of elements, and
 # the position in ``grads`` and ``steps``.
 P, EXP_AVG, EXP_AVG_SQ, DELTA, ANCHOR, NUMEL, INDEX, COLUMNS = (tl.constexpr(i) for i in range(8))
+
 
 # The options, float64 on the device.
 BETA1, BETA2, LOG2_BETA1, LOG2_BETA2, EPS, WEIGHT_DECAY, LR, OPTIONS = (

@@ -17,21 +17,26 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tuned
-from .launch import launch
-from .philox import bits_of_blocks, bits_of_elements
-from .seen import Seen
-from .send import send
-from .tables import TRITON_DTYPES, capability, find_row, new_numbers, on_device
+from .runtime import tuned
+from .runtime.async_copy import send
+from .runtime.cached_launch import launch
+from .runtime.launch_cache import Seen
+from .runtime.multi_tensor import TRITON_DTYPES, capability, find_row, new_numbers, on_device
+from .runtime.philox import bits_of_blocks, bits_of_elements
 
 # A row of the table: the pointers of W, A', B', dA, dB and the remainder; their strides, two each;
 # then N, K, r, the bits of the scale, the position in the list, and whether the tile is dense.
 W, A, B, DELTA_A, DELTA_B, REMAINDER = (tl.constexpr(i) for i in range(6))
+
+
 STRIDES, SIZES, SCALE, INDEX, DENSE, COLUMNS = (tl.constexpr(i) for i in (6, 18, 21, 22, 23, 24))
+
 
 # A product is made in steps of 16 ranks, the least that `tl.dot` takes. Up to so many steps the
 # factor that serves all tiles of a strip stays in registers.
 RANK_BLOCK = tl.constexpr(16)
+
+
 MAX_KEPT_BLOCKS = 4
 
 

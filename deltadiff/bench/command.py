@@ -1,0 +1,172 @@
+"""`deltadiff bench`: time and memory of a layer, a step, a model or a search, beside peers."""
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..devices import default_device, environment, find_device, free_memory
+from ..errors import ArgumentError
+from . import layer as bench_layer
+from . import model as bench_model
+from . import search as bench_search
+from . import step as bench_step
+from .layer import COMPILED, RANK, has_peft, layer_cases, layer_cases_of
+from .search import search_cases
+from .step import step_cases
+from .timing import BUDGET_S, QUICK_BUDGET_S, Case, compare, format_table, variant_text, write
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+MODEL_VARIANTS = ("frozen", "deltadiff", "peft", "peft-bf16")
+
+
+HOW_TO_READ = """\
+Variants of one case take turns; p20, p50 and p80 are quantiles of a call. "x floor" is the median
+over that of the first variant: a frozen linear layer or model (forward, backward to its input), or
+a copy of as many bytes as the step has to move. "host ms" is what the host needs to issue a call,
+"MiB" what a call allocates at its peak (of a model: all of it). "graph" is a CUDA graph."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `deltadiff bench layer|step|model|search`."""
+    whats = parser.add_subparsers(title="what", dest="what", required=True, metavar="WHAT")
+
+    def what(name: str, text: str, variants: tuple[str, ...]) -> argparse.ArgumentParser:
+        plain = argparse.RawDescriptionHelpFormatter
+        sub = whats.add_parser(
+            name, help=text, description=text, epilog=HOW_TO_READ, formatter_class=plain
+        )
+        sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+        sub.add_argument("--quick", action="store_true", help="few cases, short rounds")
+        sub.add_argument("--output", type=Path, metavar="FOLDER", help="write JSON and plots there")
+        sub.add_argument(
+            "--variants", nargs="+", choices=variants, metavar="NAME",
+            help=f"only these of {', '.join(variants)}; the floor is always there",
+        )  # fmt: skip
+        return sub
+
+    layer = what("layer", "One LoRA linear layer.", bench_layer.VARIANTS)
+    layer.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="MxKxN", help="tokens x in x out"
+    )
+    layer.add_argument("--ranks", nargs="+", type=_count, metavar="R", help=f"default {RANK}")
+    layer.add_argument("--dtype", choices=DTYPES, help="instead of the default cases; bfloat16")
+    layer.add_argument(
+        "--compile-seconds", type=float, default=20.0, metavar="S",
+        help="leave torch.compile out once it has taken this long (default 20)",
+    )  # fmt: skip
+
+    what("step", "The optimizer step of Delta-LoRA and its parts.", bench_step.VARIANTS)
+
+    text = "Training steps of a whole model with random weights, Llama-2-7B's shape on a GPU."
+    model = what("model", text, MODEL_VARIANTS)
+    known = bench_model.Settings()
+    model.add_argument("--config", type=Path, metavar="FILE", help="a Hugging Face config.json")
+    for name in ("steps", "batch", "sequence", "r"):
+        text = f"default {getattr(known, name)} (on a CPU it may be less)"
+        model.add_argument(f"--{name}", type=_count, metavar="N", help=text)
+    model.add_argument("--dtype", choices=DTYPES, help="default bfloat16 (on a CPU float32)")
+    model.add_argument("--adapter-dtype", choices=DTYPES, help="of deltadiff's (default float32)")
+    model.add_argument("--targets", nargs="+", choices=bench_model.TARGETS, help="layers to adapt")
+    model.add_argument("--checkpointing", choices=("off", "on", "both"), default="both")
+
+    text = "A step of DiffoRA's search on a model with random weights."
+    what("search", text, bench_search.VARIANTS)
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    m, k, n = map(_count, text.split("x"))  # argparse words the ValueError
+    return m, k, n
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 1 where a variant failed for another reason than memory."""
+    if args.output is not None and importlib.util.find_spec("matplotlib") is None:
+        accepted = 'an installed matplotlib for --output: pip install "deltadiff[finetune]"'
+        raise ArgumentError("matplotlib", "nothing", accepted)
+    device = find_device(args.device or default_device())
+    where = environment(device)
+    versions = f"torch {where['torch']}, Triton {where['triton']}, {where['threads']} threads"
+    print(f"{where['gpu']}, {versions}", flush=True)
+    if not has_peft() and args.what in ("layer", "model"):
+        print("left out: PEFT, which is not installed")
+    records = []
+    for found in (_model if args.what == "model" else _cases)(args, device):
+        records += found
+        for r in found:
+            if r["note"] and r["note"] != "out of memory":
+                print(f"failed: {variant_text(r)}: {r['note']}", file=sys.stderr, flush=True)
+        if args.output is not None:  # after every case: an interrupted run keeps what it has
+            paths = write(records, args.output, device)
+    print(format_table(records))
+    if args.output is not None:
+        from .plots import write_plots
+
+        paths += write_plots([{**r, **where} for r in records], args.output)
+        print("\n".join(f"written: {path}" for path in paths))
+    return int(any(r["note"] not in (None, "out of memory") for r in records))
+
+
+def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
+    """The records of one case after another."""
+    budget = QUICK_BUDGET_S if args.quick else BUDGET_S
+    compile_left = getattr(args, "compile_seconds", 0.0)
+    cases = _chosen(args, device)
+    for number, case in enumerate(cases, 1):
+        print(f"{number}/{len(cases)} {case}", file=sys.stderr, flush=True)
+        wanted = args.variants
+        if compile_left <= 0 and args.what == "layer":
+            wanted = [name for name in wanted or bench_layer.VARIANTS if name != COMPILED]
+        start = time.perf_counter()
+        found = compare(case, device, wanted, budget)
+        if any(r["variant"] == COMPILED for r in found):
+            compile_left -= time.perf_counter() - start
+        free_memory(device)
+        yield found
+    if compile_left <= 0 and args.what == "layer":
+        print(f"left out: {COMPILED} of the last cases, for time (see --compile-seconds)")
+
+
+def _chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    if args.what == "step":
+        return step_cases(device, args.quick)
+    if args.what == "search":
+        return search_cases(device, args.quick)
+    if args.shapes or args.ranks or args.dtype:
+        gpu = device.type == "cuda"
+        shapes = args.shapes or (bench_layer.SHAPES[:1] if gpu else [(1024, 768, 768)])
+        dtype = DTYPES[args.dtype or "bfloat16"]
+        return layer_cases_of(shapes, args.ranks or [RANK], dtype)
+    return layer_cases(device, args.quick)
+
+
+def _model(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
+    chosen = {}
+    for f in dataclasses.fields(bench_model.Settings):
+        value = getattr(args, f.name)
+        if value is not None:
+            chosen[f.name] = DTYPES.get(value, value)
+    if args.quick:
+        chosen["steps"] = 1
+    checkpointing = {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]
+    targets = args.targets or (("all",) if args.quick else tuple(bench_model.TARGETS))
+    settings = bench_model.settings_for(device, **chosen)
+    for r in bench_model.model_records(device, settings, targets, checkpointing, args.variants):
+        took = "" if r["p50_ms"] is None else f" {r['p50_ms']:.0f} ms"
+        words = (r["targets"], variant_text(r), r["rounding"], "checkpointing" * r["checkpointing"])
+        print(" ".join(filter(None, words)) + took, file=sys.stderr, flush=True)
+        yield [r]

@@ -1,0 +1,222 @@
+"""`deltadiff bench layer`: one LoRA linear layer beside its peers.
+
+The floor is a frozen `nn.Linear` whose input requires a gradient: forward, and backward to x.
+Gradients of the others are those of x, A and B.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.swap import swap_
+from ..ops.reference import lora_linear_ref
+from .timing import Case, Variant
+
+ALPHA = 16.0
+
+
+COMPILED = "peft-compiled"
+
+
+MIXED = ("deltadiff-fp32", "peft")  # float32 adapters, whatever the layer
+
+
+VARIANTS = (
+    "frozen", "deltadiff", "deltadiff-fp32", "eager", "peft", "peft-bf16", COMPILED
+)  # fmt: skip
+
+
+# What a plot over many sizes shows, beside the floor.
+SWEPT = ("frozen", "deltadiff", "peft", "peft-bf16")
+
+
+# Tokens, in, out. With fewer tokens the host is slower than the GPU; a CUDA graph leaves it out.
+SHAPES = ((8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096))
+
+
+GRAPHED = ((2048, 4096, 4096), (512, 4096, 4096))
+
+
+TOKENS = (1, 16, 64, 256, 1024, 2048, 8192)
+
+
+RANKS = (4, 8, 16, 32, 64, 128, 256)
+
+
+RANK = 16
+
+
+CPU_SHAPES = ((128, 384, 384, 8), (1024, 768, 768, 16), (512, 2048, 2048, 64))
+
+
+BOTH = ("forward", "forward+backward")
+
+
+def layer_cases(device: torch.device, quick: bool = False) -> list[Case]:
+    """The cases of the README's table and plots, or on a CPU some of its own size."""
+    if device.type != "cuda":
+        dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.bfloat16)
+        shapes = CPU_SHAPES[:1] if quick else CPU_SHAPES
+        names = [name for name in VARIANTS if name != COMPILED]
+        return [
+            layer_case(*shape, mode, dtype, names=names)
+            for shape in shapes for dtype in dtypes for mode in BOTH
+        ]  # fmt: skip
+    table = [(*shape, RANK, mode, False, VARIANTS) for shape in SHAPES for mode in BOTH]
+    table += [(*shape, RANK, mode, True, VARIANTS) for shape in GRAPHED for mode in BOTH]
+    if quick:
+        table = table[:2]
+    else:  # eager at a size where the host decides, then the plots
+        table += [(*GRAPHED[0], RANK, BOTH[1], False, VARIANTS[:-1])]
+        table += [(m, 4096, 4096, RANK, BOTH[1], True, SWEPT) for m in TOKENS]
+        table += [(*SHAPES[0], r, BOTH[1], False, SWEPT) for r in RANKS]
+    chosen = {row[:-1]: row for row in reversed(table)}  # once each, with the most variants
+    return [
+        layer_case(m, k, n, r, mode, torch.bfloat16, graph, variants)
+        for m, k, n, r, mode, graph, variants in reversed(chosen.values())
+    ]
+
+
+def layer_cases_of(
+    shapes: Iterable[tuple[int, int, int]], ranks: Iterable[int], dtype: torch.dtype
+) -> list[Case]:
+    """Both modes of each shape (tokens, in, out) and rank."""
+    ranks = list(ranks)
+    return [layer_case(*s, r, mode, dtype) for s in shapes for r in ranks for mode in BOTH]
+
+
+def layer_case(
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    mode: str,
+    dtype: torch.dtype,
+    graph: bool = False,
+    names: Iterable[str] = VARIANTS,
+) -> Case:
+    """M tokens, K in, N out, rank r.
+
+    FLOPs: forward 2 M N K + 2 M r (K + N); backward 2 M N K + 4 M r (K + N).
+    Bytes that must move: forward item (M K + N K + M N), backward item (2 M K + N K + M N); and
+    item r (K + N) for the factors, three times with backward (read again, gradients written).
+    """
+    backward = mode == "forward+backward"
+    flops = (2 * m * n * k) * (1 + backward) + (2 * m * r * (k + n)) * (1 + 2 * backward)
+    items = (m * k + n * k + m * n) + backward * (2 * m * k + n * k + m * n)
+    items += r * (k + n) * (1 + 2 * backward)
+    fields = {
+        "op": "lora_linear", "mode": mode, "graph": graph,
+        "shape": {"M": m, "K": k, "N": n, "r": r}, "rounding": None,
+        "dtype": str(dtype).removeprefix("torch."), "bytes": items * dtype.itemsize, "flops": flops,
+    }  # fmt: skip
+    if dtype != torch.bfloat16:
+        names = [name for name in names if name != "peft-bf16"]
+    if dtype == torch.float32:  # then it is deltadiff itself
+        names = [name for name in names if name != "deltadiff-fp32"]
+    if not has_peft():
+        names = [name for name in names if not name.startswith("peft")]
+    return Case(fields, "frozen", functools.partial(_build, m, k, n, r, backward, dtype, names))
+
+
+@functools.cache
+def has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None
+
+
+def _build(m, k, n, r, backward, dtype, names, device) -> dict[str, Variant]:
+    torch.manual_seed(0)
+    x = torch.randn(m, k, dtype=dtype, device=device, requires_grad=True)
+    weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype)
+    lora_A = torch.randn(r, k, device=device) / k**0.5
+    lora_B = torch.randn(n, r, device=device)  # never zero: a product with zeros is faster
+    dy = torch.randn(m, n, dtype=dtype, device=device)
+
+    def variant(name: str) -> Variant:
+        adapter_dtype = torch.float32 if name in MIXED else dtype
+
+        def make() -> Callable:
+            layer, inputs = LAYERS[name](weight, lora_A, lora_B, adapter_dtype)
+
+            def forward():
+                with torch.no_grad():
+                    layer(x)
+
+            def forward_backward():
+                torch.autograd.grad(layer(x), [x, *inputs], dy)
+
+            return forward_backward if backward else forward
+
+        return Variant(make, {"adapter_dtype": str(adapter_dtype).removeprefix("torch.")})
+
+    return {name: variant(name) for name in names}
+
+
+# ------------------------------------------------------- variants: (layer, A and B)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    n, k = weight.shape
+    layer = nn.Linear(k, n, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _frozen(weight, lora_A, lora_B, dtype):
+    return _linear(weight), []
+
+
+def _deltadiff(weight, lora_A, lora_B, dtype):
+    model = nn.Sequential(_linear(weight))
+    r = lora_A.shape[0]
+    swap_(model, r=r, lora_alpha=ALPHA, target_modules=lambda *_: True, adapter_dtype=dtype)
+    layer = model[0]
+    with torch.no_grad():
+        layer.lora_A.copy_(lora_A)
+        layer.lora_B.copy_(lora_B)
+    return layer, [layer.lora_A, layer.lora_B]
+
+
+def _eager(weight, lora_A, lora_B, dtype):
+    factors = [t.to(dtype).requires_grad_() for t in (lora_A, lora_B)]
+    scaling = ALPHA / lora_A.shape[0]
+    return lambda x: lora_linear_ref(x, weight, *factors, scaling=scaling), factors
+
+
+def _peft(weight, lora_A, lora_B, dtype):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=lora_A.shape[0], lora_alpha=ALPHA, target_modules=["0"])
+    layer = inject_adapter_in_model(config, nn.Sequential(_linear(weight)))[0]
+    factors = []
+    for modules, values in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
+        modules["default"].weight = nn.Parameter(values.to(dtype, copy=True))
+        factors.append(modules["default"].weight)
+    if dtype == weight.dtype:
+        return layer, factors
+
+    def autocast(x):  # as a trainer runs it in mixed precision
+        with torch.autocast(x.device.type, dtype=weight.dtype):
+            return layer(x)
+
+    return autocast, factors
+
+
+def _peft_compiled(weight, lora_A, lora_B, dtype):
+    layer, factors = _peft(weight, lora_A, lora_B, dtype)
+    torch.compiler.reset()  # or an earlier shape would make sizes dynamic
+    return torch.compile(layer, dynamic=False), factors
+
+
+LAYERS = {
+    "frozen": _frozen,
+    "deltadiff": _deltadiff,
+    "deltadiff-fp32": _deltadiff,
+    "eager": _eager,
+    "peft": _peft,
+    "peft-bf16": _peft,
+    COMPILED: _peft_compiled,
+}

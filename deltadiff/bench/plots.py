@@ -1,0 +1,234 @@
+"""Plots of what `deltadiff bench` measured, a PNG each; every PNG names the records it shows."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..files import slug
+
+NAMES = {
+    "frozen": "frozen (floor)",
+    "copy": "copy (floor)",
+    "deltadiff": "deltadiff",
+    "deltadiff-fp32": "deltadiff, fp32 adapters",
+    "eager": "eager",
+    "eager-cast": "eager, cast by hand",
+    "peft": "PEFT",
+    "peft-bf16": "PEFT, bf16 adapters",
+    "peft-compiled": "torch.compile(PEFT bf16)",
+    "naive": "eager formula",
+    "addmm": "addmm_",
+    "torch-fused": "torch fused",
+    "torch-foreach": "torch foreach",
+}
+
+
+# Told apart by colour-blind readers too.
+COLOURS = {
+    "frozen": "#555555", "copy": "#555555", "deltadiff": "#0072b2", "deltadiff-fp32": "#56b4e9",
+    "eager": "#cc79a7", "peft": "#d55e00", "peft-bf16": "#e69f00", "peft-compiled": "#f0e442",
+    "naive": "#d55e00", "addmm": "#e69f00", "torch-fused": "#009e73", "torch-foreach": "#cc79a7",
+}  # fmt: skip
+
+
+LEAST_POINTS = 3  # of a curve; fewer are in the table
+
+
+HASH = "Records"  # the PNG's text that holds the digest of its records
+
+
+def write_plots(records: Sequence[dict], folder: Path) -> list[Path]:
+    """Draw what the records hold enough for; returns the files, named <plot>-<device>.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    paths = []
+    for path, (draw, title, shown) in plots(records, folder).items():
+        figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
+        draw(figure, shown)
+        figure.suptitle(f"{title} ({shown[0]['gpu']})")
+        FigureCanvasAgg(figure).print_png(path, metadata={HASH: digest(shown)})
+        paths.append(path)
+    return paths
+
+
+def stale_plots(records: Sequence[dict], folder: Path) -> list[Path]:
+    """The plots that are missing or were made of other records."""
+    from PIL import Image, UnidentifiedImageError
+
+    def current(path: Path, shown: Sequence[dict]) -> bool:
+        try:
+            with Image.open(path) as image:
+                return image.text.get(HASH) == digest(shown)
+        except (FileNotFoundError, UnidentifiedImageError):
+            return False
+
+    wanted = plots(records, folder).items()
+    return [path for path, (_, _, shown) in wanted if not current(path, shown)]
+
+
+def plots(records: Sequence[dict], folder: Path) -> dict[Path, tuple[Callable, str, list[dict]]]:
+    """By file: how to draw it, its title and its records. Variants that failed are left out."""
+    kinds = {
+        "layer": (_draw_layer, "One LoRA linear layer, 4096 to 4096", _layer_records),
+        "step": (_draw_step, "The optimizer step: achieved memory bandwidth", _step_records),
+        "model": (_draw_model, "Training steps of a whole model", _model_records),
+    }
+    found = {}
+    for gpu in dict.fromkeys(r["gpu"] for r in records):
+        mine = [r for r in records if r["gpu"] == gpu and r.get("p50_ms") is not None]
+        for kind, (draw, title, select) in kinds.items():
+            shown = select(mine)
+            if shown:
+                found[folder / f"{kind}-{slug(gpu)}.png"] = (draw, title, shown)
+    return found
+
+
+def digest(records: Sequence[dict]) -> str:
+    """Of the records with all they say, whatever their order."""
+    lines = sorted(json.dumps(r, sort_keys=True) for r in records)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------ layer
+
+
+def _sweep(records: Sequence[dict], key: str, **same) -> list[dict]:
+    """Forward + backward of 4096 x 4096 over ``key``; [] unless there are enough points."""
+    chosen = [
+        r
+        for r in records
+        if r["op"] == "lora_linear"
+        and r["mode"] == "forward+backward"
+        and (r["shape"]["K"], r["shape"]["N"]) == (4096, 4096)
+        and all(r[k] == v if k in r else r["shape"][k] == v for k, v in same.items())
+    ]
+    return chosen if len({r["shape"][key] for r in chosen}) >= LEAST_POINTS else []
+
+
+def _layer_records(records: Sequence[dict]) -> list[dict]:
+    return [*_sweep(records, "M", r=16, graph=True), *_sweep(records, "r", M=8192, graph=False)]
+
+
+def _draw_layer(figure, records: Sequence[dict]) -> None:
+    panels = [
+        (_sweep(records, "M", r=16, graph=True), "M", "tokens", "rank 16, CUDA graph"),
+        (_sweep(records, "r", M=8192, graph=False), "r", "rank", "8192 tokens"),
+    ]
+    panels = [panel for panel in panels if panel[0]]
+    for axes, (chosen, key, label, title) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for variant in dict.fromkeys(r["variant"] for r in chosen):
+            points = sorted(
+                (r["shape"][key], r["over_floor"]) for r in chosen if r["variant"] == variant
+            )
+            style = {"linestyle": "--"} if variant == "frozen" else {"marker": "o"}
+            axes.plot(
+                *zip(*points, strict=True), label=NAMES[variant], color=COLOURS[variant], **style
+            )
+        values = sorted({r["shape"][key] for r in chosen})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [str(v) for v in values], rotation=45)
+        axes.set_xlabel(label)
+        axes.set_ylabel("time / time of the frozen layer (lower is better)")
+        axes.set_title(f"forward + backward, {title}")
+        axes.set_ylim(bottom=0.9)
+        axes.grid(alpha=0.3)
+    handles = {}
+    for axes in figure.axes:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+
+
+# ------------------------------------------------------------------------- step
+
+
+def _step_records(records: Sequence[dict]) -> list[dict]:
+    """Of each case, as a CUDA graph where it was measured as one."""
+    ops = ("delta_update", "adamw_step", "step")
+    chosen = [r for r in records if r["op"] in ops and r.get("bytes") and r["dtype"] != "float16"]
+    graphs = {_step_label(r) for r in chosen if r["graph"]}
+    return [r for r in chosen if r["graph"] or _step_label(r) not in graphs]
+
+
+def _step_label(r: dict) -> str:
+    if r["op"] == "adamw_step":
+        return "AdamW" + ", yields the delta" * bool(r["delta"])
+    what = "update of W" if r["op"] == "delta_update" else "whole step"
+    model = f"{r['model']}: " if r.get("model") else ""
+    return f"{model}{what}, {r['rounding'] or r['dtype']}"
+
+
+def _draw_step(figure, records: Sequence[dict]) -> None:
+    axes = figure.subplots()
+    groups: dict[str, list[dict]] = {}
+    for r in records:
+        groups.setdefault(_step_label(r), []).append(r)
+    places, ticks, place = [], {}, 0.0
+    for label, group in groups.items():
+        ticks[place + (len(group) - 1) / 2] = label
+        places += [place + i for i in range(len(group))]
+        place += len(group) + 0.8
+    figure.set_size_inches(11, 1.6 + 0.2 * place)
+    shown = [r for group in groups.values() for r in group]
+    for variant in (name for name in NAMES if any(r["variant"] == name for r in shown)):
+        mine = [(y, r) for y, r in zip(places, shown, strict=True) if r["variant"] == variant]
+        speeds = [r["bytes"] / r["p50_ms"] / 1e9 for _, r in mine]
+        heights = [y for y, _ in mine]
+        bars = axes.barh(heights, speeds, 0.95, color=COLOURS[variant], label=NAMES[variant])
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.invert_yaxis()
+    axes.set_xlabel("TB/s of the bytes that have to move (higher is better)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside right upper")
+
+
+# ------------------------------------------------------------------------ model
+
+
+def _model_records(records: Sequence[dict]) -> list[dict]:
+    return [r for r in records if r["op"] == "model"]
+
+
+def _model_label(r: dict) -> str:
+    if r["variant"] == "frozen":
+        return "frozen (floor)"
+    words = [f"{NAMES[r['variant']]}: {r['method']}", r["rounding"], f"on {r['targets']}"]
+    return ", ".join(filter(None, words))
+
+
+def _draw_model(figure, records: Sequence[dict]) -> None:
+    peaks = any(r["peak_mib"] is not None for r in records)
+    panels = figure.subplots(1, 1 + peaks, squeeze=False, sharey=True)[0]
+    labels = list(dict.fromkeys(_model_label(r) for r in sorted(records, key=_model_order)))
+    figure.set_size_inches(12, 1.6 + 0.42 * len(labels))
+    units = ["thousand tokens / s (higher is better)", "peak GiB (lower is better)"]
+    for axes, unit in zip(panels, units, strict=False):
+        for on in (False, True):
+            mine = [r for r in records if r["checkpointing"] is on]
+            if unit.startswith("peak"):
+                values = [(r["peak_mib"] or 0) / 1024 for r in mine]
+            else:
+                values = [r["shape"]["M"] / r["p50_ms"] for r in mine]
+            places = [labels.index(_model_label(r)) + (0.2 if on else -0.2) for r in mine]
+            name = "with gradient checkpointing" if on else "without gradient checkpointing"
+            alpha = 0.5 if on else 1.0
+            colours = [COLOURS[r["variant"]] for r in mine]
+            bars = axes.barh(places, values, 0.4, color=colours, alpha=alpha)
+            axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+            axes.barh([0], [0], color="#777777", alpha=alpha, label=name)
+        axes.set_xlabel(unit)
+        axes.margins(x=0.1)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(labels)), labels)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right")
+    r = records[0]
+    figure.supxlabel(f"{r['model']}, {r['dtype']}, {r['batch']} x {r['sequence']} tokens a step")
+
+
+def _model_order(r: dict) -> tuple:
+    return r["variant"] != "frozen", r["targets"] == "all"

@@ -1,0 +1,178 @@
+"""What `deltadiff compare` makes of its records: tables, JSON and figures.
+
+A cell is the mean over the seeds and their standard deviation (of a sample, n - 1).
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ..files import write_text
+from ..text import align_columns, markdown_table
+from .methods import METHODS
+from .plots import plot_curves, plot_metrics, plot_sweep
+
+UNITS = {
+    "accuracy": "accuracy", "loss": "loss", "matthews": "Matthews", "f1": "F1", "mse": "MSE",
+    "pearson": "Pearson", "spearman": "Spearman", "nll_per_token": "NLL a token",
+    "perplexity": "perplexity", "bleu": "BLEU", "nist": "NIST", "meteor": "METEOR",
+    "rouge_l": "ROUGE-L", "cider": "CIDEr", "squad_em": "exact match", "squad_f1": "SQuAD F1",
+}  # fmt: skip
+
+
+def line(records: Sequence[dict]) -> str:
+    """The records of one run in a few words."""
+    if records[0]["note"]:
+        return records[0]["note"]
+    return ", ".join(f"{r['metric']} {r['value']:.4g}" for r in records)
+
+
+def grouped(records: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for r in records:
+        groups.setdefault(tuple(r.get(name) for name in names), []).append(r)
+    return groups
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, and the standard deviation where there is more than one value."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def table(records: Sequence[dict]) -> list[list[str]]:
+    """A header, and a line a method (and value of a sweep).
+
+    "update in W": the share of Delta-LoRA's wanted update that W holds. "seconds" are those of all
+    steps, of a search too, with what was compiled in them; "ms a step" is the median of a run.
+    """
+    there = {r["metric"] for r in records}
+    metrics = [name for name in UNITS if name in there]
+    sweeps = any(r["sweep"] for r in records)
+    rates = len({r["lr"] for r in records}) > 1
+    header = ["method", *(["sweep"] if sweeps else []), *(["lr"] if rates else []), "seeds"]
+    header += [UNITS[m] for m in metrics]
+    shares = any(r["share"] is not None for r in records)
+    header += ["update in W"] if shares else []
+    rows = [[*header, "trained", "seconds", "ms a step", "peak MiB"]]
+    for (method, sweep, x), found in grouped(records, "method", "sweep", "x").items():
+        ran = [r for r in found if r["note"] is None]
+        runs = {r["seed"]: r for r in ran}.values()
+        cells = [METHODS[method].text]
+        cells += [f"{sweep} {x:g}" if sweep else ""] if sweeps else []
+        cells += [f"{found[0]['lr']:g}"] if rates else []
+        cells.append(str(len(runs)))
+        for metric in metrics:
+            values = [r["value"] for r in ran if r["metric"] == metric]
+            cells.append(spread(values) if values else "")
+        if shares:
+            values = [r["share"] for r in runs if r["share"] is not None]
+            cells.append(spread(values) if values else "")
+        trained = sorted({r["trainable"] for r in runs})
+        cells.append(" to ".join(f"{n:,}" for n in trained[:: max(1, len(trained) - 1)]))
+        for name in ("seconds", "step_ms", "peak_mib"):
+            values = [r[name] for r in runs if r.get(name) is not None]
+            cells.append(spread(values, 1) if values else "")
+        rows.append(cells)
+    return rows
+
+
+def notes(records: Sequence[dict]) -> list[str]:
+    """Why runs are not in the table, a line each."""
+    found = {(METHODS[r["method"]].text, r["note"]): None for r in records if r["note"]}
+    return [f"{name}: {note}" for name, note in found]
+
+
+def text(records: Sequence[dict]) -> str:
+    return "\n".join([align_columns(table(records)), *notes(records)])
+
+
+def markdown(records: Sequence[dict]) -> str:
+    return "\n".join([markdown_table(*table(records)), *(f"\n{note}" for note in notes(records))])
+
+
+def caption(records: Sequence[dict]) -> str:
+    """Model, text and budget, what else is the same in all records, and where it ran."""
+    r = records[0]
+    words = [f"{r['model']}, {r['task']}: {r['steps']} steps of {r['batch_size']}", r["dtype"]]
+    names = {"r": "r", "lr": "lr", "update_ratio": "lambda", "start_step": "K"}
+    for field, name in names.items():
+        if len({r[field] for r in records}) == 1:
+            words.append(f"{name} {r[field]:g}")
+    versions = [f"{name} {r[name]}" for name in ("torch", "transformers") if r.get(name)]
+    return ", ".join([*words, r["gpu"], *versions])
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def write(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[Path]:
+    """``place``.json, .txt, .md and figures; ``runs``: (case, its result.json or None)."""
+    lines = [json.dumps(r, allow_nan=False) for r in records]
+    files = {
+        ".json": "[\n" + ",\n".join(lines) + "\n]\n",
+        ".txt": f"{caption(records)}\n\n{text(records)}\n",
+        ".md": f"{caption(records)}\n\n{markdown(records)}\n",
+    }
+    paths = []
+    for ending, content in files.items():
+        paths.append(place.with_name(place.name + ending))
+        write_text(paths[-1], content)
+    return paths + plots(place, records, runs)
+
+
+def plots(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[Path]:
+    """Metrics by method, loss and similarity curves by method, and a figure a sweep."""
+    paths = []
+
+    def target(name: str) -> Path:
+        paths.append(place.with_name(f"{place.name}-{name}.png"))
+        return paths[-1]
+
+    title = caption(records)
+    ran = [r for r in records if r["note"] is None]
+    if by_method := _values([r for r in ran if not r["sweep"]], "method"):
+        plot_metrics(target("metrics"), by_method, title)
+    plain = [(case, result) for case, result in runs if result and case.sweep is None]
+    if plain:
+        losses = _by_method(plain, lambda result: result["loss_curve"])
+        plot_curves(target("loss"), losses, title, "optimizer step", "training loss")
+        blocks = _by_method([run for run in plain if run[1]["similarity"]], _block_means)
+        if blocks:
+            label = "cosine similarity of the weights that changed and the original ones"
+            plot_curves(target("similarity"), blocks, title, "block", label, smooth=False)
+    for (sweep,), found in grouped((r for r in ran if r["sweep"]), "sweep").items():
+        by_x = {m: _values(mine, "x") for (m,), mine in grouped(found, "method").items()}
+        plot_sweep(target(f"sweep-{sweep}"), sweep, by_x, title)
+    return paths
+
+
+Values = Mapping[object, Mapping[str, list[float]]]  # by method or x, then metric: a value a seed
+
+
+def _values(records: Iterable[dict], key: str) -> Values:
+    found: dict[object, dict[str, list[float]]] = {}
+    for r in records:
+        metric = UNITS[r["metric"]]
+        found.setdefault(r[key], {}).setdefault(metric, []).append(r["value"])
+    return found
+
+
+def _by_method(runs: Sequence[tuple], curve) -> dict[str, list[list[float]]]:
+    found: dict[str, list[list[float]]] = {}
+    for case, result in runs:
+        found.setdefault(case.settings.method, []).append(curve(result))
+    return found
+
+
+def _block_means(result: dict) -> list[float]:
+    """Mean over the linear layers of each block, those of kinds that no block changed left out."""
+    blocks: dict[int, list[float]] = {}
+    for places in result["similarity"].values():
+        for block, cosine in places.items():
+            blocks.setdefault(int(block), []).append(cosine)
+    return [statistics.fmean(blocks[block]) for block in sorted(blocks)]

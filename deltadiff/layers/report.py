@@ -1,0 +1,61 @@
+"""`swap_report`: which kernel each swapped layer runs on, and why."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..text import align_columns
+from .lora_linear import lora_layers
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why.
+
+    ``shares``: the group of layers that train one pair between them; empty for a pair of its own.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    r: int
+    path: str
+    reason: str
+    shares: str = ""
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_` did; prints as a table."""
+
+    rows: tuple[SwapRow, ...]
+    trainable: int
+    total: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        cells = [["module", "out x in", "r", "path", "reason"]]
+        for row in self.rows:
+            shape = f"{row.shape[0]} x {row.shape[1]}"
+            cells.append([row.module, shape, str(row.r), row.path, row.reason])
+        if any(row.shares for row in self.rows):
+            shares = ["shares its pair in", *(row.shares for row in self.rows)]
+            for line, group in zip(cells, shares, strict=True):
+                line.insert(3, group)
+        share = self.trainable / max(1, self.total)
+        summary = (
+            f"{len(self.rows)} layers swapped; {self.trainable:,} of {self.total:,} parameters "
+            f"are trained ({share:.2%})"
+        )
+        return "\n".join([align_columns(cells), summary, *self.notes])
+
+
+def swap_report(model: nn.Module) -> SwapReport:
+    """The path that each swapped layer of ``model`` takes now, and why."""
+    rows = []
+    for name, layer in lora_layers(model).items():
+        shape = (layer.out_features, layer.in_features)
+        path, group = layer.path, layer.share_group or ""
+        rows.append(SwapRow(name, shape, layer.r, path.backend, path.reason, group))
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters))

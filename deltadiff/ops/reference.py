@@ -1,0 +1,291 @@
+"""The specification: one short eager function per operation.
+
+Layout is PyTorch's and PEFT's: ``weight`` (N, K) = (out, in), ``lora_A`` (r, K), ``lora_B`` (N, r).
+Gradients come from autograd. Pass float64 tensors to get the value that kernels are held against;
+these functions are also the backend of last resort.
+"""
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------- random bits
+
+
+def random_bits(
+    shape: torch.Size, seed: int | Tensor, step: int | Tensor, index: int, device
+) -> Tensor:
+    """16 random bits for each element of tensor number ``index``, as int64.
+
+    Element e (row-major) takes half ``e % 2`` (0 = low) of word ``(e % 8) // 2`` of the
+    Philox4x32-7 block with counter (e // 8, step, index) and key ``seed``: a function of these
+    alone, so that the result does not depend on block sizes, on list order elsewhere or on the GPU.
+    """
+    block = torch.arange((shape.numel() + 7) // 8, dtype=torch.int64, device=device)
+    words = philox4x32(block & MASK32, block >> 32, step & MASK32, index & MASK32, seed)
+    halves = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], dim=1)
+    return halves.flatten()[: shape.numel()].view(shape)
+
+
+MASK32 = 0xFFFFFFFF
+
+
+def philox4x32(c0, c1, c2, c3, seed: int | Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
+    """Philox4x32 on int64 tensors that hold uint32 values (Salmon et al. 2011).
+
+    Seven rounds are the fewest that pass BigCrush.
+    """
+    zero = torch.zeros_like(c0)
+    c0, c1, c2, c3 = (zero + c for c in (c0, c1, c2, c3))
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    for _ in range(rounds):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps, and the wrapped bits are the right ones
+        c0, c2 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, ((p0 >> 32) & MASK32) ^ c3 ^ k1
+        c1, c3 = p1 & MASK32, p0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+# ---------------------------------------------------------------- lora_linear
+
+
+def lora_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+) -> Tensor:
+    """y = x W^T + bias + s g (d(x) A^T) B^T, with W constant (DiffoRA eq. 10; LoRA is g = 1).
+
+    d is dropout, which the low-rank branch alone sees: d(x) = m x / (1 - p), with the keep mask m
+    of `dropout_mask_ref`.
+
+    Products run in ``x.dtype``. ``gate`` is a scalar, or r entries that scale the columns of x A^T.
+    """
+    y = torch.nn.functional.linear(x, weight.detach(), bias)
+    if p := round_dropout(dropout):
+        x = torch.where(dropout_mask_ref(x.shape, p, seed, x.device), x, 0) / (1 - p)
+    s = x @ lora_A.to(x.dtype).T
+    if gate is not None:
+        s = s * gate.to(x.dtype)
+    return y + scaling * (s @ lora_B.to(x.dtype).T)
+
+
+def round_dropout(p: float) -> float:
+    """p to the nearest 1/65536, below 1: what 16 random bits an element can tell."""
+    return min(round(p * 65536), 65535) / 65536
+
+
+def dropout_mask_ref(shape: torch.Size, p: float, seed: int | Tensor, device="cpu") -> Tensor:
+    """Which elements of x stay: each with probability 1 - p, p rounded by `round_dropout`.
+
+    A function of ``seed`` and of the element's place alone. Element e of a matrix whose rows are
+    filled up to a multiple of 8 stays where its 16 `random_bits` (step 0, index 0) are at least
+    65536 p.
+    """
+    *leading, width = shape
+    filled = torch.Size((*leading, (width + 7) // 8 * 8))
+    bits = random_bits(filled, seed, 0, 0, device)[..., :width]
+    return bits >= round(round_dropout(p) * 65536)
+
+
+# --------------------------------------------------------------- delta_update
+
+
+def delta_update_ref_(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    delta_A: Tensor,
+    delta_B: Tensor,
+    *,
+    scale: float,
+    rounding: str = "none",
+    remainder: Tensor | None = None,
+    seed: int = 0,
+    step: int | Tensor = 0,
+    index: int = 0,
+) -> Tensor:
+    """W += scale (dB A' + B dA) in place (Delta-LoRA, Algorithm 1; equal to scale (B'A' - BA)).
+
+    ``lora_A`` and ``lora_B`` are A' and B', the values *after* the optimizer step, and
+    ``delta_A`` = A' - A, ``delta_B`` = B' - B, so that B = B' - dB.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    a, b, da, db = (t.detach().to(dtype) for t in (lora_A, lora_B, delta_A, delta_B))
+    wide = weight.detach().to(dtype)
+    if rounding == "remainder":
+        wide = join_remainder(weight.detach(), remainder)
+    wide = wide + scale * (db @ a + (b - db) @ da)
+    with torch.no_grad():
+        if rounding == "remainder":
+            high, low = split_remainder(wide, weight.dtype)
+            weight.copy_(high)
+            remainder.copy_(low)
+        elif rounding == "stochastic":
+            bits = random_bits(weight.shape, seed, step, index, weight.device)
+            weight.copy_(round_stochastic(wide, bits, weight.dtype))
+        else:
+            weight.copy_(wide)
+    return weight
+
+
+def split_remainder(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float32 -> (16-bit value, 16-bit remainder), the inverse of `join_remainder`.
+
+    bfloat16: the value is the float32 rounded to nearest (ties away from zero), the remainder the
+    int16 that has to be added to its bits, so the pair holds the float32 exactly.
+    float16: the value is rounded to nearest even, the remainder its error, in float16.
+    """
+    if dtype == torch.float16:
+        high = wide.to(torch.float16)
+        return high, (wide - high.float()).to(torch.float16)
+    bits = wide.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    high = torch.where(wide.isnan(), bits >> 16, high)  # a carry must not make NaN a number
+    low = torch.where(wide.isnan(), 0, bits - (high << 16))
+    return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
+
+
+def join_remainder(weight: Tensor, remainder: Tensor) -> Tensor:
+    """(16-bit value, 16-bit remainder) -> float32."""
+    if weight.dtype == torch.float16:
+        return weight.float() + remainder.float()
+    return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
+
+
+def round_stochastic(wide: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 up or down to ``dtype``, up with probability equal to the fraction lost.
+
+    ``bits``: 16 random bits an element. bfloat16 uses all of them, float16 the upper 13.
+    """
+    if dtype == torch.bfloat16:
+        rounded = (wide.view(torch.int32) + bits.int() & ~0xFFFF).view(torch.float32)
+    else:
+        rounded = (wide.view(torch.int32) + (bits.int() >> 3) & ~0x1FFF).view(torch.float32)
+        steps = wide.abs() * 2.0**24  # below 2^-14 float16 has a fixed spacing of 2^-24
+        small = ((steps + (bits >> 3).float() * 2.0**-13).floor() * 2.0**-24).copysign(wide)
+        rounded = torch.where(wide.abs() < 2.0**-14, small, rounded)
+    return torch.where(wide.isfinite(), rounded, wide).to(dtype)
+
+
+def delta_update_list_ref_(
+    weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed, step, apply
+) -> None:
+    """`delta_update_ref_` for a list, nothing changed where the 0-dim tensor ``apply`` is zero."""
+    tensors = (weights, lora_As, lora_Bs, delta_As, delta_Bs, scales)
+    for index, (w, a, b, da, db, scale) in enumerate(zip(*tensors, strict=True)):
+        low = remainders[index] if remainders else None
+        with OnlyWhere(apply, w, low):
+            delta_update_ref_(
+                w, a, b, da, db, scale=scale, rounding=rounding,
+                remainder=low, seed=seed, step=step, index=index,
+            )  # fmt: skip
+
+
+class OnlyWhere:
+    """Undo changes where a 0-dim device tensor is zero, without reading it on the host."""
+
+    def __init__(self, condition: Tensor | None, *tensors: Tensor | None):
+        self.condition = condition
+        self.tensors = [] if condition is None else [t for t in tensors if t is not None]
+
+    def __enter__(self):
+        self.before = [t.detach().clone() for t in self.tensors]
+
+    def __exit__(self, *_):
+        with torch.no_grad():
+            for t, old in zip(self.tensors, self.before, strict=True):
+                t.copy_(torch.where(self.condition != 0, t, old))
+
+
+# ----------------------------------------------------------------- adamw_step
+
+
+def adamw_step_ref_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    delta: Tensor | None = None,
+) -> Tensor:
+    """One AdamW step on one tensor, in place, as `torch.optim.AdamW` (decoupled weight decay).
+
+    ``step`` (0-dim) counts the steps done and is raised by one. ``delta`` receives p' - p, taken
+    after p' was rounded to the parameter's dtype.
+    """
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        step += 1
+        p, g, m, v = (t.detach().to(dtype) for t in (param, grad, exp_avg, exp_avg_sq))
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        correction1, correction2 = (1 - beta ** step.double() for beta in betas)
+        denominator = (v / correction2).sqrt() + eps
+        new = (p * (1 - lr * weight_decay) - lr / correction1 * m / denominator).to(param.dtype)
+        if delta is not None:
+            delta.copy_(new.to(dtype) - p)
+        param.copy_(new)
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+    return param
+
+
+def adamw_step_list_ref_(
+    params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
+    deltas, anchors, anchor_now, grad_scale, found_inf,
+) -> None:  # fmt: skip
+    """`adamw_step_ref_` for a list: unscales, takes anchors, skips where ``found_inf`` is not 0.
+
+    A gradient may be None: its tensor takes no step. ``steps`` are not raised.
+    """
+    scale = None if grad_scale is None else grad_scale.view(())
+    go = None if found_inf is None else found_inf.view(()) == 0
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        if scale is not None and g is not None:
+            g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
+        with torch.no_grad(), OnlyWhere(go, p, m, v, anchors[i]):
+            if anchors[i] is not None and anchor_now is not None:
+                anchors[i].copy_(torch.where(anchor_now.view(()) != 0, p, anchors[i]))
+            if g is None:
+                if deltas[i] is not None:
+                    deltas[i].zero_()
+                continue
+            adamw_step_ref_(
+                p, g, m, v, steps[i].clone(),
+                lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, delta=deltas[i],
+            )  # fmt: skip
+            if deltas[i] is not None and go is not None:
+                deltas[i].copy_(torch.where(go, deltas[i], 0))
+
+
+# -------------------------------------------------------------------- advance
+
+
+def advance_ref_(iteration, steps, grads, firsts, flags, gates, opened, opens, found_inf) -> None:
+    """What one optimizer step counts, unless ``found_inf`` is not 0; all in place.
+
+    Args:
+        iteration: 0-dim int64, t, raised by one.
+        steps: (n,) float32, raised by one where ``grads`` (n,) int64 is not 0.
+        firsts: (g,) int64, K + 1 of each param group.
+        flags: (g, 2) int32, about the coming iteration: t > K, t == K + 1.
+        gates: (m,) float32 or float64; become ``opened`` from iteration ``opens`` (int64) on.
+    """
+    done = 1 if found_inf is None else (found_inf.view(()) == 0).to(torch.int64)
+    iteration += done
+    steps += done * (grads != 0)
+    flags[:, 0] = iteration >= firsts
+    flags[:, 1] = iteration == firsts
+    gates.copy_(torch.where(iteration >= opens, opened, gates))

@@ -1,0 +1,348 @@
+"""AdaLoRA: W + s P Lambda Q, whose singular values share one budget (Zhang et al., ICLR 2023).
+
+P (out, r), Lambda (r,) and Q (r, in) are ``lora_B``, ``gate`` and ``lora_A`` of a `LoraLinear`, so
+a layer stays one call of `lora_linear` and the gradient of Lambda comes from rank space. Step t of
+the paper's Algorithm 1, with triplet i = (P_:i, lambda_i, Q_i:) and loss
+L = C + gamma sum_k (||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2):
+
+    I = |w dL/dw|                                        sensitivity of each entry w
+    Ibar = beta1 Ibar + (1 - beta1) I                    smoothed
+    Ubar = beta2 Ubar + (1 - beta2) |I - Ibar|           its uncertainty
+    S_i = s(lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij)  with s = Ibar Ubar
+    P, Lambda, Q = AdamW(P, Lambda, Q)
+    lambda_i = 0 unless S_i is one of the b(t) largest of the whole model
+
+A masked triplet keeps its importance and is trained on, so it can come back until t = T - t_f; from
+then on the choice stays. PEFT differs: it takes I after the optimizer step, not at the weights that
+the gradient belongs to; its regulariser is the mean of norms, not the sum of squares; it divides by
+r + 1e-5; and ties at its threshold lose together, where here exactly b(t) stay, lowest index first.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_int, check_number
+from ..errors import ArgumentError, ArgumentTypeError
+from ..layers.lora_linear import LoraLinear, lora_layers
+from ..layers.report import SwapReport, swap_report
+from ..layers.swap import swap_
+from ..layers.targets import Targets
+from .delta_lora import DeltaLoRA
+from .param_groups import find_layers
+
+INITIAL_STD = 0.02  # of P and Q, as in the authors' code
+
+
+@torch.no_grad()
+def swap_adalora_(
+    model: nn.Module,
+    *,
+    init_r: int = 12,
+    lora_alpha: float | None = None,
+    target_modules: Targets = "all-linear",
+    adapter_dtype: torch.dtype | None = None,
+    modules_to_save: Collection[str] = (),
+    backend: str | None = None,
+    seed: int | None = None,
+) -> SwapReport:
+    """`swap_` for AdaLoRA: P and Q are Gaussian, Lambda is zero.
+
+    Args:
+        init_r: rank at the start, the r of `swap_`.
+        lora_alpha: the increment is scaled by lora_alpha / init_r; None is init_r, so that it is
+            P Lambda Q as in the paper.
+        model, target_modules, adapter_dtype, modules_to_save, backend, seed: as for `swap_`.
+
+    Raises:
+        ArgumentTypeError, ArgumentError, BackendUnavailableError: as `swap_`; a model that PEFT
+            has wrapped; nothing was changed.
+    """
+    check_int("init_r", init_r, 1)
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            given = f"{type(module).__name__} of PEFT at {name!r}"
+            raise ArgumentTypeError("model", given, "a model without PEFT's layers")
+    before = set(lora_layers(model).values())
+    swap_(
+        model, r=init_r, lora_alpha=init_r if lora_alpha is None else lora_alpha,
+        target_modules=target_modules, adapter_dtype=adapter_dtype,
+        modules_to_save=modules_to_save, backend=backend, seed=seed,
+    )  # fmt: skip
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        if layer not in before:
+            for p in (layer.lora_A, layer.lora_B):
+                p.copy_(torch.empty(p.shape).normal_(std=INITIAL_STD, generator=generator))
+            layer.gate = nn.Parameter(layer.lora_A.new_zeros(init_r))
+    return swap_report(model)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The budget b(t) in step t = 1, ..., T: all triplets, then fewer by a cubic, then the target.
+
+    The cubic is the authors' code's, which starts at all and ends at the target. (The paper prints
+    t - t_i - t_f where t - t_i stands here, which does neither.)
+
+    Attributes:
+        total_step: T.
+        target_r: average rank of a layer at the end.
+        tinit: t_i, steps with all triplets.
+        tfinal: t_f, last steps, which change the choice no more.
+        deltaT: steps from one choice to the next; between them all triplets are trained.
+    """
+
+    total_step: int
+    target_r: int = 8
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+
+    def __post_init__(self):
+        least = {"total_step": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
+        for name, value in asdict(self).items():
+            check_int(name, value, least[name])
+        if self.tinit >= self.last_choice:
+            given = f"{self.total_step} with tinit {self.tinit} and tfinal {self.tfinal}"
+            raise ArgumentError("total_step", given, "more steps than tinit + tfinal")
+
+    @property
+    def last_choice(self) -> int:
+        """The last step that measures importance and chooses: T - t_f."""
+        return self.total_step - self.tfinal
+
+    def budget(self, t: int, first: int, target: int) -> int:
+        """b(t), from ``first`` triplets to ``target``; whole numbers, rounded down."""
+        if t <= self.tinit:
+            return first
+        left, span = max(0, self.last_choice - t), self.last_choice - self.tinit
+        return target + (first - target) * left**3 // span**3
+
+    def chooses(self, t: int) -> bool:
+        """Whether step t masks what is not in the budget."""
+        return t >= self.last_choice or (t > self.tinit and t % self.deltaT == 0)
+
+
+class AdaLoRA(DeltaLoRA):
+    """AdamW on P, Lambda and Q, and the allocation of the budget (Algorithm 1 of AdaLoRA).
+
+    All trainable parameters get AdamW, as with ``DeltaLoRA(update_ratio=0)``, whose param groups,
+    schedulers, ``GradScaler`` and ``state_dict`` it has. t counts the steps that were not skipped,
+    on the device; nothing is read from there, so a step can be captured in a CUDA graph.
+
+        loss = model(**batch).loss + optimizer.orthogonality()
+
+    Args:
+        model_or_params, lr, betas, eps, weight_decay, skip_nonfinite, model: as for `DeltaLoRA`.
+        total_step, target_r, tinit, tfinal, deltaT: see `Schedule`.
+        beta1, beta2: of the importance, 0 <= beta < 1.
+        orth_reg_weight: gamma >= 0, see `orthogonality`.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: a value as named; no layer of `swap_adalora_`, or not all
+            of one's parameters; a target_r above the average rank.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        total_step: int,
+        target_r: int = 8,
+        tinit: int = 0,
+        tfinal: int = 0,
+        deltaT: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        orth_reg_weight: float = 0.1,
+        skip_nonfinite: bool = False,
+        model: nn.Module | None = None,
+    ):
+        self.schedule = Schedule(total_step, target_r, tinit, tfinal, deltaT)
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if check_number(name, beta, 0) >= 1:
+                raise ArgumentError(name, beta, "a number in [0, 1)")
+        self.beta1, self.beta2 = beta1, beta2
+        self.orth_reg_weight = check_number("orth_reg_weight", orth_reg_weight, 0)
+        super().__init__(
+            model_or_params, lr, betas, eps, weight_decay,
+            update_ratio=0.0, skip_nonfinite=skip_nonfinite, model=model,
+        )  # fmt: skip
+
+    def budget(self, t: int) -> int:
+        """b(t): how many triplets of the model step t may keep."""
+        return self.schedule.budget(t, self._first, self._target)
+
+    def orthogonality(self) -> Tensor:
+        """gamma sum_k (||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2), to be added to the loss.
+
+        A 0-dim tensor, float32 (float64 stays).
+        """
+        device = self._triplets[0].device
+        terms = [triplets.orthogonality().to(device) for triplets in self._triplets]
+        return self.orth_reg_weight * torch.stack(terms).sum()
+
+    def ranks(self) -> dict[str, int]:
+        """Singular values of each layer that are not zero. Reads the device."""
+        return {name: int((m.gate != 0).sum()) for name, m in self._layers.items()}
+
+    def _build(self) -> None:
+        super()._build()
+        self._layers = self._find_layers()
+        layers = list(self._layers.values())
+        self._first = sum(m.r for m in layers)
+        self._target = self.schedule.target_r * len(layers)
+        if self._target > self._first:
+            accepted = f"at most {self._first / len(layers):g}, the average rank at the start"
+            raise ArgumentError("target_r", self.schedule.target_r, accepted)
+        kinds = defaultdict(list)
+        for i, m in enumerate(layers):
+            kinds[m.lora_A.shape, m.lora_B.shape, m.lora_A.dtype, m.lora_A.device].append(i)
+        starts = list(accumulate((m.r for m in layers), initial=0))
+        self._triplets, places = [], []
+        for members in kinds.values():
+            self._triplets.append(_Triplets([layers[i] for i in members], self.state))
+            places += [p for i in members for p in range(starts[i], starts[i + 1])]
+        device = self._triplets[0].device
+        # Ties go by the order of the model, so its order has to be made from that of the stacks.
+        self._in_model_order = torch.tensor(places).argsort().to(device)
+        steps = range(self.schedule.total_step + 1)
+        kept = [self.budget(t) if self.schedule.chooses(t) else self._first for t in steps]
+        self._kept = torch.tensor(kept, device=device)  # looked up by the t on the device
+
+    def _find_layers(self) -> dict[str, LoraLinear]:
+        mine = {p for group in self.param_groups for p in group["params"]}
+        found = {}
+        for m, name in find_layers(self._modules).items():
+            there = [p in mine for p in m.adapter]
+            if len(there) == 3 and m.gate.shape == (m.r,) and any(there):
+                if not all(there):
+                    given = f"not all of lora_A, lora_B and gate of {name}"
+                    raise ArgumentError("model_or_params", given, "all three")
+                found[name] = m
+        if not found:
+            given, accepted = "no layer with a Lambda", "a model that `swap_adalora_` changed"
+            raise ArgumentError("model_or_params", given, accepted)
+        return found
+
+    def _step(self) -> None:
+        before = {device: t.clone() for device, t in self._iteration.items()}
+        scale = getattr(self, "grad_scale", None)
+        sensitivity = [triplets.sensitivity(scale) for triplets in self._triplets]
+        super()._step()
+        for triplets, now in zip(self._triplets, sensitivity, strict=True):
+            t = self._iteration[triplets.device]
+            measures = (t != before[triplets.device]) & (t <= self.schedule.last_choice)
+            triplets.smooth(now, measures, self.beta1, self.beta2)
+        device = self._triplets[0].device
+        t = self._iteration[device].clamp(max=self.schedule.total_step)
+        scores = [triplets.importance().flatten().to(device) for triplets in self._triplets]
+        scores = torch.cat(scores)[self._in_model_order]
+        kept = largest(scores, self._kept.index_select(0, t.view(1)))
+        gates = [m.gate for m in self._layers.values()]
+        kept = kept.to(gates[0].dtype).split([g.numel() for g in gates])
+        kept = [k.to(g.device, g.dtype) for k, g in zip(kept, gates, strict=True)]
+        torch._foreach_mul_(gates, kept)
+
+    def state_dict(self) -> dict:
+        """As `DeltaLoRA.state_dict`, with the importances and the schedule."""
+        saved = super().state_dict()
+        saved["state"]["adalora"] = asdict(self.schedule)
+        return saved
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ArgumentError: the state is not one of AdaLoRA, of another schedule or of other shapes;
+                nothing was changed.
+        """
+        given, own = state_dict["state"].get("adalora"), asdict(self.schedule)
+        if given != own:
+            raise ArgumentError("state_dict", f"a schedule {given}", str(own))
+        super().load_state_dict(state_dict)
+
+
+class _Triplets:
+    """The triplets of n layers of one shape, stacked: one launch does for all of them.
+
+    ``state`` (of the optimizer) gets "sensitivity" (Ibar) and "uncertainty" (Ubar) of each
+    parameter, views into the stacks; what it had before is kept.
+    """
+
+    def __init__(self, layers: list[LoraLinear], state: dict):
+        self.device = layers[0].lora_A.device
+        self.params = {
+            "P": [m.lora_B for m in layers],
+            "Lambda": [m.gate for m in layers],
+            "Q": [m.lora_A for m in layers],
+        }
+        double = layers[0].lora_A.dtype == torch.float64
+        self.dtype = torch.float64 if double else torch.float32
+        self.sensitivities = self._stack("sensitivity", state)
+        self.uncertainties = self._stack("uncertainty", state)
+
+    def _stack(self, name: str, state: dict) -> dict[str, Tensor]:
+        stacks = {}
+        for part, params in self.params.items():
+            shape = (len(params), *params[0].shape)
+            stacks[part] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            for p, own in zip(params, stacks[part], strict=True):
+                if name in state[p]:
+                    own.copy_(state[p][name])
+                state[p][name] = own
+        return stacks
+
+    def orthogonality(self) -> Tensor:
+        """sum_k ||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2, differentiable."""
+        with torch.autocast(self.device.type, enabled=False):
+            p = torch.stack(self.params["P"]).to(self.dtype)
+            q = torch.stack(self.params["Q"]).to(self.dtype)
+            eye = torch.eye(q.shape[1], dtype=self.dtype, device=self.device)
+            return (p.mT @ p - eye).square().sum() + (q @ q.mT - eye).square().sum()
+
+    def sensitivity(self, grad_scale: Tensor | None) -> dict[str, Tensor]:
+        """|w dL/dw| of every entry; 0 where there is no gradient."""
+        found = {}
+        for part, params in self.params.items():
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            product = torch.stack(params).to(self.dtype) * torch.stack(grads).to(self.dtype)
+            if grad_scale is not None:
+                product /= grad_scale.to(self.device, non_blocking=True)
+            found[part] = product.abs_()
+        return found
+
+    def smooth(self, now: dict[str, Tensor], measures: Tensor, beta1: float, beta2: float) -> None:
+        """The averages over the steps; untouched where the 0-dim tensor ``measures`` is False."""
+        for part, i in now.items():
+            mean, deviation = self.sensitivities[part], self.uncertainties[part]
+            new = beta1 * mean + (1 - beta1) * i
+            spread = beta2 * deviation + (1 - beta2) * (i - new).abs()
+            mean.copy_(torch.where(measures, new, mean))
+            deviation.copy_(torch.where(measures, spread, deviation))
+
+    def importance(self) -> Tensor:
+        """S (n, r)."""
+        s = {part: mean * self.uncertainties[part] for part, mean in self.sensitivities.items()}
+        return s["Lambda"] + s["P"].mean(dim=1) + s["Q"].mean(dim=2)
+
+
+def largest(scores: Tensor, budget: Tensor) -> Tensor:
+    """Where ``scores`` (n,) are among the ``budget`` largest: exactly as many, lowest index first.
+
+    ``budget``: an integer on the device, which is not read.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    places = torch.arange(order.numel(), device=order.device)
+    return torch.empty_like(order).scatter_(0, order, places) < budget

@@ -1,0 +1,253 @@
+"""DyLoRA: one pair that works at every rank b <= r (Valipour et al., EACL 2023).
+
+Each step draws a rank b and trains the pair cut to it, so that what matters most comes to stand in
+the first rows of A and columns of B:
+
+    y = x W^T + (alpha / b) (x A[:b]^T) B[:, :b]^T          b ~ p_B on {r_min, ..., r_max}
+
+The layer keeps its full pair. Its gate, one tensor on the device for all layers, is r / b for the
+first b entries and 0 for the rest: a new rank is a copy of r numbers, with nothing to compile
+again, and gradients beyond b are exactly 0.
+
+A zero gradient alone does not keep AdamW from moving a row, by weight decay and by momentum. The
+paper trains the truncation only, so rows that a step does not train keep their values, bit by bit.
+Their moments take in the zero gradient, as under torch.optim.AdamW, which bias correction is right
+for: a row that is drawn seldom takes smaller steps, never larger ones.
+"""
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_int
+from ..errors import ArgumentError, ArgumentTypeError, SwapError
+from ..kernels.runtime.async_copy import is_capturing, send
+from ..layers.lora_linear import LoraLinear, lora_layers
+from ..layers.report import SwapReport, swap_report
+from .delta_lora import DeltaLoRA
+from .param_groups import find_layers
+
+SCALES = ("alpha/b", "alpha/r")
+
+
+class DyLoRA(DeltaLoRA):
+    """AdamW on the pairs of a swapped model, cut to a rank that is drawn for each step.
+
+    All trainable parameters get AdamW, as with ``DeltaLoRA(update_ratio=0)``, whose param groups,
+    schedulers, ``GradScaler`` and ``state_dict`` it has. The first rank is drawn at once, each
+    further one at the end of `step`, so that gradient accumulation stays at one rank. A captured
+    step cannot draw: call `draw` between replays.
+
+    Args:
+        model_or_params, lr, betas, eps, weight_decay, skip_nonfinite, model: as for `DeltaLoRA`;
+            the model is on its device and its layers are of one rank r.
+        r_min, r_max: the ranks that are drawn; r_max None is r.
+        distribution: p_B, a weight >= 0 for each of r_min to r_max; None is uniform.
+        frozen: train row and column b alone, not all of the truncation (the paper's "frozen").
+        scale: of the low-rank branch at rank b: "alpha/b" (the paper), or "alpha/r", with which
+            the best pairs of all ranks agree in the rows that they share.
+        seed: of the ranks, drawn on the host.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: a value as named; no pairs, unlike ranks, or a layer with
+            a gate of another method; nothing was changed.
+    """
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        r_min: int = 1,
+        r_max: int | None = None,
+        distribution: Sequence[float] | None = None,
+        frozen: bool = False,
+        scale: str = "alpha/b",
+        seed: int = 0,
+        skip_nonfinite: bool = False,
+        model: nn.Module | None = None,
+    ):
+        check_int("r_min", r_min, 1)
+        if r_max is not None:
+            check_int("r_max", r_max, r_min)
+        check_int("seed", seed, 0)
+        _check_scale(scale)
+        self.r_min, self.r_max, self.frozen, self.scale = r_min, r_max, frozen, scale
+        self.distribution = distribution
+        self.rank: int | None = None
+        # (device, dtype) -> one vector, and its halves: the gate, and 1 for rows that are trained.
+        self._masks: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        super().__init__(
+            model_or_params, lr, betas, eps, weight_decay,
+            update_ratio=0.0, skip_nonfinite=skip_nonfinite, model=model,
+        )  # fmt: skip
+        self.draw()
+
+    def draw(self) -> int:
+        """Draw the rank of the next step and send it to the device, without waiting for it."""
+        index = torch.multinomial(self._weights, 1, generator=self._generator).item()
+        self.rank = self.r_min + index
+        self._send_rank(self.rank)
+        return self.rank
+
+    @contextlib.contextmanager
+    def truncated(self, b: int):
+        """The model at rank b, to evaluate it; afterwards at the rank that was drawn."""
+        self._send_rank(_check_rank(b, self._r))
+        try:
+            yield
+        finally:
+            self._send_rank(self.rank)
+
+    def _build(self) -> None:
+        super()._build()
+        layers = self._find_layers()
+        self._r = layers[0].r
+        self.r_max = self._r if self.r_max is None else self.r_max
+        if self.r_max > self._r:
+            raise ArgumentError("r_max", self.r_max, f"at most {self._r}, the rank of the layers")
+        self._weights = _check_distribution(self.distribution, self.r_max - self.r_min + 1)
+        stacks = defaultdict(list)  # (is B, shape, ...) -> parameters
+        for m in layers:
+            double = m.lora_A.dtype == torch.float64
+            key = m.lora_A.device, torch.float64 if double else torch.float32
+            if key not in self._masks:
+                rows = torch.zeros(2 * self._r, dtype=key[1], device=key[0])
+                self._masks[key] = rows, *rows.view(2, -1)
+            m.gate = self._masks[key][1]
+            for is_B, p in ((False, m.lora_A), (True, m.lora_B)):
+                stacks[is_B, p.shape, p.dtype, key].append(p)
+        self._stacks = [
+            (params, self._masks[key][2].view((-1,) if is_B else (-1, 1)))
+            for (is_B, _, _, key), params in stacks.items()
+        ]
+
+    def _find_layers(self) -> list[LoraLinear]:
+        mine = {p for group in self.param_groups for p in group["params"]}
+        known = find_layers(self._modules)
+        layers = {m: name for m, name in known.items() if m.lora_A in mine or m.lora_B in mine}
+        if not layers:
+            accepted = "a model that `swap_` changed, or model="
+            raise ArgumentError("model_or_params", "no pair of a swapped layer", accepted)
+        for m, name in layers.items():
+            if not (m.lora_A in mine and m.lora_B in mine):
+                given = f"only one of lora_A and lora_B of {name}"
+                raise ArgumentError("model_or_params", given, "both")
+            if m.gate is not None and (m.gate.requires_grad or m.gate.shape != (m.r,)):
+                given = f"{name} with a gate of another method"
+                raise ArgumentError("model_or_params", given, "layers without a gate")
+        ranks = sorted({m.r for m in layers})
+        if len(ranks) > 1:
+            raise ArgumentError("model_or_params", f"layers of ranks {ranks}", "layers of one rank")
+        return list(layers)
+
+    def _send_rank(self, b: int) -> None:
+        for rows, _, _ in self._masks.values():
+            values = torch.zeros(rows.shape, dtype=rows.dtype)
+            gate, trained = values.view(2, -1)
+            gate[:b] = self._r / b if self.scale == "alpha/b" else 1.0
+            trained[b - 1 if self.frozen else 0 : b] = 1.0
+            send(values, rows)
+
+    def _step(self) -> None:
+        stacks = self._stacks
+        if self.frozen:
+            for params, trained in stacks:
+                grads = [p.grad for p in params if p.grad is not None]
+                if grads:
+                    kept = torch.where(trained != 0, torch.stack(grads), 0)
+                    torch._foreach_copy_(grads, list(kept.unbind()))
+        before = [torch.stack(params) for params, _ in stacks]
+        super()._step()
+        for (params, trained), old in zip(stacks, before, strict=True):
+            kept = torch.where(trained != 0, torch.stack(params), old)
+            torch._foreach_copy_(params, list(kept.unbind()))
+        if not any(map(is_capturing, self._devices)):
+            self.draw()
+
+    def state_dict(self) -> dict:
+        """As `DeltaLoRA.state_dict`, with the rank that is drawn and those that will be."""
+        saved = super().state_dict()
+        generator = self._generator.get_state()
+        saved["state"]["dylora"] = {"rank": self.rank, "generator": generator, "r": self._r}
+        return saved
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ArgumentError: the state is not one of DyLoRA or of other shapes; nothing was changed.
+        """
+        extra = state_dict["state"].get("dylora")
+        if extra is None or extra["r"] != self._r:
+            given = "no DyLoRA state" if extra is None else f"a state of rank {extra['r']}"
+            raise ArgumentError("state_dict", given, f"a DyLoRA state of rank {self._r}")
+        super().load_state_dict(state_dict)
+        self._generator.set_state(extra["generator"].cpu())
+        self.rank = extra["rank"]
+        self._send_rank(self.rank)
+
+
+@torch.no_grad()
+def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport:
+    """Cut the pairs of a trained model to rank b, for good: ordinary LoRA layers without a gate.
+
+    They can be saved as an adapter of rank b or merged. Their optimizer has no part in them.
+
+    Args:
+        model: a swapped model.
+        b: 1 to the smallest rank of its layers.
+        scale: what `DyLoRA` was trained with.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: a value as named.
+        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update.
+            Nothing was changed.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
+    _check_rank(b, min(m.r for m in layers.values()))
+    _check_scale(scale)
+    for name, m in layers.items():
+        if m.original is not m.base or m.delta is not None or isinstance(m.gate, nn.Parameter):
+            given = "a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update"
+            raise SwapError(name, given, "layers that `swap_` made and DyLoRA trained")
+    for m in layers.values():
+        m.lora_A = nn.Parameter(m.lora_A[:b].clone(), m.lora_A.requires_grad)
+        m.lora_B = nn.Parameter(m.lora_B[:, :b].clone(), m.lora_B.requires_grad)
+        m.scaling = m.lora_alpha / b if scale == "alpha/b" else m.scaling
+        m.r, m.lora_alpha, m.gate = b, m.scaling * b, None
+    return swap_report(model)
+
+
+def _check_rank(b: object, most: int) -> int:
+    if check_int("b", b, 1) > most:
+        raise ArgumentError("b", b, f"1 to {most}")
+    return b
+
+
+def _check_scale(scale: object) -> None:
+    if scale not in SCALES:
+        raise ArgumentError("scale", repr(scale), " or ".join(map(repr, SCALES)))
+
+
+def _check_distribution(weights: Sequence[float] | None, n: int) -> Tensor:
+    if weights is None:
+        return torch.ones(n)
+    accepted = f"{n} numbers >= 0, one for each of r_min to r_max, not all 0"
+    try:
+        found = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        raise ArgumentTypeError("distribution", repr(weights), accepted) from None
+    if len(found) != n or not all(math.isfinite(w) and w >= 0 for w in found) or not sum(found):
+        raise ArgumentError("distribution", repr(weights), accepted)
+    return torch.tensor(found)

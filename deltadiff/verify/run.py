@@ -1,0 +1,62 @@
+"""Check the operations of a machine against float64, beside eager PyTorch on the same inputs.
+
+`deltadiff.verify.tolerance` has the rule. The inputs are random and large enough in every term that
+leaving one out shows: an update is as large as its weight, a low-rank branch as its base.
+"""
+
+import secrets
+from collections.abc import Sequence
+
+import torch
+
+from ..devices import find_device
+from ..errors import ArgumentError
+from ..ops.dispatch import choose_path
+from .adamw_step import check_adamw_step
+from .delta_update import check_delta_update
+from .lora_linear import check_lora_linear
+from .tolerance import Bench, Row
+
+
+def run(
+    device: str | torch.device,
+    ops: Sequence[str] | None = None,
+    backend: str | None = None,
+    quick: bool = False,
+    seed: int | None = None,
+) -> tuple[list[Row], bool]:
+    """Check operations on ``device``.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1".
+        ops: names from `OPERATIONS`; None is all of them.
+        backend: None checks the one that `choose_path` takes; a name asks for one, and what that
+            does not take is skipped. float64 goes through the reference in any case.
+        quick: small shapes only, and no factors or moments in float32 beside 16-bit tensors.
+        seed: of the inputs; None draws a new one.
+
+    Returns:
+        The rows, and whether there was something to check and all of it passed.
+
+    Raises:
+        ArgumentError: no such device or operation.
+        BackendUnavailableError: ``backend`` cannot run on ``device``.
+    """
+    bench = Bench(
+        find_device(device), backend, quick, secrets.randbits(31) if seed is None else seed
+    )
+    choose_path(bench.device, torch.bfloat16, backend, (8, 8, 1))  # raises if it runs nothing here
+    rows = []
+    for op in OPERATIONS if ops is None else ops:
+        if op not in OPERATIONS:
+            raise ArgumentError("ops", repr(op), f"None or names from {', '.join(OPERATIONS)}")
+        rows += OPERATIONS[op](bench)
+    checked = [row.ok for row in rows if row.ok is not None]
+    return rows, bool(checked) and all(checked)
+
+
+OPERATIONS = {
+    "lora_linear": check_lora_linear,
+    "delta_update": check_delta_update,
+    "adamw_step": check_adamw_step,
+}

@@ -1,0 +1,162 @@
+"""`lora_linear` for few tokens, where reading W is what takes the time.
+
+    Y = V Q^T + bias + s g U P^T,    U = V D^T        (Q = W, D = A, P = B; or their transposes)
+
+A program multiplies its rows by D itself, beside the columns of Q: that spares a launch and a wait.
+To keep the whole GPU reading, K is split; as all is linear in V, each part adds its own low-rank
+term. The parts are added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..runtime import tuned
+
+MOST_TOKENS = 511
+
+
+MAX_RANK = 64
+
+
+PROGRAMS = 256  # as for the other kernels: the same on every GPU, so that results are
+
+
+@triton.jit(do_not_specialize=["M"])  # that K_PER_SPLIT is a multiple of 16 it must know
+def _lora_linear_few_kernel(
+    v_ptr, q_ptr, d_ptr, p_ptr, gate_ptr, bias_ptr, y_ptr, u_ptr,
+    scaling, M, N, K, R, K_PER_SPLIT,
+    stride_vm, stride_vk, stride_qn, stride_qk, stride_dr, stride_dk, stride_pn, stride_pr,
+    stride_gate, stride_bias,
+    EVEN_K: tl.constexpr, INDEX: tl.constexpr, BLOCK_SIZE_M: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Y (split, M, N) and U (split, M, R) float32: the terms of each part of K."""
+    pid_n, pid_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m0, n0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, pid_n.to(tl.int64) * BLOCK_SIZE_N
+    offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
+    offs_n = tl.arange(0, BLOCK_SIZE_N).to(INDEX)
+    offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
+    offs_r = tl.arange(0, RANK).to(INDEX)
+    mask_m, mask_n, mask_r = offs_m < M - m0, offs_n < N - n0, offs_r < R
+    start = split.to(tl.int64) * K_PER_SPLIT
+    v_ptr += m0 * stride_vm + start * stride_vk
+    q_ptr += n0 * stride_qn + start * stride_qk
+    d_ptr += start * stride_dk
+    v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
+    q_offs = offs_n[None, :] * stride_qn + offs_k[:, None] * stride_qk
+    d_offs = offs_r[None, :] * stride_dr + offs_k[:, None] * stride_dk
+    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
+    u = tl.zeros((BLOCK_SIZE_M, RANK), tl.float32)
+    for k in range(start, tl.minimum(start + K_PER_SPLIT, K), BLOCK_SIZE_K):
+        if EVEN_K:
+            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None], other=0.0)
+            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :], other=0.0)
+            d = tl.load(d_ptr + d_offs, mask=mask_r[None, :], other=0.0)
+        else:
+            mask_k = offs_k < K - k
+            v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+            d = tl.load(d_ptr + d_offs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
+        acc = tl.dot(v, q, acc)
+        u = tl.dot(v, d, u)
+        v_ptr += BLOCK_SIZE_K * stride_vk
+        q_ptr += BLOCK_SIZE_K * stride_qk
+        d_ptr += BLOCK_SIZE_K * stride_dk
+
+    rows = split.to(tl.int64) * M + m0 + offs_m
+    if pid_n == 0:
+        u_ptrs = u_ptr + rows[:, None] * R + offs_r[None, :]
+        tl.store(u_ptrs, u, mask=mask_m[:, None] & mask_r[None, :])
+    factor = tl.full((RANK,), 1.0, tl.float32) * tl.cast(scaling, tl.float32)
+    if gate_ptr is not None:
+        factor *= tl.load(gate_ptr + offs_r * stride_gate, mask=mask_r, other=0.0).to(tl.float32)
+    p_ptrs = p_ptr + n0 * stride_pn + offs_n[None, :] * stride_pn + offs_r[:, None] * stride_pr
+    p = tl.load(p_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    acc = tl.dot((u * factor[None, :]).to(dtype), p.to(dtype), acc)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + (n0 + offs_n) * stride_bias, mask=mask_n, other=0.0)
+        acc += tl.where(split == 0, bias.to(tl.float32), 0.0)[None, :]
+    y_ptrs = y_ptr + rows[:, None] * N + (n0 + offs_n)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["splits", "y_numel", "u_numel", "y_blocks"])
+def _few_sum_kernel(
+    y_parts_ptr, y_ptr, y_numel, u_parts_ptr, u_ptr, u_numel, splits, y_blocks,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Adds up the parts of Y and of U."""
+    pid = tl.program_id(0)
+    if pid < y_blocks:
+        offs = pid.to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        total = tl.zeros((BLOCK_SIZE,), tl.float32)
+        for i in range(splits):
+            total += tl.load(y_parts_ptr + i * y_numel + offs, mask=offs < y_numel, other=0.0)
+        tl.store(y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=offs < y_numel)
+    else:
+        offs = (pid - y_blocks).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        total = tl.zeros((BLOCK_SIZE,), tl.float32)
+        for i in range(splits):
+            total += tl.load(u_parts_ptr + i * u_numel + offs, mask=offs < u_numel, other=0.0)
+        tl.store(u_ptr + offs, total, mask=offs < u_numel)
+
+
+# --------------------------------------------------------------- launch configuration
+
+
+def few_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
+    """Blocks, warps and the number of parts; ``shared``: KiB that a block can have."""
+    block_m = 16 if M <= 16 else 32 if M <= 32 else 64
+    block_n = 64 if M <= 64 else 128
+    rank = max(16, triton.next_power_of_2(R))
+    block_k = 128 if block_m == 16 and rank <= 32 else 64
+    programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    return dict(
+        BLOCK_SIZE_M=block_m, BLOCK_SIZE_N=block_n, BLOCK_SIZE_K=block_k, RANK=rank,
+        splits=max(1, min(PROGRAMS // programs, triton.cdiv(K, block_k) // 4, 8)),
+        num_warps=4 if block_n == 64 and rank < 64 else 8,
+        num_stages=4 if shared >= 163 else 2,
+    )  # fmt: skip
+
+
+def takes(v, N: int, R: int) -> bool:
+    """Whether these products are for this kernel: 16-bit ones of few rows.
+
+    Odd sizes are not: rows that start anywhere cannot be loaded ahead.
+    """
+    aligned = v.shape[1] % 8 == 0 and N % 8 == 0
+    return v.element_size() == 2 and aligned and 0 < v.shape[0] <= MOST_TOKENS and R <= MAX_RANK
+
+
+# --------------------------------------------------------------------------- launcher
+
+
+def few_linear(v, q, d, p, scaling, gate, bias, u, index, shared):
+    """Y (M, N) = V Q^T + bias + s g U P^T in V's dtype; U (M, R) = V D^T goes to ``u``, float32."""
+    (m, k), n, r = v.shape, q.shape[0], p.shape[1]
+    key = m, n, k, r, q.stride(1) != 1
+    config = tuned.config("lora_linear_few", v.device, few_config, (m, n, k, r, shared), key)
+    splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
+    k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
+    splits = triton.cdiv(k, k_per_split)
+    d = d.to(v.dtype)  # not in the kernel's loop: Triton 3.6 then read outside of shared memory
+    y, parts, u_parts = v.new_empty((m, n)), None, None
+    if splits > 1:
+        parts = v.new_empty((splits, m, n), dtype=torch.float32)
+        u_parts = v.new_empty((splits, m, r), dtype=torch.float32)
+    grid = (triton.cdiv(n, config["BLOCK_SIZE_N"]), triton.cdiv(m, config["BLOCK_SIZE_M"]), splits)
+    _lora_linear_few_kernel[grid](
+        v, q, d, p, gate, bias, y if parts is None else parts, u if parts is None else u_parts,
+        scaling, m, n, k, r, k_per_split,
+        *v.stride(), *q.stride(), *d.stride(), *p.stride(),
+        gate.stride(0) if gate is not None and gate.numel() > 1 else 0,
+        0 if bias is None else bias.stride(0), k % block_k == 0, index, **config,
+    )  # fmt: skip
+    if parts is not None:
+        y_blocks, u_blocks = triton.cdiv(m * n, 1024), triton.cdiv(m * r, 1024)
+        _few_sum_kernel[(y_blocks + u_blocks,)](
+            parts, y, m * n, u_parts, u, m * r, splits, y_blocks, BLOCK_SIZE=1024
+        )
+    return y

@@ -1,0 +1,60 @@
+"""The end of an optimizer step: all that is counted on the device, in one launch.
+
+Counts stay on the device because only the device knows whether a step was skipped, and because a
+step that is replayed from a CUDA graph has no host code.
+"""
+
+import triton
+import triton.language as tl
+
+from .runtime.cached_launch import launch
+from .runtime.multi_tensor import on_device
+
+_POINTERS = (
+    "iteration_ptr", "steps_ptr", "grads_ptr", "firsts_ptr", "flags_ptr", "gates_ptr",
+    "opened_ptr", "opens_ptr", "found_inf_ptr",
+)  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["n_steps", "n_flags", "n_gates"], do_not_specialize_on_alignment=_POINTERS
+)
+def _advance_kernel(
+    iteration_ptr, steps_ptr, grads_ptr, n_steps, firsts_ptr, flags_ptr, n_flags,
+    gates_ptr, opened_ptr, opens_ptr, n_gates, found_inf_ptr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    iteration = tl.load(iteration_ptr)
+    done = 1
+    if found_inf_ptr is not None:
+        done = (tl.load(found_inf_ptr) == 0).to(tl.int32)
+    iteration += done
+    for start in range(0, n_steps, BLOCK_SIZE):
+        offs = start + tl.arange(0, BLOCK_SIZE)
+        mask = offs < n_steps
+        used = (tl.load(grads_ptr + offs, mask=mask, other=0) != 0).to(tl.int32)
+        steps = tl.load(steps_ptr + offs, mask=mask, other=0.0)
+        tl.store(steps_ptr + offs, steps + (done * used).to(tl.float32), mask=mask)
+    for start in range(0, n_flags, BLOCK_SIZE):
+        offs = start + tl.arange(0, BLOCK_SIZE)
+        mask = offs < n_flags
+        first = tl.load(firsts_ptr + offs, mask=mask, other=0)
+        tl.store(flags_ptr + 2 * offs, (iteration >= first).to(tl.int32), mask=mask)
+        tl.store(flags_ptr + 2 * offs + 1, (iteration == first).to(tl.int32), mask=mask)
+    for start in range(0, n_gates, BLOCK_SIZE):
+        offs = start + tl.arange(0, BLOCK_SIZE)
+        mask = offs < n_gates
+        mask &= iteration >= tl.load(opens_ptr + offs, mask=mask, other=0)
+        opened = tl.load(opened_ptr + offs, mask=mask, other=0.0)
+        tl.store(gates_ptr + offs, opened, mask=mask)
+    tl.debug_barrier()  # every thread has read the old count
+    tl.store(iteration_ptr, iteration)
+
+
+def advance_(iteration, steps, grads, firsts, flags, gates, opened, opens, found_inf) -> None:
+    """One optimizer step was done, unless ``found_inf``; see `ops.reference.advance_ref_`."""
+    with on_device(iteration.device):
+        launch(
+            _advance_kernel, (1,), (gates.dtype, found_inf is None),
+            iteration, steps, grads, steps.numel(), firsts, flags, firsts.numel(),
+            gates, opened, opens, gates.numel(), found_inf, 1024, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,208 @@
+"""Every kernel compiles for every kind of GPU, without spilling and within its shared memory.
+
+Needs no GPU: the launchers run on CPU tensors over a stand-in driver, and what they would launch is
+compiled instead, with the configurations that they would use.
+"""
+
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Shared memory that CUDA gives one block, in bytes (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability").
+SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# ptxas parks a few words that it needs only after the loops, to fit one more block on a
+# multiprocessor; which kernels have some changes with its version. Running out of registers looks
+# different: hundreds of bytes, moved in every turn of a loop.
+SPILL_LIMIT = 32
+
+
+# ------------------------------------------------------------- in the subprocess
+
+
+class _StandInDriver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+
+def _resources(cubin: bytes) -> dict:
+    """Registers and bytes of local memory (stack, where spills go) of a compiled kernel."""
+    from triton.backends import nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK")}
+    local = re.search(r"\bLOCAL:(\d+)", text)
+    return {"registers": found["REG"], "spilled": found["STACK"] + (int(local[1]) if local else 0)}
+
+
+def compile_all(capability: int):
+    """Print one JSON line for each kernel that the launchers ask for."""
+    import torch
+    import triton.language as tl
+    from deltadiff.kernels import adamw_step, delta_update
+    from deltadiff.kernels import step_counters as advance
+    from deltadiff.kernels.lora_linear import hopper as lora_linear_hopper
+    from deltadiff.kernels.lora_linear import portable as lora_linear
+    from deltadiff.kernels.runtime import multi_tensor as tables
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(_StandInDriver(capability))
+    tables.capability = delta_update.capability = lambda device: divmod(capability, 10)
+    run, case = JITFunction.run, ""
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        facts = {"kernel": self.fn.__name__.strip("_"), "case": case}
+        facts |= {"shared": kernel.metadata.shared, **_resources(kernel.asm["cubin"])}
+        print(json.dumps(facts), flush=True)
+
+    JITFunction.run = compile_only
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def lora(m, dtype, adapter_dtype, r, gate, tf32=False, kernels=lora_linear, **dropout):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        x, weight, dy = (torch.empty(s, dtype=dtype) for s in ((m, 1024), (512, 1024), (m, 512)))
+        a, b = (torch.empty(s, dtype=adapter_dtype) for s in ((r, 1024), (512, r)))
+        bias = torch.empty(512, dtype=dtype)
+        _, s = kernels.lora_linear_fwd(x, weight, a, b, 2.0, gate, bias, **dropout)
+        needs = [True] * 3 + [False]
+        kernels.lora_linear_bwd(dy, x, weight, a, b, s, 2.0, gate, needs, **dropout)
+
+    gate = torch.empty(16)
+    for dtype, adapter_dtype, tf32 in (
+        (bf16, bf16, False),
+        (bf16, fp32, False),
+        (fp16, fp32, False),
+        (fp32, fp32, False),
+        (fp32, fp32, True),
+    ):
+        case = f"{dtype} adapters {adapter_dtype}{' tf32' * tf32}, 4096 tokens, r 16"
+        lora(4096, dtype, adapter_dtype, 16, gate, tf32)
+    for m, r in ((1, 8), (32, 8), (64, 64), (300, 16), (64, 128), (4096, 128)):
+        for dtype in (bf16, fp32):
+            case = f"{dtype} adapters float32, {m} tokens, r {r}"
+            lora(m, dtype, fp32, r, None)
+
+    seed = torch.empty((), dtype=torch.int64)
+    for dtype, adapter_dtype, m, r, tf32 in (
+        (bf16, fp32, 16384, 16, False),
+        (fp16, fp16, 4096, 64, False),
+        (bf16, bf16, 300, 8, False),
+        (bf16, fp32, 8, 8, False),
+        (fp32, fp32, 4096, 16, False),
+        (fp32, fp32, 4096, 16, True),
+    ):
+        case = f"dropout, {dtype} adapters {adapter_dtype}{' tf32' * tf32}, {m} tokens, r {r}"
+        lora(m, dtype, adapter_dtype, r, None, tf32, dropout=0.1, seed=seed)
+
+    index, lora_linear.index_type = lora_linear.index_type, lambda *_: tl.int64
+    case = "strides beyond 32 bits"
+    lora(4096, bf16, bf16, 16, None)
+    lora_linear.index_type = index
+
+    if capability == 90:
+        lora_linear_hopper._multiprocessors = lambda device: 132
+        for m, dtype, adapter_dtype, r, entries in (
+            (512, bf16, bf16, 1, 0),  # narrow tiles
+            (512, fp16, fp32, 32, 32),
+            (16384, bf16, fp32, 16, 16),  # wide ones
+            (16384, fp16, fp16, 32, 1),
+            (16384, bf16, bf16, 32, 32),
+            (16384, fp16, fp16, 64, 64),
+        ):
+            case = f"hopper, {dtype} adapters {adapter_dtype}, {m} tokens, r {r}, gate {entries}"
+            gate = torch.empty(entries) if entries else None
+            lora(m, dtype, adapter_dtype, r, gate, kernels=lora_linear_hopper)
+
+    step = torch.empty((), dtype=torch.int64)
+    for dtype, roundings in (
+        (fp32, ["none"]),
+        (bf16, ["nearest", "stochastic", "remainder"]),
+        (fp16, ["nearest", "stochastic", "remainder"]),
+    ):
+        for rounding in roundings:
+            for k, r in ((1024, 8), (1023, 8), (1024, 64)):
+                case = f"{dtype} {rounding}, K {k}, r {r}"
+                low = torch.empty(64, k, dtype=torch.int16 if dtype == bf16 else dtype)
+                delta_update.delta_update_(
+                    [torch.empty(64, k, dtype=dtype)],
+                    [torch.empty(r, k)], [torch.empty(64, r)],
+                    [torch.empty(r, k)], [torch.empty(64, r)],
+                    [1.0], rounding, [low] if rounding == "remainder" else [], 0, step, step,
+                )  # fmt: skip
+    one = torch.ones(())
+    for dtype, moment_dtype in ((fp32, fp32), (bf16, bf16), (bf16, fp32), (fp16, fp32)):
+        case = f"{dtype} moments {moment_dtype}"
+        p, m = torch.empty(4096, dtype=dtype), torch.empty(4096, dtype=moment_dtype)
+        adamw_step.adamw_step_(
+            [p], [p], [m], [m], torch.zeros(1), 1e-3, 0.9, 0.999, 1e-8, 0.01,
+            [torch.empty(4096)], [p], one, one, one,
+        )  # fmt: skip
+    flags, count = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.int64)
+    for found_inf in (None, one):
+        case = f"found_inf {found_inf}"
+        advance.advance_(step, one, count, count, flags, one, one, count, found_inf)
+
+
+# ----------------------------------------------------------------------- the tests
+
+
+def _compile(capability: int) -> list[dict]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return {capability: pool.submit(_compile, capability) for capability in SHARED_LIMITS}
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMITS)
+def test_kernels_compile_without_spills(compiled, capability):
+    kernels = compiled[capability].result()
+    hopper = {"lora_linear_hopper_kernel", "pack_kernel"} if capability == 90 else set()
+    assert {k["kernel"] for k in kernels} == hopper | {
+        "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
+        "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
+        "delta_update_kernel", "adamw_step_kernel", "advance_kernel",
+    }  # fmt: skip
+    assert [k for k in kernels if k["spilled"] > SPILL_LIMIT or k["registers"] == 255] == []
+    assert [k for k in kernels if k["shared"] > SHARED_LIMITS[capability]] == []
+
+
+if __name__ == "__main__":
+    compile_all(int(sys.argv[1]))

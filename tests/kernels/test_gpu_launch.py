@@ -1,0 +1,393 @@
+"""Launches from C++ are the ones that Triton's own launcher makes, bit for bit.
+
+Without a GPU: a stand-in for libcuda notes what it is given, CPU tensors lend their addresses, and
+the compiled kernel itself says how large its parameters are. With one: results.
+"""
+
+import ctypes
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+STREAM = 0x5EA0
+NO_DROPOUT = 0.0, None
+SM_90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+CUDA_SOURCE = """
+#include <stdint.h>
+int result = 0, capturing = 0;
+int (*on_launch)(const unsigned *config, void *function, void **parameters);
+int cuLaunchKernelEx(const unsigned *config, void *function, void **parameters, void **extra) {
+  on_launch(config, function, parameters);
+  return result;
+}
+int cuTensorMapEncodeTiled(int64_t *map, int type, uint32_t rank, void *address,
+    const uint64_t *shape, const uint64_t *strides, const uint32_t *box, const uint32_t *steps,
+    int interleave, int swizzle, int l2, int fill) {
+  int64_t facts[16] = {type, rank, (int64_t)address, shape[0], shape[1], strides[0], box[0], box[1],
+                       steps[0], steps[1], interleave, swizzle, l2, fill, 0, 0};
+  for (int i = 0; i < 16; ++i) map[i] = facts[i];
+  return 0;
+}
+int cuStreamIsCapturing(void *stream, int *status) { *status = capturing; return 0; }
+int cuGetErrorString(int code, const char **text) { *text = "out of luck"; return 0; }
+int cuCtxGetCurrent(void **context) { *context = &result; return 0; }
+int cuPointerGetAttribute(uint64_t *data, int attribute, uint64_t pointer) {
+  *data = pointer;
+  return 0;
+}
+"""
+TORCH_SOURCE = f"""
+int aoti_torch_get_current_cuda_stream(int device, void **stream) {{
+  *stream = (void *){STREAM};
+  return 0;
+}}
+"""
+
+
+# ------------------------------------------------------------- in the subprocess
+
+
+def _build(folder: Path, soname: str, source: str) -> ctypes.CDLL:
+    (folder / "source.c").write_text(source)
+    options = ["-shared", "-fPIC", "-w", f"-Wl,-soname,{soname}", "-o", folder / soname]
+    subprocess.run(["cc", *options, folder / "source.c"], check=True)
+    return ctypes.CDLL(str(folder / soname))
+
+
+def _stand_in_cuda(folder: Path) -> ctypes.CDLL:
+    """With all that Triton's launcher links to; what matters is in the source above."""
+    from triton.backends import nvidia
+
+    text = "".join(
+        (Path(nvidia.__file__).parent / f).read_text() for f in ("driver.c", "driver.py")
+    )
+    names = set(re.findall(r"\b(cu[A-Z]\w+)\(", text)) | {"cuCtxSetCurrent", "cuDeviceGet"}
+    names |= {"cuDevicePrimaryCtxRetain"}
+    rest = sorted(name for name in names if f" {name}(" not in CUDA_SOURCE)
+    source = CUDA_SOURCE + "\n".join(f"int {name}() {{ return 0; }}" for name in rest)
+    library = _build(folder, "libcuda.so.1", source)
+    (folder / "libcuda.so").symlink_to(folder / "libcuda.so.1")
+    return library
+
+
+def _parameter_sizes(cubin: bytes) -> list[int]:
+    from triton.backends import nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        text = subprocess.run(
+            [tool, "-elf", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.findall(r"KPARAM_INFO\n.*\n.*Ordinal : (0x\w+).*Size *: (0x\w+)", text)
+    sizes = {int(ordinal, 16): int(size, 16) for ordinal, size in found}
+    return [sizes[i] for i in range(len(sizes))]
+
+
+class _Driver:
+    """Triton's launcher over the stand-in; nothing is loaded anywhere."""
+
+    def __init__(self):
+        from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+
+        self.target = GPUTarget("cuda", 90, 32)
+        self.launcher_cls, self.utils = CudaLauncher, CudaUtils()
+        self.utils.load_binary = self.load
+        self.utils.get_device_properties = lambda device: {"max_shared_mem": 227 << 10}
+        self.sizes: dict[int, list[int]] = {}  # of the parameters, by function
+
+    def load(self, name, cubin, shared, device):
+        function = len(self.sizes) + 1
+        self.sizes[function] = _parameter_sizes(cubin)
+        return function, function, 168, 0, 1024
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return STREAM
+
+
+class _Notes:
+    """What was launched, with names for the addresses."""
+
+    def __init__(self, cuda: ctypes.CDLL, driver: _Driver):
+        self.driver, self.launches = driver, []
+        signature = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p,
+            ctypes.POINTER(ctypes.c_void_p),
+        )  # fmt: skip
+        self.callback = signature(self.note)
+        ctypes.c_void_p.in_dll(cuda, "on_launch").value = ctypes.cast(
+            self.callback, ctypes.c_void_p
+        ).value
+
+    def note(self, config, function, parameters):
+        stream = ctypes.cast(config, ctypes.POINTER(ctypes.c_uint64))[4]
+        attributes = config[12]
+        values = [
+            ctypes.string_at(parameters[i], size)
+            for i, size in enumerate(self.driver.sizes[function])
+        ]
+        self.launches.append(([*config[:7], stream, attributes, function], values))
+        return 0
+
+    def taken(self, **tensors) -> list:
+        """The launches since the last time; an address that is no tensor's is known by its turn."""
+        names, count = {t.data_ptr(): name for name, t in tensors.items()}, itertools.count()
+
+        def named(value: bytes):
+            if len(value) % 8:
+                return value.hex()
+            words = [int.from_bytes(value[i : i + 8], "little") for i in range(0, len(value), 8)]
+            return [
+                names.setdefault(word, f"other {next(count)}") if word >= 1 << 32 else word
+                for word in words
+            ]
+
+        launches, self.launches = self.launches, []
+        return [(config, [named(value) for value in values]) for config, values in launches]
+
+
+def _cases():
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    yield dict(dtype=bf16, adapter=bf16, m=1000, r=16, gate=None, bias=False, expanded=True)
+    yield dict(dtype=bf16, adapter=fp32, m=4096, r=16, gate=torch.ones(()), bias=False)
+    yield dict(dtype=bf16, adapter=fp32, m=512, r=8, gate=None, bias=False, frozen_A=True)
+    yield dict(dtype=fp16, adapter=fp32, m=512, r=5, gate=torch.ones(5, 2)[:, 0], bias=True)
+
+
+def record(folder: Path) -> None:
+    """Print as JSON the launches of both launchers, and how often a plan was made."""
+    cuda = _stand_in_cuda(folder)
+    shim = _build(folder, "libtorch_cuda.so", TORCH_SOURCE)  # noqa: F841, stays loaded
+    from deltadiff.kernels.lora_linear import hopper
+    from deltadiff.kernels.lora_linear import hopper_plan as lora_linear_plan
+    from triton.runtime import driver
+
+    from deltadiff.ops import dispatch as paths
+
+    stand_in = _Driver()
+    driver.set_active(stand_in)
+    notes = _Notes(cuda, stand_in)
+    hopper._multiprocessors = lambda device: 132
+    plans, make_plan = [], lora_linear_plan.lora_linear_plan
+    lora_linear_plan.lora_linear_plan = lambda *args: plans.append(1) or make_plan(*args)
+    gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    assert not paths._GLUON_MISSING
+
+    last = *NO_DROPOUT, "hopper"
+
+    def forward(*args):
+        return torch.ops.deltadiff.lora_linear_fwd.default.redispatch(gpu, *args, *last)
+
+    def backward(*args):
+        return torch.ops.deltadiff.lora_linear_bwd.default.redispatch(gpu, *args, *last)
+
+    def both(launchers, case):
+        m, n, k, r, gate = case["m"], 512, 768, case["r"], case["gate"]
+        x, w, dy, bias = (
+            torch.zeros(s, dtype=case["dtype"]) for s in ((m, k), (n, k), (m, n), (n,))
+        )
+        dy = dy[:1].expand_as(dy) if case.get("expanded") else dy
+        a, b = (torch.zeros(s, dtype=case["adapter"]) for s in ((r, k), (n, r)))
+        inputs = dict(x=x, w=w, a=a, b=b, dy=dy, bias=bias)
+        inputs |= {} if gate is None else {"gate": gate}
+        fwd, bwd = launchers
+        y, kept = fwd(x, w, a, b, 1.7, gate, bias if case["bias"] else None)
+        found = notes.taken(**inputs, y=y, kept=kept)
+        need_A = not case.get("frozen_A")
+        given = dy, x if need_A else None, w, a, b, kept, 1.7, gate, [True, need_A, True, False]
+        dx, da, db, _ = bwd(*given)
+        inputs |= {"da": da} if need_A else {}
+        return found + notes.taken(**inputs, kept=kept, dx=dx, db=db)
+
+    native, python = (forward, backward), (hopper.lora_linear_fwd, hopper.lora_linear_bwd)
+    calls = []
+    hopper.lora_linear_fwd = lambda *args: calls.append("fwd") or python[0](*args)
+    hopper.lora_linear_bwd = lambda *args: calls.append("bwd") or python[1](*args)
+    for case in _cases():
+        facts = {"native": both(native, case)}
+        facts["plans"] = len(plans)
+        facts["again"] = both(native, case)
+        facts["python calls"] = list(calls)
+        facts["python"] = both(python, case)
+        facts["plans again"] = len(plans)
+        plans.clear()
+        print(json.dumps(facts), flush=True)
+
+    case = next(_cases())
+    capturing = ctypes.c_int.in_dll(cuda, "capturing")
+    capturing.value = 1
+    both(native, case)
+    capturing.value = 0
+    facts = {"python calls in a capture": list(calls), "plans": len(plans)}
+    both(native, case | {"m": 1001})
+    facts["plans of new tokens"] = len(plans)
+    facts["python calls"] = list(calls)
+    ctypes.c_int.in_dll(cuda, "result").value = 2
+    try:
+        both(native, case)
+    except RuntimeError as error:
+        facts["error"] = str(error)
+    print(json.dumps(facts), flush=True)
+
+
+# ----------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    if torch.version.cuda:
+        pytest.skip("needs a PyTorch without CUDA, which the stand-ins would be mixed up with")
+    pytest.importorskip("deltadiff._C", exc_type=ImportError)
+    folder = tmp_path_factory.mktemp("cuda")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "OMP_NUM_THREADS": "1",
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, folder], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_launches_are_tritons_own(recorded):
+    *cases, _ = recorded
+    assert len(cases) == len(list(_cases()))
+    for facts, case in zip(cases, _cases(), strict=True):
+        packed = case["adapter"] != case["dtype"]
+        assert len(facts["native"]) == (4 if packed else 2)
+        assert facts["native"] == facts["python"]
+        assert facts["python calls"] == []
+        for config, _ in facts["native"]:
+            assert config[7] == STREAM
+        # The kernel reads a dense gate: another one is copied.
+        gate, addresses = case["gate"], [value for _, values in facts["native"] for value in values]
+        assert (["gate"] in addresses) == (gate is not None and gate.is_contiguous())
+
+
+def test_a_plan_is_made_once_for_each_kind_of_call(recorded):
+    *cases, others = recorded
+    for facts in cases:
+        assert facts["plans"] == facts["plans again"] == 2
+        assert facts["again"] == facts["native"]
+    assert others["plans of new tokens"] == 2
+
+
+def test_python_launches_into_graphs(recorded):
+    others = recorded[-1]
+    assert others["python calls in a capture"] == others["python calls"] == ["fwd", "bwd"]
+    assert others["plans"] == 0
+
+
+def test_errors_of_the_driver_are_raised(recorded):
+    assert "cuLaunchKernelEx: out of luck (2)" in recorded[-1]["error"]
+
+
+# --------------------------------------------------------------------- with a GPU
+
+
+def _inputs(m, adapter, r, gates, bias, device="cuda", dtype=torch.bfloat16):
+    generator = torch.Generator(device).manual_seed(m + r)
+
+    def normal(*shape, std=1.0, dtype=dtype):
+        return (std * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+    x, w, dy = normal(m, 1024), normal(768, 1024, std=1 / 32), normal(m, 768)
+    a, b = normal(r, 1024, std=1 / 32, dtype=adapter), normal(768, r, dtype=adapter)
+    gate = None if gates is None else normal(*gates, dtype=adapter)
+    return x, w, a, b, gate, normal(768) if bias else None, dy
+
+
+def _outputs(suffix, x, w, a, b, gate, bias, dy):
+    fwd, bwd = (getattr(torch.ops.deltadiff, f"lora_linear_{p}{suffix}") for p in ("fwd", "bwd"))
+    y, kept = fwd(x, w, a, b, 1.7, gate, bias, *NO_DROPOUT, "hopper")
+    needs = [True, True, True, gate is not None]
+    return [y, *bwd(dy, x, w, a, b, kept, 1.7, gate, needs, *NO_DROPOUT, "hopper")]
+
+
+def _assert_equal(ours, theirs):
+    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert (one is None) == (other is None), i
+        assert one is None or torch.equal(one, other), i
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not SM_90, reason="the kernel is for sm_90")
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [512, 1000, 8192])
+@pytest.mark.parametrize(
+    ("r", "gates", "bias"), [(16, None, False), (5, (), True), (64, (64,), False)]
+)
+def test_results_are_those_of_the_python_launcher(m, adapter, r, gates, bias):
+    inputs = _inputs(m, adapter, r, gates, bias)
+    expected = _outputs("_python", *inputs)
+    _assert_equal(_outputs("", *inputs), expected)
+    _assert_equal(_outputs("", *inputs), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not SM_90, reason="the kernel is for sm_90")
+def test_results_on_another_stream_in_a_thread_and_in_a_graph():
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs = _inputs(2048, torch.float32, 16, (16,), True)
+    expected = _outputs("_python", *inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _assert_equal(_outputs("", *inputs), expected)
+    torch.cuda.current_stream().wait_stream(stream)
+    with ThreadPoolExecutor(1) as pool:  # a thread that has no context yet
+        _assert_equal(pool.submit(_outputs, "", *inputs).result(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = _outputs("", *inputs)
+    for _ in range(3):
+        for output in outputs:
+            output.zero_()
+        graph.replay()
+        _assert_equal(_outputs("", *inputs), expected)
+        _assert_equal(outputs, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not SM_90, reason="the kernel is for sm_90")
+def test_gate_and_bias_with_strides():
+    x, w, a, b, gate, bias, dy = _inputs(1024, torch.float32, 16, (16,), True)
+    sparse = [torch.stack([t, -t], dim=1)[:, 0] for t in (gate, bias)]
+    assert not any(t.is_contiguous() for t in sparse)
+    expected = _outputs("", x, w, a, b, gate, bias, dy)
+    for suffix in ("", "_python"):
+        _assert_equal(_outputs(suffix, x, w, a, b, *sparse, dy), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2 or not SM_90, reason="needs two sm_90 GPUs")
+def test_results_on_a_device_that_is_not_current():
+    inputs = _inputs(1024, torch.float32, 16, None, True, device="cuda:1")
+    with torch.cuda.device(0):
+        ours = _outputs("", *inputs)
+        assert torch.cuda.current_device() == 0
+    _assert_equal(ours, _outputs("_python", *inputs))
+
+
+if __name__ == "__main__":
+    record(Path(sys.argv[1]))

@@ -1,0 +1,256 @@
+"""`save_adapter` and `load_adapter`."""
+
+import json
+import os
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_
+from deltadiff.errors import CheckpointError, SwapError
+from deltadiff.layers.lora_linear import lora_layers
+
+
+def base(dtype=torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 4)).to(dtype)
+
+
+def train(model, optimizer, steps, ratio_at=lambda t: 0.5):
+    for t in range(steps):
+        generator = torch.Generator().manual_seed(t)
+        x = torch.randn(8, 12, generator=generator, dtype=torch.float64)
+        for group in optimizer.param_groups:
+            group["update_ratio"] = ratio_at(t)
+        optimizer.zero_grad()
+        model(x.to(model[0].weight.dtype)).square().mean().backward()
+        optimizer.step()
+
+
+def trained(w_update="inplace", dtype=torch.float64, **options):
+    model = base(dtype)
+    swap_(model, r=3, target_modules=["0"], modules_to_save=["2"], seed=0)
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=0.5, w_update=w_update)
+    train(model, optimizer, 8, **options)
+    return model, optimizer
+
+
+def output(model) -> torch.Tensor:
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    with torch.no_grad():
+        return model(x.to(next(model.parameters()).dtype))
+
+
+def changes(t):
+    return 0.5 if t < 3 else 1.0 if t < 6 else 0.25
+
+
+@pytest.mark.parametrize("ratio_at", [lambda t: 0.5, changes], ids=["constant", "changing"])
+@pytest.mark.parametrize("w_update", ["inplace", "factored"])
+def test_round_trip_on_a_fresh_base_model(tmp_path, w_update, ratio_at):
+    model, optimizer = trained(w_update, ratio_at=ratio_at)
+    save_adapter(model, tmp_path)
+    fresh = base()
+    w0 = fresh[0].weight.detach().clone()
+    report = load_adapter(fresh, tmp_path)
+    assert len(report.rows) == 1 and torch.equal(fresh[0].weight, w0)
+    torch.testing.assert_close(output(fresh), output(model), atol=1e-12, rtol=0)
+    again = base()
+    swap_(again, r=3, target_modules=["0"])
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(output(again), output(model), atol=1e-12, rtol=0)
+    merge_(fresh)
+    torch.testing.assert_close(output(fresh), output(model), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("w_update", ["inplace", "factored"])
+def test_adapter_and_optimizer_state_resume_the_run(tmp_path, w_update):
+    model, optimizer = trained(w_update, ratio_at=changes)
+    save_adapter(model, tmp_path)
+    fresh = base()
+    load_adapter(fresh, tmp_path)
+    second = DeltaLoRA(fresh, lr=1e-2, update_ratio=0.25, w_update=w_update)
+    second.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(output(fresh), output(model), atol=1e-12, rtol=0)
+    train(model, optimizer, 8, ratio_at=lambda t: 0.25)
+    train(fresh, second, 8, ratio_at=lambda t: 0.25)
+    torch.testing.assert_close(output(fresh), output(model), atol=1e-12, rtol=0)
+    save_adapter(fresh, tmp_path)  # and what it saves again is whole
+    third = base()
+    load_adapter(third, tmp_path)
+    torch.testing.assert_close(output(third), output(model), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("w_update", ["inplace", "factored"])
+def test_training_goes_on_from_a_loaded_adapter(tmp_path, w_update):
+    model, _ = trained()
+    save_adapter(model, tmp_path)
+    fresh = base()
+    load_adapter(fresh, tmp_path)
+    optimizer = DeltaLoRA(fresh, lr=1e-9, weight_decay=0, update_ratio=1.0, w_update=w_update)
+    train(fresh, optimizer, 4, ratio_at=lambda t: 1.0)
+    torch.testing.assert_close(output(fresh), output(model), atol=1e-6, rtol=0)
+    save_adapter(fresh, tmp_path)
+    again = base()
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(output(again), output(fresh), atol=1e-12, rtol=0)
+
+
+def test_bfloat16_in_place_loads_within_rounding(tmp_path):
+    model, _ = trained(dtype=torch.bfloat16)
+    save_adapter(model, tmp_path)
+    fresh = base(torch.bfloat16)
+    load_adapter(fresh, tmp_path)
+    error = (output(fresh) - output(model)).norm() / output(model).norm()
+    assert error < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_adapter_is_adapter_sized_and_holds_no_base_weight(tmp_path):
+    model = nn.Sequential(nn.Linear(512, 512))
+    swap_(model, r=2)
+    optimizer = DeltaLoRA(model, update_ratio=1.0)
+    for _ in range(3):
+        model(torch.randn(2, 512)).sum().backward()
+        optimizer.step()
+    save_adapter(model, tmp_path)
+    size = sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert size < 4 * (2 * 2 * 1024) + 4096 < 512 * 512 * 4
+
+
+def test_saving_replaces_and_leaves_no_other_file(tmp_path):
+    model, optimizer = trained()
+    save_adapter(model, tmp_path)
+    first = {f.name for f in tmp_path.iterdir()}
+    train(model, optimizer, 2)
+    save_adapter(model, tmp_path)
+    second = {f.name for f in tmp_path.iterdir()}
+    assert len(first) == len(second) == 2 and first != second
+
+
+def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
+    model, optimizer = trained()
+    save_adapter(model, tmp_path)
+    before = output(model)
+    train(model, optimizer, 2)
+    real, calls = os.replace, []
+
+    def crash(source, target):
+        calls.append(target)
+        if len(calls) == 2:  # the weights are there, the JSON is not
+            raise OSError("no space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="no space"):
+        save_adapter(model, tmp_path)
+    monkeypatch.undo()
+    fresh = base()
+    load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(output(fresh), before, atol=1e-12, rtol=0)
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_too_many_update_ratios_cannot_be_saved_as_factors(tmp_path):
+    model, _ = trained(ratio_at=lambda t: 0.5)
+    model[0].delta.past_updates = None
+    with pytest.raises(SwapError, match="merge_"):
+        save_adapter(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_peft_model_saves_and_loads_on_the_plain_base(tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=16, target_modules=["0"], modules_to_save=["2"])
+    model = peft.get_peft_model(base(), config)
+    swap_(model)
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        x = torch.randn(8, 12, dtype=torch.float64)
+        model(x).square().mean().backward()
+        optimizer.step()
+    save_adapter(model, tmp_path)
+    fresh = base()
+    load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(output(fresh), output(model), atol=1e-12, rtol=0)
+
+
+def weights_file(folder):
+    return next(folder.glob("*.safetensors"))
+
+
+def edit(folder, change):
+    path = folder / "adapter.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def truncate(folder):
+    data = weights_file(folder).read_bytes()
+    weights_file(folder).write_bytes(data[: len(data) // 2])
+
+
+def garble(folder):
+    data = bytearray(weights_file(folder).read_bytes())
+    data[-1] ^= 1
+    weights_file(folder).write_bytes(data)
+
+
+def swap_weights(folder):
+    """An adapter whose JSON is whole but does not fit its tensors."""
+    model, _ = trained()
+    model[0].r = 2
+    save_adapter(model, folder)
+
+
+DAMAGE = {
+    "no folder": lambda f: [p.unlink() for p in list(f.iterdir())],
+    "no weights": lambda f: weights_file(f).unlink(),
+    "truncated weights": truncate,
+    "one bit flipped": garble,
+    "truncated json": lambda f: (f / "adapter.json").write_text('{"format": "delta'),
+    "json list": lambda f: (f / "adapter.json").write_text("[]"),
+    "binary json": lambda f: (f / "adapter.json").write_bytes(b"\xff\xfe\x00"),
+    "foreign": lambda f: (f / "adapter.json").write_text('{"peft_type": "LORA"}'),
+    "newer version": lambda f: edit(f, lambda c: c.update(version=99)),
+    "missing key": lambda f: edit(f, lambda c: c.pop("layers")),
+    "path outside": lambda f: edit(f, lambda c: c.update(weights="../x.safetensors")),
+    "edited scaling": lambda f: edit(f, lambda c: c["layers"]["0"].update(scaling=9.0)),
+    "edited base": lambda f: edit(f, lambda c: c["base"].update(x=[1])),
+    "tensors of another adapter": swap_weights,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_adapters_are_refused_and_nothing_changes(tmp_path, damage):
+    model, _ = trained()
+    save_adapter(model, tmp_path)
+    DAMAGE[damage](tmp_path)
+    fresh = base()
+    before = output(fresh)
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(fresh, tmp_path)
+    assert str(tmp_path) in str(caught.value) and "accepted" in str(caught.value)
+    assert not lora_layers(fresh) and torch.equal(output(fresh), before)
+
+
+def test_adapter_for_another_base_model_is_refused(tmp_path):
+    model, _ = trained()
+    save_adapter(model, tmp_path)
+    other = nn.Sequential(nn.Linear(12, 21), nn.Tanh(), nn.Linear(21, 4)).double()
+    with pytest.raises(CheckpointError, match=r"another base model: 0.bias is \[20\] there"):
+        load_adapter(other, tmp_path)
+    assert not lora_layers(other)
+
+
+def test_differently_swapped_or_updated_models_are_refused(tmp_path):
+    model, _ = trained()
+    save_adapter(model, tmp_path)
+    other = base()
+    swap_(other, r=2, target_modules=["0"])
+    with pytest.raises(SwapError, match="0: got rank 2"):
+        load_adapter(other, tmp_path)
+    with pytest.raises(SwapError, match="already updated in place"):
+        load_adapter(model, tmp_path)
