@@ -6,7 +6,7 @@ from deltadiff.kernels.runtime.launch_cache import Seen, fingerprint
 
 from deltadiff import adamw_step_, delta_update_
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.ops import lora_linear as ops
+from deltadiff.ops import adamw_step, delta_update
 
 pytest.importorskip("deltadiff._C", exc_type=ImportError)
 
@@ -48,12 +48,13 @@ def test_the_last_few_are_kept_and_errors_are_not():
 def checks(monkeypatch):
     """How often lists were checked."""
     made = []
-    for name in ("check_adamw_step", "check_delta_update"):
-        check = getattr(ops, name)
+    for module in (adamw_step, delta_update):
+        name = f"check_{module.__name__.rpartition('.')[2]}"
+        check = getattr(module, name)
         monkeypatch.setattr(
-            ops, name, lambda *args, check=check, name=name: made.append(name) or check(*args)
+            module, name, lambda *args, check=check, name=name: made.append(name) or check(*args)
         )
-    monkeypatch.setattr(ops, "_checked", Seen())
+        monkeypatch.setattr(module, "_checked", Seen())
     return made
 
 

@@ -12,6 +12,8 @@ import deltadiff
 from deltadiff import DeltaLoRA, LoraLinear, swap_, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
 from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.merge import beside_weight
+from deltadiff.ops.reference import join_remainder
 
 W_UPDATES = ["inplace", "factored"]
 ROUNDINGS = ["remainder", "stochastic", "nearest"]
@@ -149,7 +151,7 @@ def test_delta_lora_from_the_first_step_is_nearly_lora_with_a_larger_alpha():
     delta = model[0].delta
     a, b, s = model[0].lora_A, model[0].lora_B, model[0].scaling
     exact = (1 + lam) * s * b @ a - lam * s * delta.anchor_B @ delta.anchor_A
-    effective = deltadiff.merge.beside_weight(model[0])
+    effective = beside_weight(model[0])
     torch.testing.assert_close(sum(p.B @ p.A for p in effective), exact)
 
 
@@ -375,7 +377,7 @@ def test_share_of_the_update_that_reaches_a_bfloat16_weight(rounding):
     wanted = layer.scaling * (layer.lora_B @ layer.lora_A - delta.anchor_B @ delta.anchor_A)
     got = layer.weight.float() - w0
     if rounding == "remainder":
-        got = deltadiff.reference.join_remainder(layer.weight.detach(), delta.remainder) - w0
+        got = join_remainder(layer.weight.detach(), delta.remainder) - w0
         assert (got - wanted).norm() / w0.norm() < 1e-7
     share = ((got * wanted).sum() / wanted.square().sum()).item()
     low, high = {"remainder": (0.9999, 1.0001), "stochastic": (0.8, 1.2), "nearest": (0, 0.1)}[
