@@ -8,9 +8,31 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 
+# ---------------------------------------------------------------- dtypes and roundings
+
+# The dtypes of weights and activations, in the order in which tables show them.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-ROUNDINGS = ("none", "nearest", "stochastic", "remainder")
+# The 16-bit ones, each with the dtype of the remainder that is kept beside such a weight.
+REMAINDER_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
+HALF_DTYPES = tuple(REMAINDER_DTYPES)
+# What a command line calls the dtypes that models are trained in; float64 is for checking.
+NAMED_DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES if d != torch.float64}
+# What may happen to the bits of an update that a 16-bit weight cannot hold, the default last.
+ROUNDINGS = ("nearest", "stochastic", "remainder")
+NO_ROUNDING = "none"  # of a wider weight, which holds them all
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without "torch." before it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of ``dtype`` are summed: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --------------------------------------------------------------------------- arguments
 
 
 def check_tensor(
@@ -90,8 +112,3 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
     if not -(2**63) <= seed < 2**63:
         raise ArgumentError("seed", seed, "an int that fits 64 bits")
     return torch.full((), seed, dtype=torch.int64, device=device)
-
-
-def remainder_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of the remainder that is kept beside a 16-bit weight."""
-    return torch.int16 if dtype == torch.bfloat16 else dtype

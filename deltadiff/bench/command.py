@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import NAMED_DTYPES
 from ..devices import default_device, environment, find_device, free_memory
 from ..errors import ArgumentError
 from . import layer as bench_layer
@@ -20,9 +21,6 @@ from .layer import COMPILED, RANK, has_peft, layer_cases, layer_cases_of
 from .search import search_cases
 from .step import step_cases
 from .timing import BUDGET_S, QUICK_BUDGET_S, Case, compare, format_table, variant_text, write
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 MODEL_VARIANTS = ("frozen", "deltadiff", "peft", "peft-bf16")
 
@@ -57,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", nargs="+", type=_shape, metavar="MxKxN", help="tokens x in x out"
     )
     layer.add_argument("--ranks", nargs="+", type=_count, metavar="R", help=f"default {RANK}")
-    layer.add_argument("--dtype", choices=DTYPES, help="instead of the default cases; bfloat16")
+    layer.add_argument(
+        "--dtype", choices=NAMED_DTYPES, help="instead of the default cases; bfloat16"
+    )
     layer.add_argument(
         "--compile-seconds", type=float, default=20.0, metavar="S",
         help="leave torch.compile out once it has taken this long (default 20)",
@@ -72,8 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("steps", "batch", "sequence", "r"):
         text = f"default {getattr(known, name)} (on a CPU it may be less)"
         model.add_argument(f"--{name}", type=_count, metavar="N", help=text)
-    model.add_argument("--dtype", choices=DTYPES, help="default bfloat16 (on a CPU float32)")
-    model.add_argument("--adapter-dtype", choices=DTYPES, help="of deltadiff's (default float32)")
+    model.add_argument("--dtype", choices=NAMED_DTYPES, help="default bfloat16 (on a CPU float32)")
+    model.add_argument(
+        "--adapter-dtype", choices=NAMED_DTYPES, help="of deltadiff's (default float32)"
+    )
     model.add_argument("--targets", nargs="+", choices=bench_model.TARGETS, help="layers to adapt")
     model.add_argument("--checkpointing", choices=("off", "on", "both"), default="both")
 
@@ -149,7 +151,7 @@ def _chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:
     if args.shapes or args.ranks or args.dtype:
         gpu = device.type == "cuda"
         shapes = args.shapes or (bench_layer.SHAPES[:1] if gpu else [(1024, 768, 768)])
-        dtype = DTYPES[args.dtype or "bfloat16"]
+        dtype = NAMED_DTYPES[args.dtype or "bfloat16"]
         return layer_cases_of(shapes, args.ranks or [RANK], dtype)
     return layer_cases(device, args.quick)
 
@@ -159,7 +161,7 @@ def _model(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict
     for f in dataclasses.fields(bench_model.Settings):
         value = getattr(args, f.name)
         if value is not None:
-            chosen[f.name] = DTYPES.get(value, value)
+            chosen[f.name] = NAMED_DTYPES.get(value, value)
     if args.quick:
         chosen["steps"] = 1
     checkpointing = {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]

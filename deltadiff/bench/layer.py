@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..checks import dtype_name
 from ..layers.swap import swap_
 from ..ops.reference import lora_linear_ref
 from .timing import Case, Variant
@@ -111,7 +112,7 @@ def layer_case(
     fields = {
         "op": "lora_linear", "mode": mode, "graph": graph,
         "shape": {"M": m, "K": k, "N": n, "r": r}, "rounding": None,
-        "dtype": str(dtype).removeprefix("torch."), "bytes": items * dtype.itemsize, "flops": flops,
+        "dtype": dtype_name(dtype), "bytes": items * dtype.itemsize, "flops": flops,
     }  # fmt: skip
     if dtype != torch.bfloat16:
         names = [name for name in names if name != "peft-bf16"]
@@ -150,7 +151,7 @@ def _build(m, k, n, r, backward, dtype, names, device) -> dict[str, Variant]:
 
             return forward_backward if backward else forward
 
-        return Variant(make, {"adapter_dtype": str(adapter_dtype).removeprefix("torch.")})
+        return Variant(make, {"adapter_dtype": dtype_name(adapter_dtype)})
 
     return {name: variant(name) for name in names}
 

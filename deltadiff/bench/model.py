@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checks import HALF_DTYPES
+from ..checks import HALF_DTYPES, dtype_name
 from ..devices import free_memory
 from ..errors import ArgumentError
 from ..layers.swap import swap_, unswap_
@@ -120,7 +120,7 @@ def model_records(
                 "op": "model", "mode": "step", "graph": False, "model": name,
                 "shape": {"M": labels.numel(), "K": None, "N": None, "r": settings.r},
                 "batch": settings.batch, "sequence": settings.sequence,
-                "dtype": str(settings.dtype).removeprefix("torch."), "checkpointing": checkpoint,
+                "dtype": dtype_name(settings.dtype), "checkpointing": checkpoint,
             }  # fmt: skip
             floor = _time(step, settings.steps, device)
             before, frozen = floor.seconds, [*floor.seconds]
@@ -241,7 +241,7 @@ def _find(model: nn.Module, choices) -> list[str] | str:
 
 def _adapter_dtype(method: Method, settings: Settings) -> str:
     own = {"peft": torch.float32, "peft-bf16": settings.dtype}
-    return str(own.get(method.variant, settings.adapter_dtype)).removeprefix("torch.")
+    return dtype_name(own.get(method.variant, settings.adapter_dtype))
 
 
 def _fill(model: nn.Module) -> list[Tensor]:

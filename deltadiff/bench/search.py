@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..checks import HALF_DTYPES
+from ..checks import HALF_DTYPES, dtype_name
 from ..diffora.bilevel import Search
 from ..diffora.gates import find_candidates
 from ..errors import ArgumentError
@@ -92,7 +92,7 @@ def search_case(shape: Shape, mode: str, dtype: torch.dtype) -> Case:
     fields = {
         "op": "search", "mode": mode, "graph": False, "model": shape.name,
         "shape": {"M": shape.batch * shape.sequence, "K": None, "N": None, "r": R},
-        "rounding": None, "dtype": str(dtype).removeprefix("torch."),
+        "rounding": None, "dtype": dtype_name(dtype),
         "batch": shape.batch, "sequence": shape.sequence,
     }  # fmt: skip
     return Case(fields, "frozen", functools.partial(_build, shape, mode, dtype))

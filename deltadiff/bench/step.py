@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..checks import ROUNDINGS, dtype_name
 from ..layers.swap import swap_
 from ..ops.adamw_step import adamw_step_
 from ..ops.delta_update import delta_update_
@@ -19,9 +20,6 @@ from ..optim.delta_lora import DeltaLoRA
 from .timing import Case, Variant, synchronize
 
 VARIANTS = ("copy", "deltadiff", "naive", "addmm", "torch-fused", "torch-foreach")
-
-
-ROUNDINGS = ("nearest", "stochastic", "remainder")
 
 
 HYPER = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -67,7 +65,7 @@ def _case(op, shapes, dtype, rounding, graph, floor_bytes, flops, build, **rest)
         shape |= {"N": shapes[0][0], "K": shapes[0][1]}
     fields = {
         "op": op, "mode": "step", "graph": graph, "shape": shape, "rounding": rounding,
-        "dtype": str(dtype).removeprefix("torch."), "adapter_dtype": "float32",
+        "dtype": dtype_name(dtype), "adapter_dtype": "float32",
         "bytes": floor_bytes, "flops": flops, **rest,
     }  # fmt: skip
 
@@ -152,7 +150,7 @@ def _build_delta_update(shapes, r, dtype, rounding, device) -> dict[str, Variant
 
     found = {"deltadiff": Variant(ours)}
     if rounding in (None, "nearest"):  # what plain PyTorch does
-        own = {"adapter_dtype": str(dtype).removeprefix("torch.")}
+        own = {"adapter_dtype": dtype_name(dtype)}
         found["naive"] = Variant(lambda: eager(naive_update), own)
         found["addmm"] = Variant(lambda: eager(addmm_update), own)
     return found

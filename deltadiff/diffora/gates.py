@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import check_number
 from ..errors import ArgumentError, ArgumentTypeError, CheckpointError
-from ..files import write_atomically
+from ..files import write_bytes
 from ..layers.targets import Targets, choose_modules, is_peft
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class _JsonFile:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write as JSON, atomically; all that it is made of is in the file."""
-        write_atomically(Path(path), json.dumps(self.to_json(), indent=1).encode())
+        write_bytes(Path(path), json.dumps(self.to_json(), indent=1).encode())
 
     @classmethod
     def load(cls: type[T], path: str | os.PathLike) -> T:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_number
 from ..errors import ArgumentError, Interrupted, NonFiniteLossError
-from ..files import reading, write_atomically
+from ..files import reading, write_bytes
 from ..loop import batch_indices, catch_interrupt, rng_states, set_rng_states
 from .bilevel import Search
 from .gates import GateMatrix
@@ -198,7 +198,7 @@ def _save(path: Path, state: Search, settings: dict) -> None:
     }
     torch.save(contents, blob)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, blob.getvalue())
+    write_bytes(path, blob.getvalue())
 
 
 def _load(path: Path | None, state: Search, settings: dict) -> None:

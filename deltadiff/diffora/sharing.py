@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..checks import dtype_name
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
 from ..layers.linear import linear_shape
 from ..layers.lora_linear import lora_layers
@@ -128,7 +129,7 @@ def _groups(selection: Selection, modules: dict) -> tuple[dict[str, list[str]], 
         stack, w = candidates.layers[i].rpartition(".")[0], modules[name].weight
         group = candidates.types[j] if len(stacks) == 1 else f"{stack}.*.{candidates.types[j]}"
         shape = " x ".join(map(str, linear_shape(modules[name])))
-        kind = shape, str(w.dtype).removeprefix("torch."), str(w.device)
+        kind = shape, dtype_name(w.dtype), str(w.device)
         kinds.setdefault(group, {}).setdefault(kind, []).append(name)
     groups, notes = {}, []
     for group, parts in kinds.items():

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import NAMED_DTYPES
 from ..devices import default_device, find_device
 from ..errors import ArgumentError, Interrupted, NonFiniteLossError
 from ..files import write_json
@@ -30,7 +31,7 @@ from .methods import METHODS
 from .metrics import score, score_text
 from .models import load_model
 from .plots import plot_loss, plot_metric_curve, plot_similarity
-from .settings import DTYPES, Settings, given_settings, make_settings, read_settings
+from .settings import Settings, given_settings, make_settings, read_settings
 from .settings import add_arguments as add_settings
 from .training import (
     FirstStage,
@@ -122,7 +123,7 @@ def load_task(settings: Settings) -> Task:
         heldout = read_examples(settings.heldout, settings.columns, settings.format)
     else:
         examples, heldout = split_examples(examples, share, settings.seed)
-    dtype = DTYPES[settings.dtype]
+    dtype = NAMED_DTYPES[settings.dtype]
     kind, labels = find_kind(examples, settings.regression)
     if kind != "text" and settings.generate:
         raise ArgumentError("generate", settings.generate, "0 for text with labels or answers")

@@ -7,16 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-import torch
-
+from ..checks import NAMED_DTYPES, ROUNDINGS
 from ..errors import ArgumentError, CheckpointError
-from ..optim.delta_lora import ROUNDINGS, W_UPDATES
+from ..optim.delta_lora import W_UPDATES
 from .data import FORMATS, Columns
 from .methods import METHODS
 from .presets import find_preset
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 EXCLUSIVE = (("steps", "epochs"), ("warmup_steps", "warmup_ratio"))  # one of each pair is given
 
@@ -117,7 +113,9 @@ class Settings:
     length_penalty: float = _scores(1.0, "exponent of the length that a beam's score is divided by")
     no_repeat_ngram_size: int = _scores(0, "no n-gram of this size twice; 0: any")
     max_new_tokens: int = _scores(64, "tokens after which a completion is cut")
-    dtype: str = _run("float32", "of the frozen weights and the products", choices=tuple(DTYPES))
+    dtype: str = _run(
+        "float32", "of the frozen weights and the products", choices=tuple(NAMED_DTYPES)
+    )
     device: str = _run("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
     seed: int = _run(0, "of the split, the head, the adapters, the batches and dropout")
     save_every: int = _run(50, "steps between checkpoints")
@@ -147,7 +145,7 @@ class Settings:
                 raise ArgumentError(name, value, "a share of at least 0 and below 1")
         if not 0 <= self.seed < 2**31:
             raise ArgumentError("seed", self.seed, "an int from 0 to 2**31 - 1")
-        for name, accepted in (("method", tuple(METHODS)), ("dtype", tuple(DTYPES))):
+        for name, accepted in (("method", tuple(METHODS)), ("dtype", tuple(NAMED_DTYPES))):
             if getattr(self, name) not in accepted:
                 raise ArgumentError(name, repr(getattr(self, name)), " or ".join(accepted))
         for name, fixed in METHODS[self.method].fixes.items():

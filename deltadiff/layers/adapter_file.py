@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..diffora.gates import Selection
 from ..errors import CheckpointError, SwapError
-from ..files import write_atomically
+from ..files import write_bytes
 from .lora_linear import LoraLinear, lora_layers
 from .pending_delta import LowRankFactors, PendingDelta
 from .report import SwapReport, swap_report
@@ -79,8 +79,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     config["checksum"] = _checksum(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / config["weights"], blob)
-    write_atomically(folder / CONFIG, json.dumps(config, indent=1).encode())
+    write_bytes(folder / config["weights"], blob)
+    write_bytes(folder / CONFIG, json.dumps(config, indent=1).encode())
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != config["weights"]:
             old.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import dtype_name, wide_dtype
 from ..errors import SwapError
 from ..ops.reference import join_remainder
 from ..text import align_columns
@@ -36,7 +37,7 @@ class MergeReport:
     def __str__(self) -> str:
         cells = [("module", "out x in", "dtype", "relative error")]
         for r in self.rows:
-            shape, dtype = f"{r.shape[0]} x {r.shape[1]}", str(r.dtype).removeprefix("torch.")
+            shape, dtype = f"{r.shape[0]} x {r.shape[1]}", dtype_name(r.dtype)
             cells.append((r.module, shape, dtype, f"{r.error:.2e}"))
         return align_columns(cells, right=(1,))
 
@@ -77,7 +78,7 @@ def _merge_layer(layer: LoraLinear) -> float:
     for start in range(0, layer.out_features, rows):
         block = slice(start, start + rows)
         w = layer.matrix[block]
-        wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(w.dtype)
         exact = w.to(wide) if low is None else join_remainder(w, low[block])
         for p in products:
             exact = exact + p.B[block] @ p.A
@@ -89,7 +90,7 @@ def _merge_layer(layer: LoraLinear) -> float:
 
 def beside_weight(layer: LoraLinear) -> list[LowRankFactors]:
     """What the forward pass adds to W, as products of factors in float32 (float64 stays)."""
-    wide = torch.float64 if layer.lora_A.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(layer.lora_A.dtype)
 
     def widen(t: Tensor) -> Tensor:
         return t.detach().to(wide)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checks import wide_dtype
+
 
 @dataclass
 class LowRankFactors:
@@ -43,7 +45,7 @@ class PendingDelta:
 
     @staticmethod
     def make_gate(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(like.dtype)
         on = update_ratio if started else 0.0
         return torch.tensor([1 + on] * r + [-on] * r, dtype=wide, device=like.device)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..checks import DTYPES, check_betas, check_number, check_tensor
+from ..checks import DTYPES, check_betas, check_number, check_tensor, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.launch_cache import Seen, fingerprint
 from . import reference
@@ -53,7 +53,7 @@ def check_adamw_step(
                 "tensors of " + " or ".join(map(str, DTYPES)),
             )
     device, dtype = params[0].device, params[0].dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     for i, p in enumerate(params):
         shape = tuple(p.shape)
         check_tensor("params", p, shape, device, (dtype,))

@@ -11,11 +11,13 @@ from torch.autograd.graph import increment_version
 
 from ..checks import (
     HALF_DTYPES,
+    NO_ROUNDING,
+    REMAINDER_DTYPES,
     ROUNDINGS,
     check_matrix,
     check_number,
     check_tensor,
-    remainder_dtype,
+    wide_dtype,
 )
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.launch_cache import Seen, fingerprint
@@ -36,13 +38,15 @@ def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -
             raise ArgumentError(name, f"{len(values)} entries", f"{n}, as many as weight")
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise ArgumentTypeError("seed", repr(seed), "an int that fits 64 bits")
-    if rounding not in (None, *ROUNDINGS):
-        raise ArgumentError("rounding", repr(rounding), f"None or one of {', '.join(ROUNDINGS)}")
+    if rounding not in (None, NO_ROUNDING, *ROUNDINGS):
+        raise ArgumentError(
+            "rounding", repr(rounding), f"None or one of {', '.join((NO_ROUNDING, *ROUNDINGS))}"
+        )
     for i, (w, a, b, da, db) in enumerate(zip(*lists, strict=True)):
         check_matrix("weight", w)
         check_tensor("weight", w, tuple(w.shape), lists[0][0].device, (lists[0][0].dtype,))
         check_matrix("lora_A", a)
-        wide = torch.float64 if w.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(w.dtype)
         (n_out, k), r = w.shape, a.shape[0]
         check_tensor("lora_A", a, (r, k), w.device, (w.dtype, wide))
         check_tensor("lora_B", b, (n_out, r), w.device, (a.dtype,))
@@ -51,7 +55,7 @@ def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -
         check_number("scale", scales[i])
         if remainders and w.dtype in HALF_DTYPES:
             check_tensor(
-                "remainder", remainders[i], (n_out, k), w.device, (remainder_dtype(w.dtype),)
+                "remainder", remainders[i], (n_out, k), w.device, (REMAINDER_DTYPES[w.dtype],)
             )
     for name, t in (("step", step), ("apply", apply)):
         if isinstance(t, Tensor) and n:
@@ -59,10 +63,10 @@ def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -
                 name, t, (), lists[0][0].device, (torch.int64,) if name == "step" else (t.dtype,)
             )
     if not n or lists[0][0].dtype not in HALF_DTYPES:
-        return "none"
+        return NO_ROUNDING
     if rounding is None and remainders:
         return "remainder"
-    if rounding in (None, "none"):
+    if rounding in (None, NO_ROUNDING):
         raise ArgumentError(
             "rounding",
             repr(rounding),

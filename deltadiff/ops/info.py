@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import DTYPES
+from ..checks import DTYPES, dtype_name
 from ..devices import _devices, _versions
 from ..text import align_columns
 from .dispatch import BACKENDS, choose_path, why_unavailable
@@ -26,7 +26,7 @@ def _paths() -> list[dict]:
                     {
                         "device": entry["device"],
                         "backend": backend,
-                        "dtype": str(dtype).removeprefix("torch."),
+                        "dtype": dtype_name(dtype),
                         "chosen": _chosen(backend, device, dtype),
                         "reason": why_unavailable(backend, device, dtype),
                     }

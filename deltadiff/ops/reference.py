@@ -8,6 +8,8 @@ these functions are also the backend of last resort.
 import torch
 from torch import Tensor
 
+from ..checks import wide_dtype
+
 # ---------------------------------------------------------------- random bits
 
 
@@ -116,7 +118,7 @@ def delta_update_ref_(
     ``lora_A`` and ``lora_B`` are A' and B', the values *after* the optimizer step, and
     ``delta_A`` = A' - A, ``delta_B`` = B' - B, so that B = B' - dB.
     """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(weight.dtype)
     a, b, da, db = (t.detach().to(dtype) for t in (lora_A, lora_B, delta_A, delta_B))
     wide = weight.detach().to(dtype)
     if rounding == "remainder":
@@ -225,7 +227,7 @@ def adamw_step_ref_(
     ``step`` (0-dim) counts the steps done and is raised by one. ``delta`` receives p' - p, taken
     after p' was rounded to the parameter's dtype.
     """
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(param.dtype)
     with torch.no_grad():
         step += 1
         p, g, m, v = (t.detach().to(dtype) for t in (param, grad, exp_avg, exp_avg_sq))

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..checks import HALF_DTYPES, remainder_dtype
+from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.async_copy import is_capturing
 from ..layers.lora_linear import LoraLinear
@@ -30,9 +30,6 @@ from .device_step import AdamWRun, DeviceStep, found_infs
 from .weight_update import WeightUpdate
 
 W_UPDATES = ("inplace", "factored")
-
-
-ROUNDINGS = ("remainder", "stochastic", "nearest")
 
 
 class DeltaLoRA(torch.optim.Optimizer):
@@ -185,7 +182,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         self._built = True
 
     def _allocate(self, p: Tensor, step: Tensor) -> None:
-        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(p.dtype)
         state = self.state[p]
         if state:
             held = state["exp_avg"]
@@ -209,7 +206,7 @@ class DeltaLoRA(torch.optim.Optimizer):
         keeps = rounding == "remainder" and self.w_update == "inplace"
         state = self.state[layer.lora_B]
         if keeps and w.dtype in HALF_DTYPES and "remainder" not in state:
-            low = torch.zeros_like(w.detach(), dtype=remainder_dtype(w.dtype))  # W's strides too
+            low = torch.zeros_like(w.detach(), dtype=REMAINDER_DTYPES[w.dtype])  # W's strides too
             state["remainder"] = low
 
     # ---------------------------------------------------------------------- step

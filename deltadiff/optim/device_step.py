@@ -8,6 +8,7 @@ device. The host only looks whether a tensor moved, so a step can also be captur
 import torch
 from torch import Tensor
 
+from ..checks import wide_dtype
 from ..errors import ArgumentError
 from ..kernels.runtime.async_copy import send
 from ..ops.dispatch import choose_path
@@ -108,7 +109,7 @@ class DeviceStep:
         for update in updates:
             for layer in update.layers.values():
                 dtype = layer.lora_A.dtype
-                dtype = dtype if dtype == torch.float64 else torch.float32
+                dtype = wide_dtype(dtype)
                 pairs = wanted.setdefault(dtype, [])
                 if (update, layer.r) not in pairs:
                     pairs.append((update, layer.r))

@@ -14,12 +14,10 @@ from torch import nn
 
 from ..bench.layer import GRAPHED, SHAPES
 from ..bench.timing import failure
+from ..checks import HALF_DTYPES, NAMED_DTYPES, ROUNDINGS, dtype_name
 from ..devices import find_device, free_memory
 from ..errors import ArgumentError
 from ..ops.dispatch import why_unavailable
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 RANKS = (8, 16)
 
@@ -31,9 +29,6 @@ BUDGET_S = 120.0
 
 
 COMPILE_SHARE = 0.6  # of the budget, at most
-
-
-ROUNDINGS = ("nearest", "stochastic", "remainder")
 
 
 DESCRIPTION = """\
@@ -62,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", nargs="+", type=_count, default=RANKS, metavar="R",
         help=f"default {' '.join(map(str, RANKS))}",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=[dtype_name(dtype) for dtype in HALF_DTYPES],
+        default="bfloat16",
+        help="default bfloat16",
+    )
     parser.add_argument(
         "--budget", type=float, default=BUDGET_S, metavar="SECONDS",
         help=f"for all of it (default {BUDGET_S:.0f}); what is left then keeps the defaults",
@@ -170,7 +170,7 @@ def chosen_cases(args: argparse.Namespace) -> list:
     """Forward and backward of every layer and rank, and the updates of W."""
     from .sweep import Linear, Update
 
-    dtype = DTYPES[args.dtype]
+    dtype = NAMED_DTYPES[args.dtype]
     shapes = args.shapes or (*SHAPES, *GRAPHED)
     if args.config is not None:
         shapes = [(args.tokens, *sizes) for sizes in _layers(args.config)]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..bench.timing import failure, graphed, sample
+from ..checks import dtype_name
 from ..kernels import delta_update
 from ..kernels.lora_linear import hopper as lora_linear_hopper
 from ..kernels.lora_linear import portable as lora_linear
@@ -100,7 +101,7 @@ class Linear:
 
     def __str__(self) -> str:
         mode = "backward" if self.backward else "forward"
-        return f"lora_linear {self.m}x{self.k}x{self.n} r{self.r} {str(self.dtype)[6:]} {mode}"
+        return f"lora_linear {self.m}x{self.k}x{self.n} r{self.r} {dtype_name(self.dtype)} {mode}"
 
     @property
     def kind(self) -> tuple:
@@ -149,7 +150,7 @@ class Update:
 
     def __str__(self) -> str:
         shape = f"{LAYERS} x {self.size}x{self.size} r{self.r}"
-        return f"delta_update {shape} {str(self.dtype)[6:]} {self.rounding}"
+        return f"delta_update {shape} {dtype_name(self.dtype)} {self.rounding}"
 
     @property
     def kind(self) -> tuple:

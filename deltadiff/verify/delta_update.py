@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..checks import HALF_DTYPES, ROUNDINGS
+from ..checks import HALF_DTYPES, NO_ROUNDING, ROUNDINGS
 from ..ops import reference
 from ..ops.delta_update import delta_update_
 from .tolerance import Bench, Row, poisoned
@@ -23,7 +23,7 @@ def check_delta_update(bench: Bench) -> Iterator[Row]:
         gpu=[(777, 1234, 3), (4096, 4096, 8)],
     )
     for dtypes in bench.dtypes():
-        for rounding in ROUNDINGS[1:] if dtypes[0] in HALF_DTYPES else ("none",):
+        for rounding in ROUNDINGS if dtypes[0] in HALF_DTYPES else (NO_ROUNDING,):
             case = bench.case("delta_update", dtypes, f"{len(shapes)} weights")
             yield from case.guard(
                 delta_update_rows, shapes, *dtypes, rounding, output=f"{rounding}: all"

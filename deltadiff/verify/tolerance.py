@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, HALF_DTYPES
+from ..checks import DTYPES, HALF_DTYPES, dtype_name
 from ..errors import BackendUnavailableError
 from ..ops.dispatch import choose_path
 from ..text import align_columns
@@ -99,7 +99,7 @@ class Bench:
         """``layer``: as `choose_path` takes it."""
         # float64 is the reference's alone: there is no asking another backend for it.
         asked = None if dtypes[0] == torch.float64 else self.backend
-        label = "/".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        label = "/".join(dict.fromkeys(dtype_name(dtype) for dtype in dtypes))
         path, why_not = asked, ""
         try:
             path = choose_path(self.device, dtypes[0], asked, layer).backend
