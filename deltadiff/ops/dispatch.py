@@ -36,7 +36,7 @@ except ImportError as error:
 
 
 try:
-    from ..kernels.lora_linear import hopper as lora_linear_hopper
+    from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
 
     _GLUON_MISSING = None
     KERNELS["hopper"] = lora_linear_hopper

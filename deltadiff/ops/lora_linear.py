@@ -40,7 +40,7 @@ def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
 
 
 with contextlib.suppress(ImportError, AttributeError):  # or Gluon, which is experimental
-    from ..kernels.lora_linear import hopper as lora_linear_hopper
+    from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
     from ..kernels.lora_linear import hopper_plan as lora_linear_plan
     from ..kernels.runtime.plan import CannotPlanError
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..bench.timing import failure, graphed, sample
 from ..checks import dtype_name
 from ..kernels import delta_update
-from ..kernels.lora_linear import hopper as lora_linear_hopper
+from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
 from ..kernels.lora_linear import portable as lora_linear
 from ..kernels.runtime import tuned
 from ..kernels.runtime.tuned import Launch, Rows

@@ -78,7 +78,7 @@ def path_of_call(backend: str, tokens: int) -> str:
     """The sm_90 kernel leaves calls with few tokens to the portable ones."""
     if backend != "hopper":
         return backend
-    from ..kernels.lora_linear import hopper as lora_linear_hopper
+    from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
 
     return "hopper" if lora_linear_hopper.takes(tokens) else "triton"
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from ..runtime.plan import Place, Workspace, write_down
-from . import hopper
+from . import hopper_launch as hopper
 
 # What the launches read and write: inputs; U and S, V and T, each pair in one tensor; y or dx;
 # gradients; memory; sync. The same in csrc/lora_linear_cuda.cpp.

@@ -67,7 +67,7 @@ def compile_all(capability: int):
     import triton.language as tl
     from deltadiff.kernels import adamw_step, delta_update
     from deltadiff.kernels import step_counters as advance
-    from deltadiff.kernels.lora_linear import hopper as lora_linear_hopper
+    from deltadiff.kernels.lora_linear import hopper_launch as lora_linear_hopper
     from deltadiff.kernels.lora_linear import portable as lora_linear
     from deltadiff.kernels.runtime import multi_tensor as tables
     from triton.runtime import driver

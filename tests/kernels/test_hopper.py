@@ -11,7 +11,7 @@ from deltadiff.errors import BackendUnavailableError
 from deltadiff.ops import dispatch as paths
 from deltadiff.ops.reference import lora_linear_ref
 
-hopper = pytest.importorskip("deltadiff.kernels.lora_linear.hopper")
+hopper = pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
 hopper_load = pytest.importorskip("deltadiff.kernels.lora_linear.producer")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -280,7 +280,7 @@ def test_bad_input_is_named(change, argument, kind):
 
 
 def test_sm_90_takes_the_portable_kernels(monkeypatch):
-    pytest.importorskip("deltadiff.kernels.lora_linear.hopper")
+    pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     paths.choose_path.cache_clear()
     try:

@@ -199,7 +199,7 @@ def test_what_a_backend_does_not_take_is_skipped(monkeypatch):
 
 
 def test_the_path_of_a_call():
-    hopper = pytest.importorskip("deltadiff.kernels.lora_linear.hopper")
+    hopper = pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
     assert verify_lora_linear.path_of_call("hopper", hopper.LEAST_TOKENS) == "hopper"
     assert verify_lora_linear.path_of_call("hopper", hopper.LEAST_TOKENS - 1) == "triton"
     assert verify_lora_linear.path_of_call("cpp", hopper.LEAST_TOKENS) == "cpp"

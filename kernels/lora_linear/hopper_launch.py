@@ -1,0 +1,325 @@
+"""Launches of the sm_90 kernel: what the forward pass keeps, workspaces and descriptors."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..runtime import tuned
+from ..runtime.async_copy import current_stream, is_capturing
+from ..runtime.cached_launch import launch
+from ..runtime.multi_tensor import on_device
+from . import portable
+from .hopper import (
+    COLUMN_ITEMS_RANK,
+    LEAST_TOKENS,
+    MAX_RANK,
+    MOST_TOKENS,
+    NUM_WARPS,
+    _lora_linear_hopper_kernel,
+    _rows,
+    hopper_config,
+)
+from .producer import FLAGS
+
+# ------------------------------------------------------------------------ what it takes
+
+
+def why_not(N: int, K: int, R: int) -> str | None:
+    """None for a layer that this kernel takes, else the reason in words."""
+    if R > MAX_RANK:
+        return f"rank {R} > {MAX_RANK}"
+    if N % 8 or K % 8:
+        return f"{N} x {K}: TMA needs rows of a multiple of 16 bytes"
+    return None
+
+
+def takes(M: int) -> bool:
+    """Whether a call of M tokens goes to this kernel, else to the portable ones.
+
+    By M alone: backward must find what forward kept, wherever x and W lie by then.
+    """
+    return LEAST_TOKENS <= M <= MOST_TOKENS
+
+
+def fits_tma(t) -> bool:
+    dense = t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0
+    return dense and t.data_ptr() % 16 == 0
+
+
+def _for_tma(t):
+    return t if fits_tma(t) else t.clone(memory_format=_DENSE)
+
+
+# -------------------------------------------------------------------------- launchers
+
+
+def kept_shape(M: int, R: int, gated: bool) -> tuple[int, int]:
+    """Shape of what forward keeps for backward: float32. In it lies U (M, R to a multiple of 8) in
+    the dtype of x, with a gate also S (M, R) float32; of the portable kernels S alone."""
+    return M, _pitch(R) // 2 + R if gated else max(R, 4)
+
+
+def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
+    """(y, kept) for x (M, K): y in x.dtype; kept is what the gradients need beside x."""
+    m, r = x.shape[0], lora_A.shape[0]
+    kept = x.new_empty(kept_shape(m, r, gate is not None), dtype=torch.float32)
+    if not takes(m):
+        s = _portable_view(kept, r)
+        return portable.lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, s)[0], kept
+    u, s = _kept_views(kept, r, x.dtype)
+    with on_device(x.device):
+        x, weight = _for_tma(x), _for_tma(weight)
+        y = x.new_empty((m, weight.shape[0]))
+        a, b = _packed(lora_A, lora_B, x.dtype)
+        work = _Work.of(x.device, m, y.shape[1], x.shape[1], r, None)
+        sync = _sync(x.device, work.flags)
+        tensors = x, weight, a, b, u, s, u, x, y, _dense(gate), _dense(bias)
+        call, options = _call(work, *tensors, sync, scaling, r)
+        launch(*call, **options)
+    return y, kept
+
+
+def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
+    """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for.
+
+    x may be None without dA.
+    """
+    (m, n), k, r = dy.shape, weight.shape[1], lora_A.shape[0]
+    need_x, need_A, need_B, need_gate = needs
+    if not takes(m):
+        s = _portable_view(kept, r)
+        return portable.lora_linear_bwd(dy, x, weight, lora_A, lora_B, s, scaling, gate, needs)
+    u, s = _kept_views(kept, r, dy.dtype)
+    with on_device(dy.device):
+        dx = dy.new_empty((m, k))
+        x = dx if x is None else x  # where it is not there, no program reads it
+        dy, x, weight = _for_tma(dy), _for_tma(x), _for_tma(weight)
+        v, t = _kept_views(torch.empty_like(kept), r, dy.dtype)
+        da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (lora_A, lora_B))
+        a, b = _packed(lora_A, lora_B, dy.dtype)
+        work = _Work.of(dy.device, m, k, n, r, (need_A, need_B))
+        parts = dy.new_empty(work.parts, dtype=torch.float32)
+        sync = _sync(dy.device, work.flags)
+        tensors = dy, weight, b, a, v, t, u, x, dx, _dense(gate), None
+        call, options = _call(work, *tensors, sync, scaling, r, da, db, parts)
+        launch(*call, **options)
+        if r > COLUMN_ITEMS_RANK:
+            da = _product(v[:, :r].T, x, lora_A.dtype) if need_A else None
+            db = _product(dy.T, u[:, :r], lora_B.dtype) if need_B else None
+        dgate = portable.gate_gradient(t, s, scaling, gate) if need_gate else None
+    return dx if need_x else None, da if need_A else None, db if need_B else None, dgate
+
+
+def _product(p, q, dtype):
+    return torch.mm(p, q, out_dtype=torch.float32).to(dtype)
+
+
+_DENSE = torch.contiguous_format
+
+
+def _padded_rank(r: int) -> int:
+    return max(16, triton.next_power_of_2(r))
+
+
+def _pitch(r: int) -> int:
+    return triton.cdiv(r, 8) * 8
+
+
+def _kept_views(kept, r, dtype):
+    """U = s g x A^T (M, pitch) in ``dtype``; and S = x A^T (M, r) float32 for a gate's gradient,
+    None where there is no gate."""
+    m, pitch = kept.shape[0], _pitch(r)
+    gated, kept = kept.shape[1] == pitch // 2 + r, kept.view(-1)
+    u = kept[: m * pitch // 2].view(dtype).view(m, pitch)
+    return u, kept[m * pitch // 2 :].view(m, r) if gated else None
+
+
+def _portable_view(kept, r):
+    """S (M, r) as the portable kernels keep it."""
+    m = kept.shape[0]
+    return kept.view(-1)[: m * r].view(m, r)
+
+
+def _dense(vector):
+    return None if vector is None else vector.contiguous()
+
+
+def _packed(a, b, dtype):
+    """A (R, K) and B (N, R) as TMA takes them: ``dtype``, rows of a multiple of 16 bytes."""
+    if _needs_no_packing(a, b, dtype):
+        return a, b
+    shape_a, shape_b = _packed_shapes(a, b)
+    packed_a, packed_b = a.new_empty(shape_a, dtype=dtype), b.new_empty(shape_b, dtype=dtype)
+    call, options = _pack_call(a, packed_a, b, packed_b)
+    launch(*call, **options)
+    return packed_a, packed_b[:, : a.shape[0]]
+
+
+def _needs_no_packing(a, b, dtype) -> bool:
+    return a.dtype == dtype and fits_tma(a) and fits_tma(b)
+
+
+def _packed_shapes(a, b):
+    (n, r), k = b.shape, a.shape[1]
+    return (r, k), (n, _pitch(r))
+
+
+def _pack_call(a, packed_a, b, packed_b):
+    (n, r), k = b.shape, a.shape[1]
+    blocks_a, blocks_b = triton.cdiv(r * k, 1024), triton.cdiv(n * r, 1024)
+    key = (a.dtype, packed_a.dtype, *(t.data_ptr() % 16 == 0 for t in (a, b)))
+    call = (
+        _pack_kernel, (blocks_a + blocks_b,), key,
+        a, packed_a, b, packed_b, n, k, r, blocks_a,
+        *a.stride(), *b.stride(), packed_b.stride(0), 1024,
+    )  # fmt: skip
+    return call, dict(num_warps=4)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "N", "K", "R", "blocks_a", "stride_ar", "stride_ak", "stride_bn", "stride_br", "pitch"
+    ]
+)  # fmt: skip
+def _pack_kernel(
+    a_ptr, packed_a_ptr, b_ptr, packed_b_ptr, N, K, R, blocks_a,
+    stride_ar, stride_ak, stride_bn, stride_br, pitch, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Both low-rank factors in another dtype, B with rows of ``pitch`` elements."""
+    pid = tl.program_id(0)
+    if pid < blocks_a:
+        offs = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        row, column = offs // K, offs % K
+        values = tl.load(a_ptr + row * stride_ar + column * stride_ak, mask=row < R, other=0.0)
+        tl.store(packed_a_ptr + offs, values.to(packed_a_ptr.dtype.element_ty), mask=row < R)
+    else:
+        offs = (pid - blocks_a) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        row, column = offs // R, offs % R
+        values = tl.load(b_ptr + row * stride_bn + column * stride_br, mask=row < N, other=0.0)
+        packed_b_ptrs = packed_b_ptr + row * pitch + column
+        tl.store(packed_b_ptrs, values.to(packed_b_ptr.dtype.element_ty), mask=row < N)
+
+
+class _Work(NamedTuple):
+    """One pass: (M, C) times (C, N), divided among blocks."""
+
+    config: dict
+    grid: tuple[int]
+    rank: int
+    backward: bool
+    flags: int  # int32 entries of sync
+    parts: tuple[int, int]  # shape of the float32 sums of the backward pass: splits, dB and dA
+    numbers: tuple[int, ...]  # as the kernel takes them, from blocks_m on
+
+    @classmethod
+    def of(cls, device, m, n, c, r, needs) -> "_Work":
+        """``needs``: whether dA and dB are asked for; None is the forward pass."""
+        rank, multiprocessors = _padded_rank(r), _multiprocessors(device)
+        config = tuned.config(
+            "lora_linear_hopper", device, hopper_config, (m, n, rank, multiprocessors),
+            (m, n, c, rank, needs is not None),
+        )  # fmt: skip
+        block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
+        group = config["GROUP_SIZE_M"]
+        blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+        rows = _rows(block_n, rank)
+        columns_a = columns_b = 0
+        if needs and rank <= COLUMN_ITEMS_RANK:
+            columns_a, columns_b = (
+                triton.cdiv(size, rows * block_k) if needed else 0
+                for size, needed in zip((n, c), needs, strict=True)
+            )
+        columns = columns_a + columns_b
+        # The column items of the last group come last: one for each multiprocessor, if they have
+        # at least four blocks of rows then.
+        wanted = min(triton.cdiv(multiprocessors, max(1, columns)), min(group, blocks_m) // 4)
+        rows_per_split = max(1, group >> max(1, wanted).bit_length() - 1)
+        splits = triton.cdiv(blocks_m, rows_per_split)
+        items = triton.cdiv(blocks_m, rows) + blocks_m * blocks_n
+        return cls(
+            config, (min(multiprocessors, items),), rank, needs is not None,
+            FLAGS.value + blocks_m + columns + triton.cdiv(blocks_m, group),
+            (splits, r * (n + c)) if splits > 1 and columns else (1, 1),
+            (blocks_m, blocks_n, triton.cdiv(c, block_k), columns, columns_b, rows_per_split,
+             splits),
+        )  # fmt: skip
+
+
+def _call(
+    work, v, weight, down, up, u, s, kept, x, y, gate, bias, sync, scaling, r,
+    da=None, db=None, parts=None,
+):  # fmt: skip
+    """What `launch` and `write_down` take: (kernel, grid, key, *arguments) and options."""
+    config, rank, backward = work.config, work.rank, work.backward
+    block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
+    q_block, p_block = (
+        ((block_k, block_n), (block_k, rank)) if backward else ((block_n, block_k), (rank, block_k))
+    )
+    column_items = backward and rank <= COLUMN_ITEMS_RANK
+    rank_block = block_m, rank if column_items else block_k  # else it is not used
+    entries = 0 if gate is None else 1 if gate.numel() == 1 else 2
+    key = (
+        v.dtype, block_n, rank, backward, entries, config["STAGES"], config["GROUP_SIZE_M"],
+        *((t.dtype, t.data_ptr() % 16 == 0) if t is not None else None for t in (gate, bias, da)),
+    )  # fmt: skip
+    call = (
+        _lora_linear_hopper_kernel, work.grid, key,
+        _descriptor(v, block_m, block_k), _descriptor(weight, *q_block),
+        _descriptor(down, *p_block), _descriptor(up, *q_block), _descriptor(u, block_m, block_k),
+        _descriptor(u, *rank_block), _descriptor(kept, *rank_block),
+        _descriptor(x, block_m, block_k), _descriptor(y, block_m, block_n),
+        u, s, gate, bias, db, da, parts, sync,
+        float(scaling), v.shape[0], y.shape[1], v.shape[1], r, *work.numbers,
+        backward, column_items, entries, config["STAGES"], config["GROUP_SIZE_M"], NUM_WARPS,
+    )  # fmt: skip
+    return call, dict(num_warps=NUM_WARPS, maxnreg=168)
+
+
+_syncs: dict[tuple, torch.Tensor] = {}  # by device and stream
+
+
+_reserves: dict[torch.device, torch.Tensor] = {}
+
+
+def _sync(device: torch.device, numel: int) -> torch.Tensor:
+    """Zeros, which every launch leaves as zeros; eager launches of one stream share them."""
+    zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+    if is_capturing(device):
+        # A graph may run on any stream, beside others: its launches have theirs for good, from
+        # what was set aside before, as zeros made in a graph are made again in every replay.
+        numel = triton.cdiv(numel, 32) * 32  # whole cache lines
+        reserve = _reserves.get(device)
+        if reserve is None or reserve.numel() < numel:
+            return zeros(numel)
+        taken, _reserves[device] = reserve[:numel], reserve[numel:]
+        return taken
+    place = device, current_stream(device)
+    _set_aside(device)
+    if place not in _syncs or _syncs[place].numel() < numel:
+        _syncs[place] = zeros(max(numel, 1024))
+    return _syncs[place]
+
+
+def _set_aside(device: torch.device) -> None:
+    if device not in _reserves:
+        _reserves[device] = torch.zeros(2**20, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _layout(block: tuple[int, int], dtype: torch.dtype):
+    gluon_dtype = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(block), gluon_dtype)
+
+
+def _descriptor(t: torch.Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(t, t.shape, t.stride(), list(block), _layout(block, t.dtype))
