@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import HALF_DTYPES, dtype_name
 from ..diffora.bilevel import Search
-from ..diffora.gates import find_candidates
+from ..diffora.candidates import find_candidates
 from ..errors import ArgumentError
 from .model import LLAMA_7B, SMALL
 from .timing import Case, Variant

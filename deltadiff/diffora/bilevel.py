@@ -1,16 +1,17 @@
-"""`Search`: stage 1 of DiffoRA, one step at a time; `diffora_rounds` runs it over data.
+"""`Search`: stage 1 of DiffoRA, one step at a time; `rounds.search` runs it over data.
 
-Every candidate gets a low-rank pair and a gate, the gates of a layer being a softmax of its logits:
+Every candidate gets a low-rank pair and a gate. The gates of a layer are a softmax of its logits:
 
     y = x W^T + bias + s g (x A^T) B^T          (eq. 10)        g = softmax(logits)    (eq. 11)
 
 The bi-level problem (eq. 13) is solved to first order, as in Algorithm 1: a step on the logits with
-validation data holds A and B fixed, a step on A and B with training data holds the gates fixed. No
-step reads anything back from the device.
+validation data keeps A and B fixed, and a step on A and B with training data keeps the gates fixed.
+The host waits for the device only when it reads the losses of the last few steps (`StepLog`).
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from itertools import zip_longest
 
 import torch
@@ -21,40 +22,44 @@ from ..errors import ArgumentError, ArgumentTypeError, NonFiniteLossError, SwapE
 from ..layers.lora_linear import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets import Targets
-from ..loop import LOSS_SYNC_INTERVAL
 from ..optim.delta_lora import DeltaLoRA
-from .gates import Candidates, GateMatrix, find_candidates
+from .candidates import Candidates, find_candidates
+from .gates import GateMatrix
+from .step_log import Place, StepLog
 
 Loss = Callable[[], Tensor]
 
 
 class Search:
-    """Low-rank pairs with gates on every candidate of a model, and a step on either.
+    """Low-rank pairs with gates on every candidate of a model, and the steps that train them.
 
-    The model is swapped until `close`. A and B get AdamW, the logits get Adam as DARTS does it;
-    logits start at 0, so that the gates start equal. B starts at 0, so a gate has no gradient
+    The model is swapped until `close`. AdamW trains A and B; Adam trains the logits, as in DARTS.
+    The logits start at 0, so that the gates start equal. B starts at 0, so a gate has no gradient
     before the first inner step.
 
     Args:
         model: an eager model, whose candidates are on one device.
         r, lora_alpha, target_modules, lora_dropout, adapter_dtype, modules_to_save, backend, seed:
             as for `swap_`; ``modules_to_save`` (a new head) are trained together with A and B.
-        lr, betas, weight_decay: of A and B.
-        gate_lr, gate_betas, gate_weight_decay: of the logits.
+        lr, betas, weight_decay: of the optimizer of A and B.
+        gate_lr, gate_betas, gate_weight_decay: of the optimizer of the logits.
 
     Attributes:
-        candidates: which layers and modules.
-        report: what `swap_` did.
+        candidates: the modules that have a gate.
+        report: the report of `swap_`.
+        layers: the swapped layer of each candidate, by name.
+        trained: the parameters that inner steps train, by name.
         logits: (layers, types) float32 parameter; entries without a module stay 0.
-        heads: by name, what was trained beside the pairs; after `close` the trained values.
-        optimizer, gate_optimizer: of A and B, of the logits.
-        round, index: gate steps so far, and inner steps since the last one.
-        gate_losses, inner_losses: of all steps; complete after `check`.
+        heads: the trained parameters that belong to no pair, by name; after `close`, copies.
+        optimizer, gate_optimizer: the optimizer of A and B, and that of the logits.
+        round, index: the number of gate steps so far, and of inner steps since the last one.
+        gate_losses, inner_losses: the losses of all steps of either kind; complete after `check`.
+        log: holds the losses that have not been read yet.
 
     Raises:
-        ArgumentTypeError, ArgumentError: values that cannot be used, no candidates, candidates on
-            several devices; nothing was changed.
-        SwapError: a model that is swapped already.
+        ArgumentTypeError, ArgumentError: a value cannot be used, or the model has no candidates or
+            has them on several devices; nothing was changed.
+        SwapError: the model is swapped already.
     """
 
     def __init__(
@@ -109,7 +114,8 @@ class Search:
         shape = len(self.candidates.layers), len(self.candidates.types)
         device = next(iter(self.layers.values())).weight.device
         self.logits = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
-        self._slots = [i * shape[1] + j for i, j in places.values()]  # in the flattened logits
+        # Where each candidate's entry is in the flattened logits.
+        self._slots = [i * shape[1] + j for i, j in places.values()]
         missing = torch.ones(shape, dtype=torch.bool)
         missing.view(-1)[self._slots] = False
         self._missing = missing.to(device) if missing.any() else None
@@ -117,14 +123,11 @@ class Search:
             [self.logits], lr=gate_lr, betas=gate_betas, weight_decay=gate_weight_decay,
             fused=True,  # the one that skips a step without reading ``found_inf``
         )  # fmt: skip
-        self._fixed = self._softmax().detach()  # the gates of inner steps, always in this memory
-        self._hand_out(self._fixed)
-
-        # Not 0 from a step on that must not be taken: no later one is, until the host looks.
-        self._failed = torch.zeros((), dtype=torch.float32, device=device)
-        self.optimizer.found_inf = self.gate_optimizer.found_inf = self._failed
-        self._unread: list[tuple[tuple[int, int], tuple[int, int], Tensor]] = []
-        self._read_every = 1 if device.type == "cpu" else LOSS_SYNC_INTERVAL
+        # The gates of inner steps stay in this memory, so that a CUDA graph sees their new values.
+        self._inner_gates = self._softmax().detach()
+        self._hand_out(self._inner_gates)
+        self.log = StepLog(device)
+        self.optimizer.found_inf = self.gate_optimizer.found_inf = self.log.failed
         self.round = self.index = 0
         self.gate_losses: list[float] = []
         self.inner_losses: list[float] = []
@@ -132,39 +135,36 @@ class Search:
     # ---------------------------------------------------------------------- steps
 
     def gate_step(self, loss: Loss) -> Tensor:
-        """One step on the logits; ``loss`` computes that of a batch of validation data.
+        """Take one step on the logits.
 
         A and B do not require gradients meanwhile, so only those of the gates are computed.
 
+        Args:
+            loss: computes the loss of a batch of validation data.
+
         Returns:
-            The loss, on the device.
+            The loss, 0-dim, on the device.
 
         Raises:
             ArgumentTypeError, ArgumentError: ``loss`` gives no scalar that depends on the gates.
-            NonFiniteLossError: this loss or gradient, or one of the last few steps', is inf or NaN.
-                That step and those after it were not taken.
+            NonFiniteLossError: the loss or a gradient of this step, or of one of the last few, is
+                inf or NaN. That step and those after it were not taken.
             SwapError: the search was closed.
         """
         self._check_open()
-        for p in self.trained.values():
-            p.requires_grad_(False)
-        try:
-            self._hand_out(self._softmax())
+        with self._gates_trained():
             value = self._evaluate(loss)
             (self.logits.grad,) = torch.autograd.grad(value, [self.logits])
-        finally:
-            self._hand_out(self._fixed)
-            for p in self.trained.values():
-                p.requires_grad_(True)
         self._take(self.gate_optimizer, (self.round + 1, 0), value.detach(), [self.logits])
         with torch.no_grad():
-            self._fixed.copy_(self._softmax())
+            self._inner_gates.copy_(self._softmax())
         return value.detach()
 
     def inner_step(self, loss: Loss) -> Tensor:
-        """One step on A and B; ``loss`` computes that of a batch of training data.
+        """Take one step on A and B.
 
-        Returns and raises as `gate_step`.
+        ``loss`` computes the loss of a batch of training data; everything else is as in
+        `gate_step`.
         """
         self._check_open()
         value = self._evaluate(loss)
@@ -173,15 +173,28 @@ class Search:
         self._take(self.optimizer, place, value.detach(), list(self.trained.values()))
         return value.detach()
 
+    @contextlib.contextmanager
+    def _gates_trained(self) -> Iterator[None]:
+        """While the block runs, the gates require gradients and A and B do not."""
+        for p in self.trained.values():
+            p.requires_grad_(False)
+        try:
+            self._hand_out(self._softmax())
+            yield
+        finally:
+            self._hand_out(self._inner_gates)
+            for p in self.trained.values():
+                p.requires_grad_(True)
+
     def _softmax(self) -> Tensor:
-        """Equation 11, for all layers at once."""
+        """The gates of all layers, (layers, types), by equation 11."""
         logits = self.logits
         if self._missing is not None:
             logits = logits.masked_fill(self._missing, -torch.inf)
         return logits.softmax(1)
 
     def _hand_out(self, gates: Tensor) -> None:
-        """Give each layer its entry, a 0-dim view."""
+        """Give each layer its gate, a 0-dim view of ``gates``."""
         entries = gates.flatten().unbind()
         for layer, slot in zip(self.layers.values(), self._slots, strict=True):
             layer.gate = entries[slot]
@@ -198,59 +211,48 @@ class Search:
         return value.view(())
 
     @torch.no_grad()
-    def _take(self, optimizer, place: tuple[int, int], loss: Tensor, params: list[Tensor]) -> None:
-        """Step, unless this loss or gradient or an earlier one is not finite; note the loss.
-
-        ``place``: round and index after it.
-        """
-        grads = [p.grad for p in params if p.grad is not None]
-        norms = torch._foreach_norm(grads, float("inf"))  # of two dtypes, with a 16-bit head
-        largest = torch.stack([norm.float() for norm in norms]).max()
-        failed = ~(loss.isfinite() & largest.isfinite())
-        self._failed.copy_(torch.maximum(self._failed, failed.float()))
+    def _take(self, optimizer, place: Place, loss: Tensor, params: list[Tensor]) -> None:
+        """Step to ``place``, unless the loss or a gradient, now or before, is not finite."""
+        self.log.judge(loss, [p.grad for p in params if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        noted = torch.stack([loss.float(), self._failed])
-        self._unread.append(((self.round, self.index), place, noted))
+        self.log.note((self.round, self.index), place, loss)
         self.round, self.index = place
-        if len(self._unread) >= self._read_every:
+        if self.log.due:
             self.check()
 
     def check(self) -> None:
         """Read the losses of the last few steps; waits for the device.
 
         Raises:
-            NonFiniteLossError: one of them, or a gradient, was not finite. Parameters, optimizers,
-                round and index are those before that step, and the search can go on from there.
+            NonFiniteLossError: a loss or a gradient was not finite. Parameters, optimizers, round
+                and index are those before that step, and the search can continue from there.
         """
-        unread, self._unread = self._unread, []
-        if not unread:
-            return
-        values = torch.stack([noted for *_, noted in unread]).tolist()
-        for (before, (number, index), _), (loss, failed) in zip(unread, values, strict=True):
-            if failed:
-                self._failed.zero_()
-                self.round, self.index = before
-                what = f"the loss is {loss:g}"
-                what = what if not math.isfinite(loss) else f"a gradient is not finite ({what})"
+        for step in self.log.read():
+            number, index = step.after
+            if step.failed:
+                self.round, self.index = step.before
+                what = f"the loss is {step.loss:g}"
+                if math.isfinite(step.loss):
+                    what = f"a gradient is not finite ({what})"
                 which = f"training batch {index}" if index else "the validation batch"
                 raise NonFiniteLossError(
                     f"{what} at {which} of round {number} of the search; that step was not taken"
                 )
-            (self.inner_losses if index else self.gate_losses).append(loss)
+            (self.inner_losses if index else self.gate_losses).append(step.loss)
 
     # ------------------------------------------------------------------- the result
 
     def gates(self) -> GateMatrix:
         """The gates as they are now."""
         self.check()
-        return GateMatrix.from_tensor(self.candidates, self._fixed)
+        return GateMatrix.from_tensor(self.candidates, self._inner_gates)
 
     @torch.no_grad()
     def close(self) -> None:
-        """Put the eager layers back. The model is as it was; what was found can still be read.
+        """Put the eager layers back; what the search found can still be read.
 
-        ``modules_to_save`` get the values that they had before the search.
+        The model is as it was before the search, also the values of ``modules_to_save``.
         """
         self._check_open()
         for layer in self.layers.values():
@@ -269,7 +271,7 @@ class Search:
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict:
-        """All that `load_state_dict` needs to go on bit by bit; tensors are not copied."""
+        """Everything that another search needs to continue bit by bit; tensors are not copied."""
         self.check()
         return {
             "candidates": {"layers": self.candidates.layers, "modules": self.candidates.modules},
@@ -286,8 +288,8 @@ class Search:
         """Restore what `state_dict` gave.
 
         Raises:
-            ArgumentError: the state of a search over other candidates or of other shapes; the
-                first that differs is named, and nothing was changed.
+            ArgumentError: the state is that of a search over other candidates or of other shapes.
+                The message names the first difference; nothing was changed.
         """
         self._check_open()
         self._check_same(state)
@@ -296,9 +298,8 @@ class Search:
         self.logits.copy_(state["logits"])
         for name, p in self.trained.items():
             p.copy_(state["trained"][name])
-        self._fixed.copy_(self._softmax())
-        self._failed.zero_()
-        self._unread.clear()
+        self._inner_gates.copy_(self._softmax())
+        self.log.clear()
         self.round, self.index = state["place"]
         self.gate_losses, self.inner_losses = map(list, state["losses"])
 

@@ -1,157 +1,41 @@
-"""What stage 1 of DiffoRA is about: the candidates, their gates, and the selection made from them.
+"""`GateMatrix` and `Selection`: the gates that stage 1 finds, and the choice made by them.
 
-All three are tables with a row for each layer of the model's stack and a column for each module
-type, and are plain data: names and numbers, without tensors.
+Both are plain data: a number, or a yes or no, for each of the `Candidates`, without tensors.
 """
 
-import json
 import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checks import check_number
-from ..errors import ArgumentError, ArgumentTypeError, CheckpointError
-from ..files import write_bytes
-from ..layers.targets import Targets, choose_modules, is_peft
+from ..errors import ArgumentError
+from .candidates import Candidates
+from .json_table import VERSION, JsonFile, nest_by_layer, parse_table
 
-T = TypeVar("T")
-
-
-VERSION = 1
-
-
-class _JsonFile:
-    """`save` and `load` for what has `to_json` and `from_json`."""
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write as JSON, atomically; all that it is made of is in the file."""
-        write_bytes(Path(path), json.dumps(self.to_json(), indent=1).encode())
-
-    @classmethod
-    def load(cls: type[T], path: str | os.PathLike) -> T:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: a file that is missing, garbled or foreign.
-        """
-        try:
-            return cls.from_json(json.loads(Path(path).read_bytes()))
-        except ArgumentError as error:
-            given = f"{error.argument}: {error.given}"
-            raise CheckpointError(str(path), given, error.accepted) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(str(path), error, "a JSON file that `save` wrote") from None
+Choose = Callable[[int, tuple[str, ...], int], list[str]]
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The layers of a stack, and in each the linear modules that may get a low-rank pair.
-
-    Attributes:
-        layers: names of the layers, such as "bert.encoder.layer.0".
-        modules: for each layer, the names inside of it, such as "attention.self.query". Such a name
-            is a module type.
-        outside: linear layers that were asked for but stand in no stack; DiffoRA leaves them alone.
-    """
-
-    layers: tuple[str, ...]
-    modules: tuple[tuple[str, ...], ...]
-    outside: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """All module types, in the order in which they first appear."""
-        return tuple(dict.fromkeys(t for types in self.modules for t in types))
-
-    @property
-    def places(self) -> dict[str, tuple[int, int]]:
-        """Whole name of each candidate -> (index of its layer, index of its type)."""
-        column = {t: j for j, t in enumerate(self.types)}
-        return {
-            f"{layer}.{t}": (i, column[t])
-            for i, (layer, types) in enumerate(zip(self.layers, self.modules, strict=True))
-            for t in types
-        }
-
-
-def find_candidates(
-    model: nn.Module, target_modules: Targets = "all-linear", modules_to_save=()
-) -> Candidates:
-    """The linear modules of each layer in the model's stacks.
-
-    A stack is an outermost ``nn.ModuleList`` whose elements hold linear modules, as in BERT,
-    RoBERTa, DeBERTa, GPT-2, Llama and Qwen. Its layers may differ in their modules.
-
-    Args:
-        model: an eager model.
-        target_modules, modules_to_save: as for `swap_`.
-
-    Raises:
-        ArgumentTypeError, ArgumentError: no module that stands in a stack; a layer with one module
-            only, among which there is nothing to choose; PEFT layers.
-    """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
-    chosen = choose_modules(model, target_modules, modules_to_save)
-    lists = {
-        name
-        for name, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, nn.ModuleList)
-    }
-    layers: dict[str, list[str]] = {}
-    outside, seen = [], set()
-    for name, module in chosen.items():
-        if is_peft(module):
-            raise ArgumentTypeError("model", f"PEFT's layer {name}", "an eager model")
-        if id(module) in seen:  # one module in two places has one gate
-            continue
-        seen.add(id(module))
-        layer, kind = _split(name, lists)
-        if kind:
-            layers.setdefault(layer, []).append(kind)
-        else:
-            outside.append(name)
-    if not layers:
-        given = f"{target_modules!r:.60}, which names no module of a stack of layers"
-        raise ArgumentError("target_modules", given, "linear modules inside of an nn.ModuleList")
-    for layer, types in layers.items():
-        if len(types) < 2:
-            given = f"one module in {layer}: {types[0]}"
-            raise ArgumentError("target_modules", given, "at least two modules in each layer")
-    return Candidates(tuple(layers), tuple(map(tuple, layers.values())), tuple(outside))
-
-
-def _split(name: str, lists: set[str]) -> tuple[str, str]:
-    """A module's layer and its name inside of it, which is empty outside of stacks."""
-    parts = name.split(".")
-    for i in range(len(parts) - 1):
-        if ".".join(parts[:i]) in lists:
-            return ".".join(parts[: i + 1]), ".".join(parts[i + 1 :])
-    return "", ""
-
-
-@dataclass(frozen=True)
-class GateMatrix(_JsonFile):
+class GateMatrix(JsonFile):
     """The relaxed matrix of gates (DiffoRA eq. 11), a row for each layer.
 
     Attributes:
         candidates: which layers and modules.
-        values: for each layer one entry a module type in [0, 1]; None where the layer has no such
-            module.
+        values: for each layer, the gate of each module type, in [0, 1]; None where the layer has
+            no such module.
     """
+
+    FORMAT = "deltadiff-gates"
 
     candidates: Candidates
     values: tuple[tuple[float | None, ...], ...]
 
     @classmethod
     def from_tensor(cls, candidates: Candidates, values: Tensor) -> "GateMatrix":
-        """Of a (layers, types) tensor, whose entries without a module are not looked at."""
+        """The gates in a (layers, types) tensor; its entries without a module are ignored."""
         table: list[list] = [[None] * len(candidates.types) for _ in candidates.layers]
         numbers = values.detach().tolist()
         for i, j in candidates.places.values():
@@ -169,16 +53,18 @@ class GateMatrix(_JsonFile):
                 raise ArgumentError(f"gate of {name}", value, "a number from 0 to 1")
 
     def discretise(self, ratio: float) -> "Selection":
-        """Keep the K = floor(ratio N) largest gates of each layer (eq. 14).
+        """Select the modules with the K = floor(ratio N) largest gates of each layer (eq. 14).
 
-        Exactly K, also where gates are equal: the module that comes first in the layer goes first.
+        It selects exactly K modules: of equal gates, that of the earlier module in the layer counts
+        as larger.
 
         Args:
             ratio: rho, in (0, 1], with ratio N >= 1 for the N modules of every layer. A product
-                that misses a whole number by rounding only (0.7 * 10, 2/3 * 6) counts as it.
+                that differs from a whole number by rounding only (0.7 * 10, 2/3 * 6) counts as
+                that number.
 
         Raises:
-            ArgumentTypeError, ArgumentError: another ratio.
+            ArgumentTypeError, ArgumentError: the ratio is outside of these limits.
         """
 
         def largest(i: int, types: tuple[str, ...], k: int) -> list[str]:
@@ -188,12 +74,14 @@ class GateMatrix(_JsonFile):
         return _select(self.candidates, ratio, largest, self)
 
     def to_json(self) -> dict:
-        table = _nest(self.candidates, lambda _, i, j: self.values[i][j])
-        return {"format": "deltadiff-gates", "version": VERSION, "layers": table}
+        """The plain data of the JSON file."""
+        table = nest_by_layer(self.candidates, lambda _, i, j: self.values[i][j])
+        return {"format": self.FORMAT, "version": VERSION, "layers": table}
 
     @classmethod
     def from_json(cls, data: object) -> "GateMatrix":
-        candidates, table = _parse(data, "deltadiff-gates", (int, float))
+        """Parse what `to_json` gave; ArgumentError where something else is in the data."""
+        candidates, table = parse_table(data, cls.FORMAT, (int, float))
         column = {t: j for j, t in enumerate(candidates.types)}
         rows = [[None] * len(column) for _ in candidates.layers]
         for row, gates in zip(rows, table, strict=True):
@@ -203,15 +91,17 @@ class GateMatrix(_JsonFile):
 
 
 @dataclass(frozen=True)
-class Selection(_JsonFile):
+class Selection(JsonFile):
     """Which candidates get a low-rank pair of their own in stage 2.
 
     Attributes:
-        candidates: among which were chosen.
-        selected: whole names.
-        ratio: rho, the share of each layer that was asked for.
-        gates: what the choice was made by; None for a random one.
+        candidates: the modules that the choice was made among.
+        selected: full names of the modules that were chosen.
+        ratio: rho, the share of each layer's modules that was asked for.
+        gates: the gates that the choice was made by; None for a random choice.
     """
+
+    FORMAT = "deltadiff-selection"
 
     candidates: Candidates
     selected: frozenset[str]
@@ -229,9 +119,10 @@ class Selection(_JsonFile):
         return tuple(name for name in self.candidates.places if name not in self.selected)
 
     def to_json(self) -> dict:
-        table = _nest(self.candidates, lambda name, i, j: name in self.selected)
+        """The plain data of the JSON file, also of the adapter file of a model swapped so."""
+        table = nest_by_layer(self.candidates, lambda name, i, j: name in self.selected)
         return {
-            "format": "deltadiff-selection",
+            "format": self.FORMAT,
             "version": VERSION,
             "ratio": self.ratio,
             "layers": table,
@@ -240,16 +131,22 @@ class Selection(_JsonFile):
 
     @classmethod
     def from_json(cls, data: object) -> "Selection":
-        candidates, table = _parse(data, "deltadiff-selection", (bool,))
+        """Parse what `to_json` gave; ArgumentError where something else is in the data."""
+        candidates, table = parse_table(data, cls.FORMAT, (bool,))
         pairs = zip(candidates.layers, table, strict=True)
         selected = {f"{layer}.{t}" for layer, row in pairs for t, chosen in row.items() if chosen}
         gates = None if data.get("gates") is None else GateMatrix.from_json(data["gates"])
-        ratio = check_ratio(data.get("ratio"))
+        ratio = _check_ratio(data.get("ratio"))
         return cls(candidates, frozenset(selected), ratio, gates)
 
 
 def random_selection(candidates: Candidates, ratio: float, seed: int = 0) -> Selection:
-    """K modules of each layer at random: the control of DiffoRA's table 3.
+    """Select K modules of each layer at random: the control experiment of DiffoRA's table 3.
+
+    Args:
+        candidates: the modules to choose among.
+        ratio: rho; K = floor(ratio N), as in `GateMatrix.discretise`.
+        seed: fixes the choice.
 
     Raises:
         ArgumentTypeError, ArgumentError: a ratio that `GateMatrix.discretise` refuses.
@@ -262,50 +159,22 @@ def random_selection(candidates: Candidates, ratio: float, seed: int = 0) -> Sel
     return _select(candidates, ratio, some, None)
 
 
-def check_ratio(ratio: object) -> float:
+def _check_ratio(ratio: object) -> float:
     if not 0 < check_number("ratio", ratio) <= 1:
         raise ArgumentError("ratio", ratio, "a share in (0, 1]")
     return float(ratio)
 
 
-def _select(candidates: Candidates, ratio: float, choose: Callable, gates) -> Selection:
-    ratio, selected = check_ratio(ratio), set()
+def _select(
+    candidates: Candidates, ratio: float, choose: Choose, gates: GateMatrix | None
+) -> Selection:
+    """The selection of the modules that ``choose(layer index, types, K)`` names in each layer."""
+    ratio, selected = _check_ratio(ratio), set()
     for i, (layer, types) in enumerate(zip(candidates.layers, candidates.modules, strict=True)):
-        k = math.floor(ratio * len(types) + 1e-9)  # rounding is far below, a real share far above
+        # 1e-9 is far above the rounding of a product, and far below the step between two shares.
+        k = math.floor(ratio * len(types) + 1e-9)
         if k < 1:
             given = f"{ratio} of {len(types)} modules in {layer}, which is less than one"
             raise ArgumentError("ratio", given, f"{1 / len(types):.3g} to 1")
         selected |= {f"{layer}.{t}" for t in choose(i, types, k)}
     return Selection(candidates, frozenset(selected), ratio, gates)
-
-
-# ---------------------------------------------------------------------------- JSON
-
-
-def _nest(candidates: Candidates, value: Callable) -> dict:
-    """Layer -> module type -> value."""
-    table: dict[str, dict] = {layer: {} for layer in candidates.layers}
-    for name, (i, j) in candidates.places.items():
-        table[candidates.layers[i]][candidates.types[j]] = value(name, i, j)
-    return table
-
-
-def _parse(data: object, form: str, kinds: tuple[type, ...]) -> tuple[Candidates, list[dict]]:
-    """The candidates of a table, and its rows; ArgumentError where it is none."""
-    accepted = f"an object of format {form!r}, version {VERSION}"
-    if not isinstance(data, dict):
-        raise ArgumentError("format", type(data).__name__, accepted)
-    if data.get("format") != form or data.get("version") != VERSION:
-        given = f"{data.get('format')!r}, version {data.get('version')}"
-        raise ArgumentError("format", given, accepted)
-    table = data.get("layers")
-    if not isinstance(table, dict) or not table:
-        raise ArgumentError("layers", f"{table!r:.60}", "an object with an entry for each layer")
-    for layer, row in table.items():
-        if not isinstance(row, dict) or not row:
-            raise ArgumentError(layer, f"{row!r:.60}", "an object with an entry for each module")
-        for kind, value in row.items():
-            if type(value) not in kinds:
-                accepted = " or ".join(k.__name__ for k in kinds)
-                raise ArgumentError(f"{layer}.{kind}", f"{value!r:.60}", accepted)
-    return Candidates(tuple(table), tuple(tuple(row) for row in table.values())), [*table.values()]

@@ -1,32 +1,38 @@
-"""The heat map of DiffoRA's gates, module types by layers (that paper's figure 2)."""
+"""`plot_gates`: the heat map of DiffoRA's gates, module types by layers (the paper's figure 2)."""
 
+import io
 import math
-from os import PathLike
+import os
+from pathlib import Path
 
 from ..errors import ArgumentError
-from .gates import Candidates, GateMatrix, Selection
+from ..files import write_bytes
+from .candidates import Candidates
+from .gates import GateMatrix, Selection
 
-CELL = 0.42  # inches; smaller ones get no number
-
-
-WIDEST = 16  # inches of cells in a row of panels
-
-
-OWN, SHARED, MISSING = "#08306b", "#deebf7", "#bdbdbd"
+CELL = 0.42  # inches; smaller cells get no number
+WIDEST = 16  # inches that the cells of panels side by side may take
+OWN, SHARED, MISSING = "#08306b", "#deebf7", "#bdbdbd"  # colours of cells
 
 
 def plot_gates(
-    path: str | PathLike,
+    path: str | os.PathLike,
     gates: GateMatrix,
     selection: Selection | None = None,
     title: str = "DiffoRA's gates",
 ) -> None:
-    """Write a PNG of the gates and, with a selection, of what was kept of them.
+    """Write a PNG of the gates, and beside them the modules that a selection kept.
 
-    The colours start at 0, so that gates which are nearly equal look so.
+    The colours start at 0, so that gates which are nearly equal look nearly equal.
+
+    Args:
+        path: the file to write.
+        gates: the gates to draw.
+        selection: a selection among the same candidates; None draws the gates alone.
+        title: the text above the panels.
 
     Raises:
-        ArgumentError: a selection among other candidates than the gates'.
+        ArgumentError: the selection is one among other candidates.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
@@ -38,7 +44,7 @@ def plot_gates(
         raise ArgumentError("selection", "one among other candidates", "those of the gates")
     layers, types = len(candidates.layers), len(candidates.types)
     panels = 1 if selection is None else 2
-    beside = panels * layers * CELL <= WIDEST  # else one above the other
+    beside = panels * layers * CELL <= WIDEST  # otherwise one panel is above the other
     cell = min(CELL, WIDEST / layers)
     size = panels * layers * cell if beside else layers * cell, types * cell + 1.5
     figure = Figure(
@@ -82,7 +88,7 @@ def plot_gates(
 
     names, stack = _layer_names(candidates)
     for ax in axes:
-        ax.set_facecolor(MISSING)  # shows where a layer lacks a module
+        ax.set_facecolor(MISSING)  # visible where a layer lacks a module
         ax.set_xticks(
             range(layers), names, fontsize=8, rotation=90 if max(map(len, names)) > 2 else 0
         )
@@ -92,11 +98,13 @@ def plot_gates(
         ax.grid(which="minor", color="white", linewidth=1)
         ax.tick_params(which="both", length=0, labelbottom=True)
         ax.set_xlabel(f"layer ({stack})", fontsize=9)
-    FigureCanvasAgg(figure).print_png(path)
+    blob = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(blob)
+    write_bytes(Path(path), blob.getvalue())
 
 
 def _layer_names(candidates: Candidates) -> tuple[list[str], str]:
-    """What to write under the columns, and what stands before it in the layers' names."""
+    """The labels of the columns, and the part of the layers' names that the labels leave out."""
     parts = [layer.rpartition(".") for layer in candidates.layers]
     stacks = list(dict.fromkeys(stack for stack, _, _ in parts))
     if len(stacks) == 1:

@@ -1,77 +1,31 @@
-"""`search`: stage 1 of DiffoRA over data, and `split`, which parts of the data it takes.
+"""`search`: stage 1 of DiffoRA over data, with progress, saving and resuming.
 
-Algorithm 1, lines 3 to 8: in each of V rounds one step on the gates with validation data, then T
-steps on the low-rank pairs with training data.
+It is lines 3 to 8 of Algorithm 1: each of V rounds takes one step on the gates with validation data
+and then T steps on the low-rank pairs with training data.
 """
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_number
+from ..checks import check_int
 from ..errors import ArgumentError, Interrupted, NonFiniteLossError
 from ..files import reading, write_bytes
 from ..loop import batch_indices, catch_interrupt, rng_states, set_rng_states
 from .bilevel import Search
+from .data_split import Split
 from .gates import GateMatrix
 
 FORMAT, VERSION = "deltadiff-search", 1
-
-
 FILE = "search.pt"
 
-
-@dataclass(frozen=True)
-class Split:
-    """Which examples train A and B, and which the gates.
-
-    Raises:
-        ArgumentError: an empty part, or an example in both.
-    """
-
-    train: tuple[int, ...]
-    valid: tuple[int, ...]
-
-    def __post_init__(self):
-        for name, part in (("train", self.train), ("valid", self.valid)):
-            if not part:
-                raise ArgumentError(name, "no examples", "at least one")
-        both = sorted(set(self.train) & set(self.valid))
-        if both:
-            given = f"{len(both)} examples in both parts, the first is {both[0]}"
-            raise ArgumentError("valid", given, "examples that are not in train")
-
-
-def split(n: int, share: float = 1.0, valid_share: float = 0.5, seed: int = 0) -> Split:
-    """A random part of ``n`` training examples, split at random for training and validation.
-
-    Args:
-        n: how many training examples there are.
-        share: of them that the search takes, in (0, 1].
-        valid_share: of those that are for validation, in (0, 1).
-        seed: of the choice.
-
-    Raises:
-        ArgumentTypeError, ArgumentError: another share, or one that leaves a part empty.
-    """
-    check_int("n", n, 1)
-    if not 0 < check_number("share", share) <= 1:
-        raise ArgumentError("share", share, "a share in (0, 1]")
-    if not 0 < check_number("valid_share", valid_share) < 1:
-        raise ArgumentError("valid_share", valid_share, "a share in (0, 1)")
-    taken = int(share * n + 1e-9)
-    valid = round(valid_share * taken)
-    if not 0 < valid < taken:
-        given = f"{valid_share} of {taken} examples, which is {valid}"
-        raise ArgumentError("valid_share", given, "at least one to train and one to validate")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    return Split(tuple(order[valid:taken]), tuple(order[:valid]))
+Progress = Callable[[int, int, dict[str, float]], None]
 
 
 def search(
@@ -86,34 +40,39 @@ def search(
     folder: str | os.PathLike | None = None,
     save_every: int = 10,
     resume: bool = False,
+    progress: Progress | None = None,
 ) -> GateMatrix:
-    """Run the rounds of stage 1, with a progress bar.
+    """Run the rounds of stage 1.
 
     Args:
-        state: the search, new or wherever it is.
-        loss: computes the loss of the examples with these indices; what it raises is passed on.
-        data: which examples train, which validate.
-        rounds: V, in all; a search that was resumed may get more.
-        inner_steps: T, steps on A and B a round.
-        batch_size: examples a step.
-        seed: of the order of the examples.
+        state: the search, new or after any number of steps.
+        loss: computes the loss of the examples with these indices; `search` does not catch what it
+            raises.
+        data: which examples train, and which validate.
+        rounds: V, the number of rounds in all; a resumed search may get more than before.
+        inner_steps: T, the steps on A and B in each round.
+        batch_size: examples in each step.
+        seed: fixes the order of the examples.
         folder: where the search is saved, as one file, atomically; None saves nothing.
         save_every: rounds between two saves.
-        resume: go on with the search in ``folder``, bit by bit.
+        resume: continue the search in ``folder``; the result is the same, bit by bit, as without
+            the stop.
+        progress: called after each round with its number, ``rounds``, and the last losses that were
+            read from the device, by "valid" and "train" (empty before the first). None shows a
+            progress bar where tqdm is installed, and nothing elsewhere.
 
     Returns:
         The gates.
 
     Raises:
-        ArgumentTypeError, ArgumentError: values that cannot be used; a folder that holds a search
-            although ``resume`` is off; a resumed search over other candidates or settings.
-        CheckpointError: ``resume``, and the file is missing or garbled.
-        NonFiniteLossError: a loss or gradient became inf or NaN; names the batch. ``state`` (and
-            ``folder``) hold what was before it.
-        Interrupted: Ctrl-C or SIGTERM; names the file that holds the search.
+        ArgumentTypeError, ArgumentError: a value cannot be used; ``folder`` holds a search although
+            ``resume`` is off; the search to resume has other candidates or settings.
+        CheckpointError: the file of the search to resume is missing or garbled.
+        NonFiniteLossError: a loss or gradient became inf or NaN; the message names the batch.
+            ``state`` (and ``folder``) hold what was before that step.
+        Interrupted: Ctrl-C or SIGTERM stopped the search; its value is the path of the file that
+            holds it.
     """
-    from tqdm import tqdm
-
     for name, value in (
         ("rounds", rounds),
         ("inner_steps", inner_steps),
@@ -138,6 +97,7 @@ def search(
         raise ArgumentError("folder", f"{folder}, which holds a search", "resume=True, or another")
 
     def save() -> Path | None:
+        """Returns the path, which is None where nothing is saved."""
         if path is not None:
             _save(path, state, settings)
         return path
@@ -146,14 +106,8 @@ def search(
         return [part[i] for i in batch_indices(len(part), batch_size, seed, step)]
 
     done = state.round if state.index == inner_steps else max(0, state.round - 1)
-    on_terminal = sys.stderr.isatty()
-    with (
-        catch_interrupt() as interrupt,
-        tqdm(
-            total=rounds, initial=done, unit="round", desc="search",
-            mininterval=0.2 if on_terminal else 15,
-        ) as bar,
-    ):  # fmt: skip
+    shown = contextlib.nullcontext(progress) if progress else _progress_bar(rounds, done)
+    with catch_interrupt() as interrupt, shown as show:
         try:
             while state.round < rounds or state.index < inner_steps:
                 if interrupt:
@@ -166,7 +120,7 @@ def search(
                 indices = batch(data.train, seed, step)
                 state.inner_step(lambda indices=indices: loss(indices))
                 if state.index == inner_steps:
-                    _show(bar, state)
+                    show(state.round, rounds, _last_losses(state))
                     if state.round % save_every == 0:
                         save()
             state.check()
@@ -177,11 +131,36 @@ def search(
     return state.gates()
 
 
-def _show(bar, state: Search) -> None:
-    if state.gate_losses and state.inner_losses:
-        last = {"valid": state.gate_losses[-1], "train": state.inner_losses[-1]}
-        bar.set_postfix({name: f"{value:.4f}" for name, value in last.items()}, refresh=False)
-    bar.update()
+# --------------------------------------------------------------------------- progress
+
+
+def _last_losses(state: Search) -> dict[str, float]:
+    if not (state.gate_losses and state.inner_losses):
+        return {}
+    return {"valid": state.gate_losses[-1], "train": state.inner_losses[-1]}
+
+
+@contextlib.contextmanager
+def _progress_bar(rounds: int, done: int) -> Iterator[Progress]:
+    """A bar of tqdm that starts at ``done``; nothing where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = None
+    if tqdm is None:
+        yield lambda *_: None
+        return
+    seconds = 0.2 if sys.stderr.isatty() else 15  # between two updates; a log file gets few
+    options = {"unit": "round", "desc": "search", "mininterval": seconds}
+    with tqdm(total=rounds, initial=done, **options) as bar:
+
+        def show(number: int, rounds: int, losses: dict[str, float]) -> None:
+            if losses:
+                text = {name: f"{value:.4f}" for name, value in losses.items()}
+                bar.set_postfix(text, refresh=False)
+            bar.update()
+
+        yield show
 
 
 # ------------------------------------------------------------------------ checkpoints
@@ -202,7 +181,10 @@ def _save(path: Path, state: Search, settings: dict) -> None:
 
 
 def _load(path: Path | None, state: Search, settings: dict) -> None:
-    """Nothing in the file is unpickled but tensors and plain data."""
+    """Put ``state`` and the random generators where the file has them.
+
+    Of the file, only tensors and plain data are unpickled.
+    """
     if path is None:
         raise ArgumentError("folder", None, "the folder of the search to resume")
     with reading(path, "a search that was saved"):

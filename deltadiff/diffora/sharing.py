@@ -1,8 +1,8 @@
 """`apply_`: stage 2 of DiffoRA, pairs for the selected modules and shared ones for the others.
 
-Modules that were not selected are not frozen: those of one module type train one pair between them,
-of its own rank (the paper's weight sharing). The pair is one `Parameter` for A and one for B that
-several layers hold, so autograd sums their gradients, always in the same order.
+Modules that were not selected are not frozen: those of one module type train one common pair, whose
+rank may differ from that of the other pairs (the paper's weight sharing). Several layers hold the
+same `Parameter` for A and for B, so autograd sums their gradients, always in the same order.
 """
 
 from collections.abc import Collection
@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..checks import dtype_name
+from ..checks import check_int, dtype_name
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
-from ..layers.linear import linear_shape
-from ..layers.lora_linear import lora_layers
+from ..layers.linear import check_rank, linear_shape
+from ..layers.lora_linear import LoraLinear, lora_layers
+from ..layers.model_notes import note_selection, noted_selection
 from ..layers.report import SwapReport, swap_report
-from ..layers.swap import SELECTION, swap_, unswap_
+from ..layers.swap import swap_, unswap_
 from ..layers.targets import choose_modules
 from .bilevel import Search
 from .gates import Selection
@@ -39,30 +40,30 @@ def apply_(
 ) -> SwapReport:
     """Swap the modules of a selection, in place, for stage 2 (Algorithm 1, line 11).
 
-    Train with `DeltaLoRA`: with ``update_ratio=0`` it is DiffoRA; above 0 the weights of the
-    selected modules are updated too, and a shared pair still gets plain AdamW.
+    Train the model with `DeltaLoRA`: with ``update_ratio=0`` the method is DiffoRA; above 0 the
+    weights of the selected modules are updated too, while the shared pairs still get plain AdamW.
 
     Args:
-        model: an eager model, the one that the selection was made for.
-        selection: see `GateMatrix.discretise` and `random_selection`.
+        model: the eager model that the selection was made for.
+        selection: made by `GateMatrix.discretise` or `random_selection`.
         r: rank of each selected module's own pair.
         share_r: rank of the pairs that the other modules of one type share across the layers of a
             stack. Where weights of one type differ in shape, dtype or device, each kind has a pair
             of its own, and the report says so.
         lora_alpha: own pairs are scaled by lora_alpha / r, shared ones by lora_alpha / share_r.
-        share: False leaves the other modules frozen.
-        warm_start: the search, closed: selected modules start with its pairs (their gates folded
-            into B, so that they compute what they did) and ``modules_to_save`` with its values.
-            None, the paper's way, starts afresh. Shared pairs always do.
+        share: False leaves the modules that were not selected frozen.
+        warm_start: a closed search. Selected modules start with its pairs (each gate multiplied
+            into B, so that the branch computes the same as before) and ``modules_to_save`` with
+            its values. None starts afresh, as the paper does; shared pairs always start afresh.
         lora_dropout, adapter_dtype, modules_to_save, backend, seed: as for `swap_`.
 
     Returns:
-        A report; prints as a table, which shows the layers that share.
+        A report; it prints as a table, which shows the layers that share a pair.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a selection for another model, ranks that do not fit, a
-            search of another rank; nothing was changed.
-        SwapError: a model that is swapped already, as by a search that was not closed.
+        ArgumentTypeError, ArgumentError: the selection is for another model, a rank does not fit,
+            or the search has another rank; nothing was changed.
+        SwapError: the model is swapped already, for instance by a search that was not closed.
     """
     if not isinstance(selection, Selection):
         raise ArgumentTypeError("selection", type(selection).__name__, "a Selection")
@@ -74,8 +75,11 @@ def apply_(
         raise ArgumentError("selection", "no selected module", "at least one")
     modules = _find(model, selection, modules_to_save)
     groups, notes = _groups(selection, modules) if share else ({}, [])
-    _check_rank("share_r", share_r, [(n, modules[n]) for names in groups.values() for n in names])
-    _check_rank("r", r, [(name, modules[name]) for name in sorted(selection.selected)])
+    own, shared = selection.selected, {n for names in groups.values() for n in names}
+    for argument, rank, names in (("share_r", share_r, shared), ("r", r, own)):
+        check_int(argument, rank, 1 if names else 0)  # 0 is no rank, but here nothing has it
+        for name in sorted(names):
+            check_rank(argument, rank, name, modules[name])
     if warm_start is not None:
         _check_search(warm_start, selection, r)
 
@@ -83,10 +87,10 @@ def apply_(
         "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "adapter_dtype": adapter_dtype,
         "modules_to_save": modules_to_save, "backend": backend,
     }  # fmt: skip
-    own, shared = selection.selected, {n for names in groups.values() for n in names}
     swap_(model, r=r, target_modules=lambda name, _: name in own, seed=seed, **options)
     if shared:
-        other_seed = None if seed is None else seed + 2**32  # not the numbers of the own pairs
+        # Another seed, so that shared pairs do not start with the numbers of the own ones.
+        other_seed = None if seed is None else seed + 2**32
         try:
             swap_(
                 model, r=share_r, target_modules=lambda name, _: name in shared,
@@ -96,22 +100,30 @@ def apply_(
             unswap_(model)
             raise
     for group, names in groups.items():
-        share_pair(group, [model.get_submodule(name) for name in names])
+        _share_pair(group, [model.get_submodule(name) for name in names])
     if warm_start is not None:
         _start_warm(model, selection, warm_start)
     if not share and selection.others:
         notes = [f"{len(selection.others)} modules were not selected and are frozen"]
-    model.__dict__[SELECTION] = selection
+    note_selection(model, selection.to_json())
     return replace(swap_report(model), notes=tuple(notes))
 
 
 def selection_of(model: nn.Module) -> Selection | None:
-    """The selection (with its gates) that a model was swapped with, also one loaded from a file."""
-    return model.__dict__.get(SELECTION)
+    """The selection, with its gates, that `apply_` swapped a model with, or a loaded adapter's.
+
+    Returns:
+        None where the model was swapped otherwise, or is not swapped.
+
+    Raises:
+        ArgumentError: the adapter that was loaded holds a garbled selection.
+    """
+    data = noted_selection(model)
+    return None if data is None else Selection.from_json(data)
 
 
-def share_pair(group: str, layers: list) -> None:
-    """Let all layers of a group hold the pair of the first."""
+def _share_pair(group: str, layers: list[LoraLinear]) -> None:
+    """Let all layers of a group hold the pair of the first one."""
     for layer in layers:
         layer.lora_A, layer.lora_B = layers[0].lora_A, layers[0].lora_B
         layer.share_group = group
@@ -121,7 +133,7 @@ def share_pair(group: str, layers: list) -> None:
 
 
 def _groups(selection: Selection, modules: dict) -> tuple[dict[str, list[str]], list[str]]:
-    """Name of each group -> its modules, and what was split and why."""
+    """The modules of each group by its name, and notes on the types that had to be split."""
     candidates, kinds = selection.candidates, {}
     stacks = {layer.rpartition(".")[0] for layer in candidates.layers}
     for name in selection.others:
@@ -147,22 +159,13 @@ def _groups(selection: Selection, modules: dict) -> tuple[dict[str, list[str]], 
 
 
 def _find(model: nn.Module, selection: Selection, modules_to_save) -> dict[str, nn.Module]:
+    """The linear layers of the model by name, among them all candidates of the selection."""
     modules = choose_modules(model, lambda *_: True, modules_to_save)
     for name in selection.candidates.places:
         if name not in modules:
             accepted = "a selection that was made for this model"
             raise ArgumentError("selection", f"{name}, which is no linear layer here", accepted)
     return modules
-
-
-def _check_rank(argument: str, rank: object, modules: list[tuple[str, nn.Module]]) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise ArgumentTypeError(argument, repr(rank), "an int of at least 1")
-    for name, module in modules:
-        n, k = linear_shape(module)
-        if not 1 <= rank <= min(n, k):
-            accepted = f"1 to {min(n, k)}, the smaller side of {name} {n} x {k}"
-            raise ArgumentError(argument, rank, accepted)
 
 
 def _check_search(search: Search, selection: Selection, r: int) -> None:
@@ -178,6 +181,7 @@ def _check_search(search: Search, selection: Selection, r: int) -> None:
 
 @torch.no_grad()
 def _start_warm(model: nn.Module, selection: Selection, search: Search) -> None:
+    """Copy the pairs of the selected modules and the heads from a search."""
     gates = search.gates()
     for name in selection.selected:
         layer, before = model.get_submodule(name), search.layers[name]

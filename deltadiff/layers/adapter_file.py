@@ -1,46 +1,35 @@
-"""`save_adapter` and `load_adapter`: an adapter is one JSON file and one safetensors file.
+"""`save_adapter` and `load_adapter`: what was trained, without the base weights.
 
-    adapter.json                 what it is, for which base model, name and SHA-256 of the other
-    adapter-<sha>.safetensors    the tensors
-
-The weights file carries its hash in its name and the JSON is renamed into place last, so that a
-crash at any moment leaves the old adapter or the new one. Nothing is pickled. The update that
-Delta-LoRA wrote into W is stored as the factors that tell it (see `lora`), so the adapter stays
-adapter-sized and the base weights are never in it.
+`adapter_format` describes the two files. The weights file carries its hash in its name and the JSON
+file is written last, so that a crash at any moment leaves the old adapter or the new one. Nothing
+is pickled. The update that Delta-LoRA wrote into W is stored as the factors that it telescopes to
+(see `pending_delta`), so the file has the size of the adapter, not of the model.
 """
 
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..diffora.gates import Selection
-from ..errors import CheckpointError, SwapError
-from ..files import write_bytes
-from .lora_linear import LoraLinear, lora_layers
+from ..errors import SwapError
+from ..files import write_bytes, write_text
+from . import adapter_format
+from .adapter_format import check_base, pair_owner, plain_name, read_adapter, sha256_of_json
+from .lora_linear import LoraLinear, lora_layers, swapped_layers
+from .model_notes import note_selection, noted_selection
 from .pending_delta import LowRankFactors, PendingDelta
 from .report import SwapReport, swap_report
-from .swap import SELECTION, swap_
-
-FORMAT = "deltadiff-adapter"
-
-
-VERSION = 1
-
-
-CONFIG = "adapter.json"
+from .swap import swap_
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write the low-rank pairs, what Delta-LoRA has added, and other trainable parameters.
 
-    A pair that layers share is written once. DiffoRA's selection and gates go with the adapter.
+    A pair that several layers share is written once. DiffoRA's selection and gates are saved too.
 
     Args:
         model: a swapped model.
@@ -50,41 +39,42 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         The path of ``adapter.json``.
 
     Raises:
-        SwapError: no swapped layer; or lambda changed so often that the update of W cannot be told
-            by factors any more (`merge_` and save the model then).
+        SwapError: the model has no swapped layer; or lambda changed so often that the update of W
+            is not kept as factors any more (call `merge_` and save the whole model instead).
     """
-    layers = lora_layers(model)
-    if not layers:
-        raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
+    layers = swapped_layers(model)
     tensors: dict[str, Tensor] = {}
-    described, owners = {}, _owners(layers)
+    entries, owners = {}, _owners(layers)
     for name, layer in layers.items():
-        described[_plain(name)] = _describe(name, layer, owners[_plain(name)], tensors)
-    extra = _extra(model)
+        plain = plain_name(name)
+        entries[plain] = _describe(name, layer, owners[plain], tensors)
+    extra = _other_trained(model)
     tensors |= {f"{name}.saved": p for name, p in extra.items()}
     blob = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     config = {
-        "format": FORMAT,
-        "version": VERSION,
-        "weights": f"adapter-{digest[:16]}.safetensors",
+        "format": adapter_format.FORMAT,
+        "version": adapter_format.VERSION,
+        "weights": adapter_format.weights_name(digest),
         "sha256": digest,
-        "fingerprint": _fingerprint(_base_shapes(model)),
+        "fingerprint": sha256_of_json(_base_shapes(model)),
         "base": _base_shapes(model),
-        "layers": described,
+        "layers": entries,
         "saved": sorted(extra),
     }
-    if SELECTION in model.__dict__:
-        config["selection"] = model.__dict__[SELECTION].to_json()
-    config["checksum"] = _checksum(config)
+    selection = noted_selection(model)
+    if selection is not None:
+        config["selection"] = selection
+    config["checksum"] = sha256_of_json(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / adapter_format.CONFIG_FILE
     write_bytes(folder / config["weights"], blob)
-    write_bytes(folder / CONFIG, json.dumps(config, indent=1).encode())
+    write_text(path, json.dumps(config, indent=1))
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != config["weights"]:
             old.unlink(missing_ok=True)
-    return folder / CONFIG
+    return path
 
 
 def load_adapter(
@@ -92,44 +82,38 @@ def load_adapter(
 ) -> SwapReport:
     """Put a saved adapter on its base model; an eager model is swapped first.
 
-    W is not written: what in-place Delta-LoRA had added to it is applied in the forward pass, until
-    `merge_` or further in-place training folds it in. A model that is swapped already keeps its own
+    W is not written: the forward pass adds what Delta-LoRA had added to W in place, until `merge_`
+    or further training in place writes it into W. A model that is swapped already keeps its own
     ``lora_dropout``.
 
     Args:
         model: the base model, eager or swapped with the same layers and ranks.
-        folder: what `save_adapter` wrote.
-        backend: as for `swap_`, where the model is swapped here.
+        folder: the folder that `save_adapter` wrote to.
+        backend: as for `swap_`; only used for an eager model.
+
+    Returns:
+        A report of the layers, their paths and the reasons; it prints as a table.
 
     Raises:
         CheckpointError: a file is missing, truncated, garbled or foreign, or was made for a base
             model with other names or shapes; nothing was changed.
         SwapError: the model is swapped with other layers or gates, or its W was already updated.
     """
-    config, tensors = _read(Path(folder))
-    _check_base(folder, config, _base_shapes(model))
-    layers = {_plain(name): layer for name, layer in lora_layers(model).items()}
-    parameters = {_plain(name): p for name, p in model.named_parameters()}
-    _check_tensors(folder, config, tensors)
-    selection = Selection.from_json(config["selection"]) if config.get("selection") else None
+    config, tensors = read_adapter(folder)
+    check_base(folder, config, _base_shapes(model))
+    layers = {plain_name(name): layer for name, layer in lora_layers(model).items()}
+    parameters = {plain_name(name): p for name, p in model.named_parameters()}
     if layers:
         _check_layers(layers, config["layers"])
     else:
-        kinds: dict[tuple, set[str]] = {}
-        for name, c in config["layers"].items():
-            kinds.setdefault((c["r"], c.get("lora_dropout", 0.0)), set()).add(name)
-        for (r, dropout), names in kinds.items():
-            swap_(
-                model, r=r, lora_dropout=dropout, backend=backend,
-                target_modules=lambda name, _, names=names: _plain(name) in names,
-            )  # fmt: skip
-        layers = {_plain(name): layer for name, layer in lora_layers(model).items()}
+        _swap_as_saved(model, config["layers"], backend)
+        layers = {plain_name(name): layer for name, layer in lora_layers(model).items()}
     for name, layer in layers.items():
         entry = config["layers"][name]
-        owner, layer.share_group = layers[_owner(name, entry)], entry.get("share_group")
+        owner, layer.share_group = layers[pair_owner(name, entry)], entry.get("share_group")
         layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
-    if selection is not None:
-        model.__dict__[SELECTION] = selection
+    if config.get("selection") is not None:
+        note_selection(model, config["selection"])
     for name, layer in layers.items():
         _fill(layer, config["layers"][name], name, tensors)
     with torch.no_grad():
@@ -143,20 +127,15 @@ def load_adapter(
 
 
 def _owners(layers: dict[str, LoraLinear]) -> dict[str, str]:
-    """For each layer the one whose name its pair is stored under: layers may share one."""
+    """For each layer the first one that holds the same pair, which is stored under that name."""
     first: dict[Tensor, str] = {}
-    return {
-        _plain(name): first.setdefault(layer.lora_A, _plain(name)) for name, layer in layers.items()
-    }
-
-
-def _owner(name: str, entry: dict) -> str:
-    return entry.get("pair_of", name)
+    plain = {plain_name(name): layer for name, layer in layers.items()}
+    return {name: first.setdefault(layer.lora_A, name) for name, layer in plain.items()}
 
 
 def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tensor]) -> dict:
-    """The JSON entry of a layer; adds the layer's tensors to ``tensors``."""
-    plain, delta = _plain(name), layer.delta
+    """The JSON object of a layer; adds the layer's tensors to ``tensors``."""
+    plain, delta = plain_name(name), layer.delta
     if owner == plain:
         tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
     entry = {
@@ -167,12 +146,13 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
     entry |= {} if owner == plain else {"pair_of": owner}
     entry |= {} if layer.share_group is None else {"share_group": layer.share_group}
     if layer.gate is not None:
-        tensors[f"{plain}.gate"] = layer.gate.detach().clone()  # layers may share one
+        # safetensors refuses tensors that share memory, as the gates of several layers may.
+        tensors[f"{plain}.gate"] = layer.gate.detach().clone()
         entry["gate"] = _describe_gate(layer)
     if delta is None:
         return entry
     if delta.past_updates is None:
-        given = "an update of W under too many values of update_ratio to be told by factors"
+        given = "an update of W under too many values of update_ratio to be kept as factors"
         raise SwapError(name, given, "`merge_`, then save the whole model")
     if delta.started():
         entry["update_ratio"] = delta.update_ratio
@@ -192,85 +172,20 @@ def _describe_gate(layer: LoraLinear) -> dict | None:
 # ----------------------------------------------------------------------- reading
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(str(path), error, "a file that save_adapter wrote") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        given = f"format {config.get('format')!r}" if isinstance(config, dict) else "no JSON object"
-        raise CheckpointError(str(path), given, f"format {FORMAT!r}")
-    if config.get("version") != VERSION:
-        raise CheckpointError(str(path), f"version {config.get('version')}", f"version {VERSION}")
-    if config.pop("checksum", None) != _checksum(config):
-        raise CheckpointError(str(path), "another checksum (changed by hand?)", "an unchanged file")
-    if not re.fullmatch(r"adapter-[0-9a-f]{16}\.safetensors", str(config["weights"])):
-        raise CheckpointError(str(path), config["weights"], "a weights file in the same folder")
-    path = folder / config["weights"]
-    try:
-        blob = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(str(path), error, "the weights that adapter.json names") from None
-    if hashlib.sha256(blob).hexdigest() != config["sha256"]:
-        given = f"{len(blob)} bytes with another SHA-256 (truncated or changed)"
-        raise CheckpointError(str(path), given, f"SHA-256 {config['sha256']}")
-    try:
-        return config, load(blob)
-    except SafetensorError as error:
-        raise CheckpointError(str(path), error, "a safetensors file") from None
+def _swap_as_saved(model: nn.Module, entries: dict[str, dict], backend: str | None) -> None:
+    """Swap the layers of an adapter, with a call for each combination of rank and dropout."""
+    groups: dict[tuple, set[str]] = {}
+    for name, c in entries.items():
+        groups.setdefault((c["r"], c.get("lora_dropout", 0.0)), set()).add(name)
+    for (r, dropout), names in groups.items():
+        swap_(
+            model, r=r, lora_dropout=dropout, backend=backend,
+            target_modules=lambda name, _, names=names: plain_name(name) in names,
+        )  # fmt: skip
 
 
-def _check_base(folder, config: dict, here: dict) -> None:
-    if config["fingerprint"] == _fingerprint(here):
-        return
-    saved = config["base"]
-    differ = sorted(n for n in saved.keys() | here.keys() if saved.get(n) != here.get(n))
-    name, more = differ[0], f" ({len(differ)} weights differ)" if len(differ) > 1 else ""
-    given = f"an adapter for another base model: {name} is {saved.get(name)} there"
-    raise CheckpointError(str(folder), given, f"{here.get(name)} as in this model{more}")
-
-
-def _check_tensors(folder, config: dict, tensors: dict) -> None:
-    _check_owners(folder, config)
-    expected = {f"{name}.saved": config["base"][name] for name in config["saved"]}
-    for name, c in config["layers"].items():
-        n, k = config["base"][f"{name}.weight"][:: -1 if c.get("transposed") else 1]
-        r = c["r"]
-        owner = _owner(name, c)
-        pair = {"lora": (r, owner == name), "anchor": (r, c["update_ratio"] is not None)}
-        for stem, (rank, there) in pair.items():
-            if there:
-                expected |= {f"{name}.{stem}_A": [rank, k], f"{name}.{stem}_B": [n, rank]}
-        if c.get("gate"):
-            expected[f"{name}.gate"] = c["gate"]["shape"]
-        for i in range(c["folded"]):
-            rank = tensors.get(f"{name}.folded_A.{i}", torch.empty(0)).shape[0]
-            expected |= {f"{name}.folded_A.{i}": [rank, k], f"{name}.folded_B.{i}": [n, rank]}
-    given = {name: list(t.shape) for name, t in tensors.items()}
-    differ = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))
-    if differ:
-        name = differ[0]
-        raise CheckpointError(
-            str(folder), f"tensor {name} of shape {given.get(name)}", f"shape {expected.get(name)}"
-        )
-
-
-def _check_owners(folder, config: dict) -> None:
-    """A pair is stored under the name of a layer that it fits, and that stores its own."""
-    base = config["base"]
-    kinds = {
-        name: (_owner(name, c) == name, c["r"], c.get("transposed"), base[f"{name}.weight"])
-        for name, c in config["layers"].items()
-    }
-    for name, c in config["layers"].items():
-        owner = _owner(name, c)
-        if kinds.get(owner) != (True, *kinds[name][1:]):
-            accepted = "the pair of a layer of the same shape"
-            raise CheckpointError(str(folder), f"{name} with the pair of {owner}", accepted)
-
-
-def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
+def _check_layers(layers: dict[str, LoraLinear], saved: dict[str, dict]) -> None:
+    """Raise SwapError unless the model is swapped as the adapter's was, and W is the base's."""
     here = {name: layer.r for name, layer in layers.items()}
     there = {name: c["r"] for name, c in saved.items()}
     if here != there:
@@ -278,25 +193,26 @@ def _check_layers(layers: dict[str, LoraLinear], saved: dict) -> None:
         given = f"rank {here.get(name)} (None: not swapped)"
         raise SwapError(name, given, f"rank {there.get(name)}, as in the adapter")
     for name, owner in _owners(layers).items():
-        stored = _owner(name, saved[name])
+        stored = pair_owner(name, saved[name])
         if owner != stored:
             raise SwapError(name, f"the pair of {owner}", f"that of {stored}, as in the adapter")
     for name, layer in layers.items():
         delta = layer.delta
         if delta is not None and delta.in_weight and delta.started():
             raise SwapError(name, "a weight that was already updated in place", "the base weight")
-        gates = _describe_gate(layer), saved[name].get("gate")
-        if gates[0] and gates[0] != gates[1]:
-            raise SwapError(name, f"gate {gates[0]}", f"{gates[1]}, as in the adapter")
+        gate, saved_gate = _describe_gate(layer), saved[name].get("gate")
+        if gate and gate != saved_gate:
+            raise SwapError(name, f"gate {gate}", f"{saved_gate}, as in the adapter")
 
 
 @torch.no_grad()
 def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor]) -> None:
-    owner = _owner(name, entry)
+    """Give a layer the tensors and numbers of its entry."""
+    owner = pair_owner(name, entry)
     layer.lora_A.copy_(tensors[f"{owner}.lora_A"])
     layer.lora_B.copy_(tensors[f"{owner}.lora_B"])
     layer.scaling = entry["scaling"]
-    layer.lora_alpha = entry.get("lora_alpha", layer.scaling * layer.r)  # older ones have none
+    layer.lora_alpha = entry.get("lora_alpha", layer.scaling * layer.r)  # older files have none
     layer.delta = None
     if entry.get("gate"):
         _fill_gate(layer, entry["gate"]["trained"], tensors[f"{name}.gate"])
@@ -319,42 +235,31 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
 
 
 def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:
-    if layer.gate is not None:  # an optimizer or other layers may hold this very tensor
+    if layer.gate is not None:  # an optimizer or other layers may hold the same tensor
         layer.gate.copy_(gate)
         return
     gate = gate.to(layer.lora_A.device)
     layer.gate = nn.Parameter(gate) if trained else gate
 
 
-# ------------------------------------------------------------------- names and shapes
+# ------------------------------------------------------------------- parameters by name
 
 
-def _plain(name: str) -> str:
-    """The name of a module or parameter as it is without PEFT's wrappers."""
-    name = name.removeprefix("base_model.model.")
-    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+def _adapter_ids(model: nn.Module) -> set[int]:
+    return {id(p) for layer in lora_layers(model).values() for p in layer.adapter}
 
 
-def _extra(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters that are no low-rank pair: heads and the like."""
-    own = {id(p) for m in lora_layers(model).values() for p in m.adapter}
-    named = model.named_parameters()
-    return {_plain(n): p for n, p in named if p.requires_grad and id(p) not in own}
+def _other_trained(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters that belong to no low-rank branch, such as a new head's."""
+    own, named = _adapter_ids(model), model.named_parameters()
+    return {plain_name(n): p for n, p in named if p.requires_grad and id(p) not in own}
 
 
 def _base_shapes(model: nn.Module) -> dict[str, list[int]]:
-    own = {id(p) for m in lora_layers(model).values() for p in m.adapter}
+    """The shape of each parameter of the base model by name."""
+    own = _adapter_ids(model)
     return {
-        _plain(name): list(p.shape)
+        plain_name(name): list(p.shape)
         for name, p in model.named_parameters()
         if id(p) not in own and ".original_module." not in name
     }
-
-
-def _fingerprint(shapes: dict[str, list[int]]) -> str:
-    """Of the names and shapes of the base weights."""
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
-
-
-def _checksum(config: dict) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,8 @@
-"""The linear layers that can be swapped: ``nn.Linear`` and transformers' `Conv1D`."""
+"""The layers that can be swapped: ``nn.Linear``, transformers' `Conv1D`, PEFT's LoRA layers."""
 
 from torch import nn
+
+from ..errors import ArgumentError
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -9,8 +11,22 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
+def is_peft(module: nn.Module) -> bool:
+    """Whether this is one of PEFT's LoRA layers."""
+    kind = type(module)
+    return kind.__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of an ``nn.Linear`` or a `Conv1D`."""
     if is_conv1d(module):
         return module.weight.shape[1], module.weight.shape[0]
     return module.out_features, module.in_features
+
+
+def check_rank(argument: str, rank: int, name: str, module: nn.Module) -> None:
+    """Raise ArgumentError unless the linear layer called ``name`` can have a pair of this rank."""
+    n, k = linear_shape(module)
+    if not 1 <= rank <= min(n, k):
+        accepted = f"1 to {min(n, k)}, the smaller side of {name} {n} x {k}"
+        raise ArgumentError(argument, rank, accepted)

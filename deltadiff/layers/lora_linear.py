@@ -1,63 +1,67 @@
-"""`LoraLinear`, the layer that `swap_` puts in, and `PendingDelta`, what Delta-LoRA adds to it.
+"""`LoraLinear`: a linear layer with a low-rank branch, the layer that `swap_` puts in."""
 
-Delta-LoRA telescopes: with a constant update ratio, W_T - W_0 = lambda s (B_T A_T - B_k A_k), where
-A_k, B_k (the *anchors*) are the factors before the first step that updates W. So the layer can show
-the update in two ways: it is inside W ("inplace"), or the forward pass adds it as a rank-2r product
-and W is never written ("factored"):
-
-    y = x W_0^T + s [(1 + lambda) B, -lambda B_k] [A; A_k] x
-"""
-
-import torch
 from torch import Tensor, nn
 
-from ..checks import DTYPES
 from ..errors import SwapError
 from ..ops.dispatch import Dispatch, choose_path
-from ..ops.lora_linear import lora_linear
+from .base_format import base_format
 from .linear import is_conv1d, linear_shape
 from .pending_delta import PendingDelta
 
 
 class LoraLinear(nn.Linear):
-    """Linear layer with a low-rank branch, y = x W^T + bias + s g (x A^T) B^T, by `lora_linear`.
+    """Linear layer with a low-rank branch: y = x W^T + bias + s g (x A^T) B^T.
 
-    Made by `deltadiff.swap_`. Shares ``weight`` and ``bias`` with the layer that it stands for.
+    `deltadiff.swap_` makes it. It shares ``weight`` and ``bias`` with the layer that it replaces.
+    DiffoRA's equation 10 is this formula with one gate g; without a gate it is LoRA.
 
     In training mode the branch sees x after dropout. Each forward pass draws the seed of its mask
-    from PyTorch's generator of the device, so the masks follow `torch.manual_seed`; CUDA graphs and
-    compiled models get new ones, and activation checkpointing, which keeps the generator's state
-    (``preserve_rng_state``), gets the same one when it computes a pass again.
+    from PyTorch's generator of the device, so the masks follow `torch.manual_seed`. CUDA graphs and
+    compiled models get a new mask in each pass. Activation checkpointing restores the generator's
+    state (``preserve_rng_state``), so the pass that it repeats gets the same mask.
 
     Attributes:
-        weight: as that layer stores it, (in, out) for a `Conv1D`; ``matrix`` is (out, in) always.
-        lora_A: (r, in_features); lora_B: (out_features, r).
-        r, lora_alpha, scaling: scaling is lora_alpha / r (rsLoRA: lora_alpha / sqrt(r)).
-        lora_dropout: probability that an element of x is left out, in training mode.
-        gate: g, one entry or r entries on the device, a parameter where it is trained; None is 1.
-        share_group: name of the group of layers that hold this very pair, whose W Delta-LoRA
-            leaves alone (DiffoRA's weight sharing); None for a pair of the layer's own.
-        original: the layer that was here before.
-        delta: what Delta-LoRA has added so far, None for plain LoRA.
-        added: ``delta`` where the forward pass adds it, None where W holds all of it.
-        swapped_in: False after `unswap_` or `merge_` took the layer out.
+        weight: stored as the replaced layer stores it, which is (in, out) for a `Conv1D`.
+        matrix: W, always (out_features, in_features).
+        lora_A: (r, in_features).
+        lora_B: (out_features, r).
+        r, lora_alpha: rank, and the number that ``scaling`` is made of.
+        scaling: s, lora_alpha / r; with rsLoRA, lora_alpha / sqrt(r).
+        lora_dropout: probability that the branch does not see an element of x, in training mode.
+        gate: g, a tensor of one entry or r entries on the device; a parameter where it is trained.
+            None means 1.
+        share_group: name of the group of layers that hold this same pair (DiffoRA's weight
+            sharing); Delta-LoRA does not update their weights. None for a pair of the layer's own.
+        original: the layer that was here before; `unswap_` puts it back.
+        base_layer: the linear layer that holds W: ``original``, or the layer inside of it where
+            ``original`` is PEFT's.
+        delta: what Delta-LoRA has added so far; None for plain LoRA.
+        branch_delta: ``delta`` where the forward pass adds it, None where W holds all of it.
+        swapped_in: False once `unswap_` or `merge_` took the layer out.
     """
 
     def __init__(
-        self, original: nn.Module, base: nn.Module, lora_A, lora_B, lora_alpha, scaling,
-        lora_dropout=0.0, backend=None,
-    ):  # fmt: skip
+        self,
+        original: nn.Module,
+        base_layer: nn.Module,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        lora_alpha: float,
+        scaling: float,
+        lora_dropout: float = 0.0,
+        backend: str | None = None,
+    ):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = linear_shape(base)
-        self.transposed, self.share_group = is_conv1d(base), None
-        self.weight, self.bias = base.weight, base.bias
+        self.out_features, self.in_features = linear_shape(base_layer)
+        self.transposed, self.share_group = is_conv1d(base_layer), None
+        self.weight, self.bias = base_layer.weight, base_layer.bias
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
         self.delta = self.gate = None
         self.swapped_in = True
-        # Not registered as submodules: their parameters are this layer's.
-        self.__dict__["original"], self.__dict__["base"] = original, base
+        # They are not registered as submodules, because their parameters are this layer's.
+        self.__dict__["original"], self.__dict__["base_layer"] = original, base_layer
 
     @property
     def delta(self) -> PendingDelta | None:
@@ -66,24 +70,30 @@ class LoraLinear(nn.Linear):
     @delta.setter
     def delta(self, delta: PendingDelta | None) -> None:
         self._delta = delta
-        # All that forward looks at: torch.compile need not compile again when a delta begins in W.
-        self.added = None if delta is None or delta.in_weight else delta
+        # The forward pass reads nothing else of the delta, so that a compiled model need not be
+        # compiled again when Delta-LoRA starts to write into W.
+        self.branch_delta = None if delta is None or delta.in_weight else delta
 
     @property
     def matrix(self) -> Tensor:
-        """W, (out, in): a view of ``weight``. All but bookkeeping works on this."""
+        """W, (out_features, in_features): ``weight`` or its transpose, never a copy."""
         return self.weight.T if self.transposed else self.weight
 
     @property
     def adapter(self) -> list[nn.Parameter]:
-        """The parameters that are this layer's own: the pair, and a gate that is trained."""
+        """The parameters that `swap_` added to the layer: the pair, and a gate that is trained."""
         gate = [self.gate] if isinstance(self.gate, nn.Parameter) else []
         return [self.lora_A, self.lora_B, *gate]
 
     @property
+    def from_peft(self) -> bool:
+        """Whether the layer stands for one of PEFT's, whose pair it trains."""
+        return self.original is not self.base_layer
+
+    @property
     def quantised(self) -> bool:
-        """Whether ``weight`` is stored in a form that only the base layer can multiply by."""
-        return self.weight.dtype not in DTYPES
+        """Whether only the base layer itself can multiply by ``weight``; see `BaseFormat`."""
+        return base_format(self.weight).quantised
 
     @property
     def path(self) -> Dispatch:
@@ -92,31 +102,22 @@ class LoraLinear(nn.Linear):
             return Dispatch(
                 "reference", f"{self.weight.dtype} weight: the base layer's own product"
             )
-        rank = self.r if self.added is None else self.added.rank
+        rank = self.r if self.branch_delta is None else self.branch_delta.rank
         layer = (self.out_features, self.in_features, rank)
         how = self.lora_dropout > 0, self.transposed
         return choose_path(self.weight.device, self.weight.dtype, self.backend, layer, *how)
 
     def forward(self, x: Tensor) -> Tensor:
         a, b, gate = self.lora_A, self.lora_B, self.gate
-        dropout, seed = self.lora_dropout if self.training else 0.0, 0
-        if self.added is not None:
+        dropout = self.lora_dropout if self.training else 0.0
+        if self.branch_delta is not None:
             if gate is not None:
                 raise SwapError("gate", "a gate beside a factored delta", "one of the two")
             if dropout:
                 given = f"lora_dropout={dropout} on a layer whose branch holds a Delta-LoRA update"
                 raise SwapError("lora_dropout", given, "0, or `merge_` first and swap again")
-            a, b, gate = self.added.stack(a, b, self.scaling)
-        if self.quantised:
-            s = nn.functional.dropout(x, dropout) @ a.to(x.dtype).T
-            s = s if gate is None else s * gate.to(x.dtype)
-            return self.base(x) + self.scaling * (s @ b.to(x.dtype).T)
-        if dropout:
-            seed = torch.randint(2**63 - 1, (), device=x.device)
-        return lora_linear(
-            x, self.matrix, a, b, scaling=self.scaling, gate=gate, bias=self.bias,
-            dropout=dropout, seed=seed, backend=self.backend,
-        )  # fmt: skip
+            a, b, gate = self.branch_delta.stack(a, b, self.scaling)
+        return base_format(self.weight).forward(self, x, a, b, gate, dropout)
 
     def extra_repr(self) -> str:
         dropout = f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
@@ -124,5 +125,13 @@ class LoraLinear(nn.Linear):
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """The LoraLinear layers of a model by name."""
+    """The `LoraLinear` layers of a model by name; empty for a model that is not swapped."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def swapped_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """`lora_layers` of a model that has some; SwapError for a model that is not swapped."""
+    layers = lora_layers(model)
+    if not layers:
+        raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
+    return layers

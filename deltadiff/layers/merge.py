@@ -7,20 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import dtype_name, wide_dtype
-from ..errors import SwapError
 from ..ops.reference import join_remainder
 from ..text import align_columns
-from .lora_linear import LoraLinear, lora_layers
+from .lora_linear import LoraLinear, swapped_layers
+from .model_notes import drop_notes
 from .pending_delta import LowRankFactors
-from .swap import SELECTION, take_out
+from .swap import take_out
 from .writable import check_writable
 
-BLOCK = 2**22  # elements of a weight that are handled at once
+_BLOCK = 2**22  # elements of a weight that are merged at once, which bounds the temporary memory
 
 
 @dataclass(frozen=True)
 class MergeRow:
-    """One merged layer; ``error`` is |rounded - exact| / |exact| of its weight (Frobenius)."""
+    """One merged layer.
+
+    Attributes:
+        module: name of the layer.
+        shape: (out_features, in_features).
+        dtype: dtype of the weight.
+        error: |rounded - exact| / |exact| of the weight, in the Frobenius norm.
+    """
 
     module: str
     shape: tuple[int, int]
@@ -30,7 +37,7 @@ class MergeRow:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_` did; prints as a table."""
+    """What `merge_` did; it prints as a table."""
 
     rows: tuple[MergeRow, ...]
 
@@ -44,37 +51,36 @@ class MergeReport:
 
 @torch.no_grad()
 def merge_(model: nn.Module) -> MergeReport:
-    """W += s B g A (and what Delta-LoRA holds beside W), in float32 and rounded once, in place.
+    """Add s B g A, and what Delta-LoRA holds beside W, to the weight of each layer, in place.
 
-    Afterwards the model is an ordinary eager model: no adapters, plain ``nn.Linear`` layers.
+    The sum is formed in float32 (float64 for a float64 weight) and rounded once. Afterwards the
+    model is an ordinary eager model: no adapters, plain ``nn.Linear`` layers.
 
     Returns:
-        A report with the relative rounding error of each weight; prints as a table.
+        A report with the relative rounding error of each weight; it prints as a table.
 
     Raises:
         SwapError: the model has no swapped layer.
         ArgumentTypeError, ArgumentError: a weight that cannot be written (quantised, tied,
             shared); nothing was changed.
     """
-    layers = lora_layers(model)
-    if not layers:
-        raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
+    layers = swapped_layers(model)
     check_writable(layers, [model])
     rows = []
     for name, layer in layers.items():
         w = layer.matrix
         rows.append(MergeRow(name, tuple(w.shape), w.dtype, _merge_layer(layer)))
-    take_out(model, {layer: layer.base for layer in layers.values()})
-    for note in ("_deltadiff_required_grad", SELECTION):
-        model.__dict__.pop(note, None)
+    take_out(model, {layer: layer.base_layer for layer in layers.values()})
+    drop_notes(model)
     return MergeReport(tuple(rows))
 
 
 def _merge_layer(layer: LoraLinear) -> float:
+    """Write the merged weight block by block; returns its relative rounding error."""
     low = layer.delta.remainder if layer.delta is not None else None
     sums = torch.zeros(2, dtype=torch.float64, device=layer.weight.device)
-    products = beside_weight(layer)
-    rows = max(1, BLOCK // layer.in_features)
+    products = branch_products(layer)
+    rows = max(1, _BLOCK // layer.in_features)
     for start in range(0, layer.out_features, rows):
         block = slice(start, start + rows)
         w = layer.matrix[block]
@@ -88,8 +94,8 @@ def _merge_layer(layer: LoraLinear) -> float:
     return math.sqrt(lost / norm) if norm else 0.0
 
 
-def beside_weight(layer: LoraLinear) -> list[LowRankFactors]:
-    """What the forward pass adds to W, as products of factors in float32 (float64 stays)."""
+def branch_products(layer: LoraLinear) -> list[LowRankFactors]:
+    """The products that the forward pass adds to W, as factors in float32 (or float64)."""
     wide = wide_dtype(layer.lora_A.dtype)
 
     def widen(t: Tensor) -> Tensor:
@@ -97,7 +103,7 @@ def beside_weight(layer: LoraLinear) -> list[LowRankFactors]:
 
     b = layer.scaling * widen(layer.lora_B)
     b = b if layer.gate is None else b * widen(layer.gate)
-    products = [LowRankFactors(b, widen(layer.lora_A), False)]
+    products = [LowRankFactors(b, widen(layer.lora_A), in_weight=False)]
     if layer.delta is not None:
         products += [p for p in layer.delta.past_updates or () if not p.in_weight]
         if not layer.delta.in_weight and layer.delta.started():

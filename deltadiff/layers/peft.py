@@ -1,34 +1,40 @@
-"""PEFT's LoRA layers as `LoraLinear`."""
+"""PEFT's LoRA layers as `LoraLinear`: the layer trains PEFT's own parameters."""
 
-from ..checks import DTYPES, check_dropout
+from torch import nn
+
+from ..checks import check_dropout
 from ..errors import ArgumentError, ArgumentTypeError
-from ..ops.dispatch import choose_path
-from .linear import linear_shape
+from .base_format import check_backend
 from .lora_linear import LoraLinear
-from .targets import _is_linear
+from .targets import is_linear
 
 
-def _from_peft(name, module, branch, backend, generator) -> LoraLinear:
+def from_peft(name: str, module: nn.Module, backend: str | None) -> LoraLinear:
+    """The layer that stands for PEFT's ``module``, with its pair, scaling and dropout.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: a layer that is merged, disabled, has several active
+            adapters or does more than plain LoRA on an ``nn.Linear`` or a `Conv1D`.
+        BackendUnavailableError: ``backend`` cannot run this layer.
+    """
     adapters = list(module.active_adapters)
     if len(adapters) != 1 or module.merged or module.disable_adapters:
         state = f"PEFT layer with active adapters {adapters}, merged={module.merged}"
         raise ArgumentError(name, state, "one active adapter, not merged")
     (adapter,) = adapters
-    base, dropout = module.get_base_layer(), getattr(module.lora_dropout[adapter], "p", 0.0)
+    base_layer = module.get_base_layer()
+    dropout = getattr(module.lora_dropout[adapter], "p", 0.0)
     check_dropout(f"lora_dropout of {name}", dropout)
-    if not _is_linear(base) or getattr(module, "use_dora", {}).get(adapter, False):
-        raise ArgumentTypeError(
-            name, f"PEFT layer around {type(base).__name__}", "plain LoRA on nn.Linear or Conv1D"
-        )
+    if not is_linear(base_layer) or getattr(module, "use_dora", {}).get(adapter, False):
+        given = f"PEFT layer around {type(base_layer).__name__}"
+        raise ArgumentTypeError(name, given, "plain LoRA on nn.Linear or Conv1D")
     a, b = module.lora_A[adapter], module.lora_B[adapter]
-    if base.weight.dtype in DTYPES:
-        layer = (*linear_shape(base), a.weight.shape[0])
-        choose_path(base.weight.device, base.weight.dtype, backend, layer, dropout > 0)
+    check_backend(base_layer, a.weight.shape[0], dropout, backend)
     if b.bias is not None:
         raise ArgumentTypeError(name, "a PEFT layer with lora_bias", "lora_bias=False")
     layer = LoraLinear(
-        module, base, a.weight, b.weight, module.lora_alpha[adapter], module.scaling[adapter],
-        dropout, backend,
+        module, base_layer, a.weight, b.weight, module.lora_alpha[adapter],
+        module.scaling[adapter], dropout, backend,
     )  # fmt: skip
-    layer.lora_A, layer.lora_B = a.weight, b.weight  # the very parameters, so PEFT sees training
+    layer.lora_A, layer.lora_B = a.weight, b.weight  # the same parameters, so PEFT sees training
     return layer.train(module.training)

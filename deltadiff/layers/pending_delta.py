@@ -1,4 +1,15 @@
-"""`PendingDelta`: the part of W_T - W_0 that the factors tell."""
+"""`PendingDelta`: the update W_T - W_0 of Delta-LoRA, kept as low-rank factors.
+
+With a constant update ratio lambda the updates of Algorithm 1 telescope:
+
+    W_T - W_0 = lambda s (B_T A_T - B_k A_k)
+
+where A_k, B_k (the *anchors*) are the factors before the first step that updates W. So a layer can
+hold the update in two ways: inside W ("inplace"), or as a product of rank 2r that the forward pass
+adds while W is never written ("factored"):
+
+    y = x W_0^T + s [(1 + lambda) B, -lambda B_k] [A; A_k] x
+"""
 
 from dataclasses import dataclass, field
 
@@ -10,9 +21,11 @@ from ..checks import wide_dtype
 
 @dataclass
 class LowRankFactors:
-    """A finished part of W_T - W_0 as factors (N, rank) and (rank, K).
+    """A part of W_T - W_0 as the product B A of two factors.
 
-    ``in_weight``: True where W holds it, False where the forward pass adds it.
+    Attributes:
+        B, A: (out_features, rank) and (rank, in_features).
+        in_weight: True where W holds the product, False where the forward pass adds it.
     """
 
     B: Tensor
@@ -22,17 +35,17 @@ class LowRankFactors:
 
 @dataclass
 class PendingDelta:
-    """The part of W_T - W_0 that the factors tell: lambda s (B A - B_k A_k), plus folded parts.
+    """W_T - W_0 as low-rank factors: lambda s (B A - B_k A_k), plus the past updates.
 
     Attributes:
-        anchor_A, anchor_B: A_k and B_k, like lora_A and lora_B.
+        anchor_A, anchor_B: A_k and B_k, of the shapes and dtype of lora_A and lora_B.
         update_ratio: lambda.
         gate: (2r,) on the device: 1 + lambda (r times), -lambda (r times) once the updates have
             started, before that 1 and 0. A tensor, so that starting needs no host read.
         in_weight: True where W holds the update, False where the forward pass adds it.
         remainder: what a 16-bit W could not hold, for rounding="remainder".
-        past_updates: what earlier values of lambda and earlier runs left; None when there was too
-            much of it to keep.
+        past_updates: the updates under earlier values of lambda and in earlier runs; None once
+            there were too many of them to keep.
     """
 
     anchor_A: Tensor
@@ -51,7 +64,7 @@ class PendingDelta:
 
     @property
     def rank(self) -> int:
-        """Of the one low-rank product that the forward pass needs; see `stack`."""
+        """The rank of the one low-rank product that the forward pass needs; see `stack`."""
         added = [p.A.shape[0] for p in self.past_updates or () if not p.in_weight]
         return self.gate.shape[0] + sum(added)
 
@@ -79,7 +92,10 @@ class PendingDelta:
 
 
 class _Stack(torch.autograd.Function):
-    """[A; A_k] and [B, B_k]. W is a constant to autograd, so the gradients leave 1 + lambda out."""
+    """[A; A_k] and [B, B_k], with the gradients of A and B as Algorithm 1 has them.
+
+    W is a constant to autograd, so the backward pass divides the factor 1 + lambda out again.
+    """
 
     @staticmethod
     def forward(ctx, lora_A, lora_B, anchor_A, anchor_B, gate):

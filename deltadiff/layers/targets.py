@@ -1,4 +1,4 @@
-"""Which modules of a model ``target_modules`` names."""
+"""`choose_modules`: the modules of a model that ``target_modules`` names."""
 
 import difflib
 import re
@@ -7,13 +7,10 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from ..errors import ArgumentError, ArgumentTypeError
-from .linear import is_conv1d
+from .linear import is_conv1d, is_peft
 from .lora_linear import LoraLinear
 
 Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
-
-
-# -------------------------------------------------------------------- selection
 
 
 def choose_modules(
@@ -22,31 +19,28 @@ def choose_modules(
     """The linear layers that ``target_modules`` names (see `swap_`), by name.
 
     Raises:
-        ArgumentTypeError, ArgumentError: targets that match nothing, with near names.
+        ArgumentTypeError, ArgumentError: targets that match nothing; the message lists similar
+            names.
     """
     candidates = _candidates(model)
     names = _select(model, candidates, target_modules, modules_to_save)
     return {name: candidates[name] for name in names}
 
 
-def is_peft(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
-
-
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is an ``nn.Linear`` or a `Conv1D`, and not swapped yet."""
     eager = isinstance(module, nn.Linear) and not isinstance(module, LoraLinear)
     return eager or is_conv1d(module)
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers and PEFT LoRA layers by name, but nothing inside such a layer."""
+    """The linear layers and PEFT's LoRA layers by name, without those inside of such a layer."""
     found: dict[str, nn.Module] = {}
 
     def walk(prefix: str, module: nn.Module) -> None:
         for child, m in module._modules.items():
             name = f"{prefix}{child}"
-            if is_peft(m) or _is_linear(m):
+            if is_peft(m) or is_linear(m):
                 found[name] = m
             elif m is not None and not isinstance(m, LoraLinear):
                 walk(f"{name}.", m)
@@ -73,7 +67,7 @@ def _select(model, candidates, targets: Targets, modules_to_save) -> list[str]:
             ) from None
         chosen = [n for n in names if pattern.fullmatch(n)]
     elif isinstance(targets, Collection) and all(isinstance(t, str) for t in targets):
-        matched = _match_names("target_modules", targets, names)
+        matched = match_names("target_modules", targets, names)
         chosen = [n for n in names if n in matched]
     else:
         accepted = '"all-linear", a regex, a collection of names or a function of name and module'
@@ -87,8 +81,12 @@ def _ends(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _match_names(argument: str, targets: Collection[str], names: list[str]) -> set[str]:
-    """All names that end in one of ``targets``; each target has to match at least one."""
+def match_names(argument: str, targets: Collection[str], names: list[str]) -> set[str]:
+    """The names that end in one of ``targets``.
+
+    Raises:
+        ArgumentError: a target that matches no name; the error is about ``argument``.
+    """
     matched: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
         hits = {n for n in names if _ends(n, target)}

@@ -218,7 +218,7 @@ def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport
     _check_rank(b, min(m.r for m in layers.values()))
     _check_scale(scale)
     for name, m in layers.items():
-        if m.original is not m.base or m.delta is not None or isinstance(m.gate, nn.Parameter):
+        if m.from_peft or m.delta is not None or isinstance(m.gate, nn.Parameter):
             given = "a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update"
             raise SwapError(name, given, "layers that `swap_` made and DyLoRA trained")
     for m in layers.values():

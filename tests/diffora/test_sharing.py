@@ -19,7 +19,7 @@ from deltadiff.diffora import (
     selection_of,
 )
 from deltadiff.errors import ArgumentError, ArgumentTypeError, CheckpointError, SwapError
-from deltadiff.layers import adapter_file as checkpoint
+from deltadiff.layers.adapter_format import sha256_of_json
 from deltadiff.layers.lora_linear import lora_layers
 
 
@@ -328,7 +328,7 @@ def test_adapters_that_share_otherwise_do_not_fit(tmp_path):
     config = json.loads(path.read_text())
     config["layers"]["layers.1.b"]["pair_of"] = "layers.7.b"
     del config["checksum"]
-    path.write_text(json.dumps(config | {"checksum": checkpoint._checksum(config)}))
+    path.write_text(json.dumps(config | {"checksum": sha256_of_json(config)}))
     with pytest.raises(CheckpointError, match=r"layers.1.b with the pair of layers.7.b"):
         load_adapter(stack("ab", "ab"), tmp_path)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, CheckpointError, SwapError
-from deltadiff.layers import adapter_file as checkpoint
+from deltadiff.layers.adapter_format import sha256_of_json
 from deltadiff.layers.lora_linear import lora_layers
 from deltadiff.optim.adalora import AdaLoRA, Schedule, largest, swap_adalora_
 
@@ -415,7 +415,7 @@ def test_an_adapter_that_does_not_name_its_gate_is_refused(tmp_path):
     config = json.loads(path.read_text())
     config["layers"]["0"].pop("gate")
     config.pop("checksum")
-    path.write_text(json.dumps(config | {"checksum": checkpoint._checksum(config)}))
+    path.write_text(json.dumps(config | {"checksum": sha256_of_json(config)}))
     with pytest.raises(CheckpointError, match="0.gate"):
         load_adapter(base(), tmp_path)
 

@@ -12,7 +12,7 @@ import deltadiff
 from deltadiff import DeltaLoRA, LoraLinear, swap_, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
 from deltadiff.layers.lora_linear import lora_layers
-from deltadiff.layers.merge import beside_weight
+from deltadiff.layers.merge import branch_products
 from deltadiff.ops.reference import join_remainder
 
 W_UPDATES = ["inplace", "factored"]
@@ -151,7 +151,7 @@ def test_delta_lora_from_the_first_step_is_nearly_lora_with_a_larger_alpha():
     delta = model[0].delta
     a, b, s = model[0].lora_A, model[0].lora_B, model[0].scaling
     exact = (1 + lam) * s * b @ a - lam * s * delta.anchor_B @ delta.anchor_A
-    effective = beside_weight(model[0])
+    effective = branch_products(model[0])
     torch.testing.assert_close(sum(p.B @ p.A for p in effective), exact)
 
 
