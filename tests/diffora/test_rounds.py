@@ -1,13 +1,14 @@
-"""Stage 1 of DiffoRA over data: the split, the rounds, going on after a stop, bad input."""
+"""Stage 1 of DiffoRA over data: the rounds, progress, continuing after a stop, bad input."""
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
 from small_models import Block, Stack, build, loss_of
 
-from deltadiff.diffora import Search, Split, search, split
+from deltadiff.diffora import Search, search, split
 from deltadiff.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -33,49 +34,6 @@ def loss_by(state, seen=None):
         return (state.model(X[indices]) - Y[indices]).square().mean()
 
     return loss
-
-
-# ----------------------------------------------------------------------- split
-
-
-def test_a_split_takes_a_random_part_once():
-    data = split(100, share=0.6, valid_share=0.25, seed=3)
-    assert (len(data.train), len(data.valid)) == (45, 15)
-    assert len(set(data.train + data.valid)) == 60 and set(data.train + data.valid) < set(
-        range(100)
-    )
-    assert data == split(100, share=0.6, valid_share=0.25, seed=3)
-    assert data != split(100, share=0.6, valid_share=0.25, seed=4)
-    assert len(split(10, share=0.7).train) + len(split(10, share=0.7).valid) == 7
-    assert sorted(split(10).train + split(10).valid) == list(range(10))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ({"n": 0}, ArgumentError, "n: got 0"),
-        ({"n": 2.5}, ArgumentTypeError, "n: got 2.5"),
-        ({"n": 10, "share": 0.0}, ArgumentError, "share: got 0.0"),
-        ({"n": 10, "share": 1.5}, ArgumentError, "share: got 1.5"),
-        ({"n": 10, "share": float("nan")}, ArgumentError, "share"),
-        ({"n": 10, "valid_share": 1.0}, ArgumentError, "valid_share: got 1.0"),
-        ({"n": 10, "valid_share": 0}, ArgumentError, "valid_share: got 0"),
-        ({"n": 1}, ArgumentError, "at least one to train and one to validate"),
-        ({"n": 100, "share": 0.02, "valid_share": 0.1}, ArgumentError, "0.1 of 2 examples"),
-    ],
-)
-def test_shares_that_leave_nothing(arguments, error, words):
-    with pytest.raises(error, match=words):
-        split(**arguments)
-
-
-def test_splits_made_by_hand_are_checked():
-    with pytest.raises(ArgumentError, match="train: got no examples"):
-        Split((), (1,))
-    with pytest.raises(ArgumentError, match="valid: got no examples"):
-        Split((1,), ())
-    with pytest.raises(ArgumentError, match="2 examples in both parts, the first is 3"):
-        Split((1, 3, 5), (5, 3))
 
 
 # ----------------------------------------------------------------------- rounds
@@ -104,6 +62,24 @@ def test_a_search_on_a_real_model_shows_its_progress(capsys):
     )
     err = capsys.readouterr().err
     assert "search: 100%" in err and "2/2" in err
+
+
+def test_progress_is_told_after_each_round(capsys):
+    state, told = new(), []
+    search(state, loss_by(state), split(40), progress=lambda *rest: told.append(rest), **SETTINGS)
+    assert [(number, rounds) for number, rounds, _ in told] == [(i + 1, 6) for i in range(6)]
+    last = {"valid": state.gate_losses[-1], "train": state.inner_losses[-1]}
+    assert told[-1][2] == last and told[0][2] != last
+    assert not capsys.readouterr().err
+
+
+def test_a_search_without_tqdm_shows_nothing(capsys, monkeypatch):
+    with_bar, without = new(), new()
+    search(with_bar, loss_by(with_bar), split(40), **SETTINGS)
+    assert "search: 100%" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    search(without, loss_by(without), split(40), **SETTINGS)
+    assert not capsys.readouterr().err and with_bar.gates() == without.gates()
 
 
 def tensors(state):

@@ -129,21 +129,6 @@ def test_a_delta_in_the_branch_has_no_dropout(tmp_path, randn):
     assert model.eval()(randn(8, 24)).isfinite().all()
 
 
-def test_a_quantised_layer(randn):
-    class Int8Linear(nn.Linear):
-        def forward(self, x):
-            return nn.functional.linear(x, self.weight.to(x.dtype) / 64, self.bias)
-
-    model = nn.Sequential(Int8Linear(64, 10))
-    model[0].weight = nn.Parameter(torch.ones(10, 64, dtype=torch.int8), requires_grad=False)
-    swap_(model, r=2, lora_dropout=0.5)
-    nn.init.normal_(model[0].lora_B)
-    x = randn(8, 64)
-    assert not torch.equal(model(x), model(x))
-    model.eval()
-    assert torch.equal(model(x), model(x))
-
-
 # ------------------------------------------------------------------------- swapping
 
 

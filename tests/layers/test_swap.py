@@ -2,38 +2,15 @@
 
 import copy
 
-import peft
 import pytest
 import torch
 from torch import nn
+from two_blocks import Model, peft_model
 
 import deltadiff
 from deltadiff import LoraLinear, swap_, swap_report, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, SwapError
 from deltadiff.ops import dispatch as paths
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 6, bias=False)
-        self.norm = nn.LayerNorm(8)
-
-    def forward(self, x):
-        return self.v_proj(self.norm(self.q_proj(x)))
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(6, 3)
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def forward(self, x):
-        return self.head(self.layers[0](x) + self.layers[1](x))
 
 
 def test_swap_shares_weights_and_freezes_the_rest():
@@ -63,35 +40,6 @@ def test_report_prints_what_path_each_layer_takes_and_why():
     path = deltadiff.choose_path(torch.device("cpu"), torch.float32)
     assert path.backend in text and path.reason in text
     assert str(swap_report(model)) == text
-
-
-@pytest.mark.parametrize(
-    ("targets", "count"),
-    [
-        ("all-linear", 4),
-        (["q_proj"], 2),
-        (("q_proj", "layers.1.v_proj"), 3),
-        (r"layers\.1\..*", 2),
-        (lambda name, module: module.bias is None, 2),
-        (["head"], 1),
-    ],
-)
-def test_targets(targets, count):
-    assert len(swap_(Model(), r=2, target_modules=targets).rows) == count
-
-
-@pytest.mark.parametrize("targets", [["q_prj"], "q_prj", [], lambda name, module: False, ["norm"]])
-def test_targets_that_match_nothing_list_near_names(targets):
-    model = Model()
-    with pytest.raises(ArgumentError, match="target_modules.*near ones: .*q_proj"):
-        swap_(model, r=2, target_modules=targets)
-    assert not any(isinstance(m, LoraLinear) for m in model.modules())
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_each_name_has_to_match():
-    with pytest.raises(ArgumentError, match="'k_proj'"):
-        swap_(Model(), r=2, target_modules=["q_proj", "k_proj"])
 
 
 @pytest.mark.parametrize(
@@ -227,48 +175,6 @@ def test_swapped_model_can_be_copied_and_moved():
     unswap_(twin)
     assert twin.layers[0].q_proj.weight.dtype == torch.float64
     assert torch.isfinite(twin(torch.randn(2, 8, dtype=torch.float64))).all()
-
-
-def peft_model(**options) -> nn.Module:
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "v_proj"], **options)
-    model = peft.get_peft_model(Model(), config)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p)
-    return model
-
-
-def test_peft_layers_keep_their_pair_and_scaling():
-    model = peft_model(modules_to_save=["head"])
-    x = torch.randn(4, 8)
-    y = model(x)
-    y.sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    pair = model.base_model.model.layers[0].q_proj.lora_A["default"].weight
-    report = swap_(model)
-    layer = model.base_model.model.layers[0].q_proj
-    assert len(report.rows) == 4 and layer.lora_A is pair and layer.scaling == 3.0 and layer.r == 2
-    torch.testing.assert_close(model(x), y)
-    model.zero_grad()
-    model(x).sum().backward()
-    torch.testing.assert_close(
-        layer.lora_A.grad, grads["base_model.model.layers.0.q_proj.lora_A.default.weight"]
-    )
-    saved = [n for n, p in model.named_parameters() if p.requires_grad and "lora" not in n]
-    assert saved and all("modules_to_save" in n for n in saved)
-    unswap_(model)
-    torch.testing.assert_close(model(x), y)
-    assert type(model.base_model.model.layers[0].q_proj).__module__.startswith("peft.")
-
-
-def test_peft_layers_that_are_merged_or_more_than_lora_are_refused():
-    model = peft_model()
-    model.merge_adapter()
-    with pytest.raises(ArgumentError, match="merged=True"):
-        swap_(model)
-    with pytest.raises(ArgumentTypeError, match="PEFT layer"):
-        swap_(peft_model(use_dora=True))
 
 
 def test_empty_weight_is_refused():
