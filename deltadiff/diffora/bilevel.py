@@ -121,7 +121,7 @@ class Search:
         self._missing = missing.to(device) if missing.any() else None
         self.gate_optimizer = torch.optim.Adam(
             [self.logits], lr=gate_lr, betas=gate_betas, weight_decay=gate_weight_decay,
-            fused=True,  # the one that skips a step without reading ``found_inf``
+            fused=True,  # only this one skips a step without a read of ``found_inf`` by the host
         )  # fmt: skip
         # The gates of inner steps stay in this memory, so that a CUDA graph sees their new values.
         self._inner_gates = self._softmax().detach()
@@ -201,6 +201,7 @@ class Search:
 
     @staticmethod
     def _evaluate(loss: Loss) -> Tensor:
+        """The loss, 0-dim; an error where it is no scalar or depends on nothing trained."""
         value = loss()
         if not isinstance(value, Tensor) or value.numel() != 1:
             given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
@@ -264,6 +265,7 @@ class Search:
             p.copy_(before)
 
     def _check_open(self) -> None:
+        """Raise SwapError unless the layers of the search are still in the model."""
         if not all(layer.swapped_in for layer in self.layers.values()):
             accepted = "a search whose layers are still in the model"
             raise SwapError("search", "one that was closed (or a model un-swapped)", accepted)
@@ -304,6 +306,7 @@ class Search:
         self.gate_losses, self.inner_losses = map(list, state["losses"])
 
     def _check_same(self, state: dict) -> None:
+        """Raise ArgumentError unless the state has the candidates and shapes of this search."""
         there, here = state["candidates"], self.candidates
         saved = Candidates(tuple(there["layers"]), tuple(map(tuple, there["modules"])))
         for theirs, ours in zip_longest(saved.places, here.places):

@@ -77,7 +77,7 @@ def apply_(
     groups, notes = _groups(selection, modules) if share else ({}, [])
     own, shared = selection.selected, {n for names in groups.values() for n in names}
     for argument, rank, names in (("share_r", share_r, shared), ("r", r, own)):
-        check_int(argument, rank, 1 if names else 0)  # 0 is no rank, but here nothing has it
+        check_int(argument, rank, 1 if names else 0)  # a rank that no module gets may be 0
         for name in sorted(names):
             check_rank(argument, rank, name, modules[name])
     if warm_start is not None:
