@@ -97,7 +97,7 @@ def search(
         raise ArgumentError("folder", f"{folder}, which holds a search", "resume=True, or another")
 
     def save() -> Path | None:
-        """Returns the path, which is None where nothing is saved."""
+        """Save the search where there is a folder; returns the path of the file, or None."""
         if path is not None:
             _save(path, state, settings)
         return path

@@ -123,7 +123,7 @@ def unswap_(model: nn.Module) -> nn.Module:
 
 
 def take_out(model: nn.Module, replacements: dict[LoraLinear, nn.Module]) -> None:
-    """Put eager layers in the place of swapped ones; weights and biases are those of the latter."""
+    """Put eager layers in the place of swapped ones, with the swapped ones' weights and biases."""
     for layer, eager in replacements.items():
         layer.base_layer.weight, layer.base_layer.bias = layer.weight, layer.bias
         eager.train(layer.training)
@@ -132,7 +132,7 @@ def take_out(model: nn.Module, replacements: dict[LoraLinear, nn.Module]) -> Non
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Replace each module in all places of the model where it stands."""
+    """Replace each module in every place of the model where it stands."""
     for parent in list(model.modules()):
         for child, module in parent._modules.items():
             if module in new:
@@ -144,7 +144,7 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 
 @dataclass(frozen=True)
 class _Branch:
-    """The arguments of `swap_` that describe the branch of a layer which was no PEFT layer."""
+    """The arguments of `swap_` that describe the branch of a new layer."""
 
     r: int
     lora_alpha: float

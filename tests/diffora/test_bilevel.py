@@ -14,7 +14,7 @@ def test_gates_are_a_softmax_over_the_modules_of_one_layer():
     state = Search(stack("ab", "bca"), r=2)
     assert state.logits.shape == (2, 3) and state.logits.dtype == torch.float32
     assert state.gates().values == ((0.5, 0.5, None), pytest.approx((1 / 3,) * 3, abs=1e-7))
-    rows = [[0.3, -1.2, 0.0], [2.0, 0.5, -0.7]]  # the layer without a "c" keeps 0 there
+    rows = [[0.3, -1.2, 0.0], [2.0, 0.5, -0.7]]  # the first layer has no "c": its logit stays 0
     with torch.no_grad():
         state.logits.copy_(torch.tensor(rows))
         state.load_state_dict(state.state_dict())
@@ -49,7 +49,7 @@ def test_a_gate_scales_the_branch_of_its_module():
 
 
 def adam(p, grad, m, v, t, lr, betas, decay, decoupled):
-    """One step by its formula, in float64; returns p, m, v."""
+    """One step of Adam or AdamW by its formula, in float64; returns p, m, v."""
     p = p * (1 - lr * decay) if decoupled else p
     grad = grad if decoupled else grad + decay * p
     m = betas[0] * m + (1 - betas[0]) * grad
@@ -58,7 +58,7 @@ def adam(p, grad, m, v, t, lr, betas, decay, decoupled):
 
 
 def test_the_alternation_of_algorithm_1_by_hand():
-    """V = 3 rounds of one step on the logits, then T = 2 on A and B, in float64 throughout."""
+    """V = 3 rounds of one step on the logits and T = 2 steps on A and B, all in float64."""
     model = stack("ab", "ab", dtype=torch.float64)
     frozen = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     w = {n: (m.weight.detach().clone(), m.bias.detach().clone()) for n, m in frozen.items()}
@@ -106,14 +106,14 @@ def test_the_alternation_of_algorithm_1_by_hand():
                 b, mb, vb = adam(B[n].detach(), grads[2 * k + 1], mb, vb, *rest)
                 A[n], B[n], moments[n] = a, b, [ma, va, mb, vb]
             state.inner_step(lambda pair=pair: squares(model, pair))
-            for n, layer in state.layers.items():  # gates are float32, the rest float64
+            for n, layer in state.layers.items():  # the gates are float32, everything else float64
                 torch.testing.assert_close(layer.lora_A.detach(), A[n], atol=1e-5, rtol=0)
                 torch.testing.assert_close(layer.lora_B.detach(), B[n], atol=1e-5, rtol=0)
-    assert logits.abs().min() > 1e-3  # they moved, and the tolerance could tell
+    assert logits.abs().min() > 1e-3  # they moved much further than the tolerance
 
 
 def test_gradients_of_the_logits_on_every_path(path, dtype, assert_close):
-    """Through the fused layers, against the same model in float64 and in eager PyTorch."""
+    """The fused layers are compared with the same model in float64 and in eager PyTorch."""
 
     def grad(dtype, backend, device="cpu"):
         model = stack("abc", "abc", dtype=torch.float64).to(device, dtype)
@@ -156,7 +156,7 @@ def test_a_gate_step_leaves_the_pairs_alone_and_an_inner_step_the_gates():
 
 
 def test_gates_of_inner_steps_stay_in_one_place():
-    """So that a captured inner step sees those of later rounds."""
+    """A captured inner step can then see the gates of later rounds."""
     model = stack("ab")
     state = started(model)
     layer = state.layers["layers.0.a"]
@@ -166,7 +166,7 @@ def test_gates_of_inner_steps_stay_in_one_place():
 
 
 def test_steps_through_a_compiled_model():
-    """No graph breaks; compiled for gate steps and for inner steps, then not again."""
+    """There is one graph for gate steps and one for inner steps, without breaks."""
     torch._dynamo.reset()
     results = []
     for compiles in (False, True):
@@ -174,7 +174,7 @@ def test_steps_through_a_compiled_model():
         forward = torch.compile(model, fullgraph=True) if compiles else model
         state = Search(model, r=2, lr=1e-2, seed=0)
         for k in range(4):
-            if k == 2:  # both kinds have been seen
+            if k == 2:  # both kinds of steps are compiled by now
                 torch.compiler.set_stance("fail_on_recompile")
             try:
                 for step in (state.inner_step, state.gate_step):
@@ -196,7 +196,7 @@ def test_gpu_steps_never_wait_for_the_device():
         batches = [[t.to(device) for t in batch(k)] for k in range(6)]
         for k, pair in enumerate(batches):
             if k == 3:
-                state.check()  # so that no look at the losses falls due below
+                state.check()  # so that no losses are due to be read below
                 torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
             try:
                 state.inner_step(lambda pair=pair, model=model: squares(model, pair))

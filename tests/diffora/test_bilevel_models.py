@@ -1,4 +1,4 @@
-"""What a search finds, and the model during the search and after it."""
+"""Searches on whole models: what they find, and the model during a search and after it."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from deltadiff.layers.lora_linear import lora_layers
 
 
 class Halves(nn.Module):
-    """Each module sees numbers of its own, so that only one of them can mend what is wrong."""
+    """Each module sees its own part of x, so that only one module can correct an error."""
 
     def __init__(self):
         super().__init__()
@@ -39,19 +39,19 @@ def test_the_search_finds_the_modules_that_matter(seed):
     def loss(i):
         x = torch.randn(64, 12, generator=torch.Generator().manual_seed(1000 * seed + i))
         h, want, total = x, x, 0.0
-        for ours, theirs in zip(model.layers, teacher.layers, strict=True):  # a loss a layer
+        for ours, theirs in zip(model.layers, teacher.layers, strict=True):  # one loss per layer
             total = total + (ours(want) - theirs(want)).square().mean()
             h, want = ours(h), theirs(want)
         return total
 
-    # Not longer: pairs that fit make up for any gate, whose gradient then tells nothing.
+    # A longer search tells less: once the pairs fit, they compensate for any gate.
     state = Search(model, r=2, lr=5e-3, gate_lr=5e-2, seed=seed)
     for number in range(20):
         state.gate_step(lambda number=number: loss(100 + number))
         for t in range(3):
             state.inner_step(lambda i=3 * number + t: loss(i))
     assert state.gates().discretise(1 / 3).selected == set(wrong)
-    assert min(max(row) for row in state.gates().values) > 1 / 3 + 0.05  # not by a hair
+    assert min(max(row) for row in state.gates().values) > 1 / 3 + 0.05  # clearly, not by chance
     assert state.inner_losses[-1] < state.inner_losses[0] / 4
 
 

@@ -41,7 +41,7 @@ def test_a_loss_that_is_not_finite_stops_the_search(every, bad, kind, words):
         s.gate_step(lambda m=m: squares(m, batch(8)))
         s.inner_step(lambda m=m: squares(m, batch(9)))
         s.check()
-    assert torch.equal(state.logits, again.logits)  # it went on as if the batch had not been
+    assert torch.equal(state.logits, again.logits)  # it continued as if that batch had not come
     for n, p in state.trained.items():
         assert torch.equal(p, again.trained[n])
 

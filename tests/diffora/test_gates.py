@@ -13,7 +13,7 @@ def test_discretise_keeps_the_largest_of_each_layer():
     assert selection.selected == {"l.0.b", "l.0.c", "l.1.a", "l.1.d"}
     assert selection.others == ("l.0.a", "l.0.d", "l.1.b", "l.1.c")
     assert selection.gates is gates and selection.ratio == 0.5
-    # by the equation itself: 1 where the gate is at least the K-th largest
+    # Equation 14 itself selects a gate that is at least the K-th largest.
     for i, row in enumerate(gates.values):
         delta = sorted(row, reverse=True)[1]
         for t, gate in zip("abcd", row, strict=True):

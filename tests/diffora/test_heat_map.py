@@ -1,4 +1,4 @@
-"""The heat map of gates: what is in the PNG, counted by its colours."""
+"""The heat map of gates: the tests count the pixels of each colour in the PNG."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def matrix(layers=6, types="abcd") -> GateMatrix:
 
 
 def count(path, colour: str) -> int:
-    """Pixels of a colour."""
+    """The number of pixels of this colour."""
     wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
     with Image.open(path) as image:
         return dict((c, n) for n, c in image.convert("RGB").getcolors(2**24)).get(wanted, 0)
@@ -38,7 +38,7 @@ def test_the_selected_cells_are_the_dark_ones(tmp_path):
         dark.append(count(path, OWN))
     cell = (dark[3] - dark[1]) / 18  # 24 cells against 6
     assert dark[2] - dark[1] == pytest.approx(6 * cell, rel=0.1)
-    assert cell > 500  # pixels: large enough to be seen
+    assert cell > 500  # pixels, which is enough to be seen
 
 
 def test_layers_that_lack_a_module_show_it(tmp_path):

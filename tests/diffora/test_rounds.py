@@ -47,7 +47,7 @@ def test_a_round_is_one_gate_step_then_inner_steps():
     for k, batch in enumerate(seen):
         assert set(batch) <= set(data.valid if k % 4 == 0 else data.train)
     firsts = [i for k in range(0, 8, 4) for i in seen[k]]
-    assert len(set(firsts)) == 8  # an epoch comes once before any example comes again
+    assert len(set(firsts)) == 8  # an example comes again only after all others
     assert gates == state.gates() and (state.round, state.index) == (6, 3)
     assert len(state.gate_losses) == 6 and len(state.inner_losses) == 18
     other = new()
@@ -110,9 +110,9 @@ def test_going_on_after_ctrl_c_is_bit_by_bit_the_same(tmp_path, stop_at):
 
     with pytest.raises(Interrupted, match=r"search\.pt"):
         search(state, loss, data, folder=tmp_path / "run", **SETTINGS)
-    assert len(calls) == stop_at  # the step that was under way is the last
+    assert len(calls) == stop_at  # it stops after the step that was under way
     again = new()
-    with torch.no_grad():  # nothing of it may be left
+    with torch.no_grad():  # values that the file must replace
         again.logits.fill_(0.1)
         for p in again.trained.values():
             p.add_(0.1)
@@ -128,7 +128,7 @@ def test_going_on_after_ctrl_c_is_bit_by_bit_the_same(tmp_path, stop_at):
 
 
 def test_random_numbers_go_on_too(tmp_path):
-    """A model with dropout, stopped after a save: as one that ran through."""
+    """A model with dropout that was stopped after a save ends like one that was not."""
     data = split(40)
 
     def noisy(state):
@@ -152,7 +152,7 @@ def test_a_crash_loses_no_more_than_since_the_last_save(tmp_path):
 
     def loss(indices):
         if state.round == 5:
-            raise KeyError("labels")  # as where a data set has none: passed on
+            raise KeyError("labels")  # not an error of the search: it passes
         return loss_by(state)(indices)
 
     with pytest.raises(KeyError, match="labels"):
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
     search(again, loss_by(again), data, folder=tmp_path, resume=True, **{**SETTINGS, "rounds": 2})
     whole = new()
     search(whole, loss_by(whole), data, **{**SETTINGS, "rounds": 2})
-    assert torch.equal(again.logits, whole.logits)  # with a good batch it goes on from there
+    assert torch.equal(again.logits, whole.logits)  # with a good batch it continues from there
     assert all(torch.isfinite(t).all() for t in good.values())
 
 

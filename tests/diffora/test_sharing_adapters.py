@@ -55,7 +55,7 @@ def test_an_adapter_restores_pairs_sharing_selection_and_gates(tmp_path, name, w
     assert [r.shares for r in report.rows] == [r.shares for r in swap_report(model).rows]
     assert report.trainable == swap_report(model).trainable
     assert selection_of(fresh) == selection and selection_of(fresh).gates == search.gates()
-    load_adapter(fresh, tmp_path)  # again, into a model that is swapped so
+    load_adapter(fresh, tmp_path)  # once more, into the model that is swapped now
     assert loss_of(fresh, range(8)).item() == pytest.approx(loss, abs=1e-12)
     layers, theirs = lora_layers(fresh), lora_layers(model)
     for a in layers:

@@ -32,7 +32,7 @@ def test_a_failed_step_is_the_last_that_is_read(loss, grad):
     assert log.failed == 0
     take(log, 2, loss, grad)
     assert log.failed != 0
-    take(log, 3, 0.25)  # not taken either
+    take(log, 3, 0.25)  # this step is not taken either
     assert log.failed != 0
     first, second = log.read()
     assert not first.failed and second.failed

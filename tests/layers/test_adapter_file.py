@@ -46,7 +46,7 @@ def test_adapter_and_optimizer_state_resume_the_run(tmp_path, w_update):
     train(model, optimizer, 8, ratio_at=lambda t: 0.25)
     train(fresh, second, 8, ratio_at=lambda t: 0.25)
     torch.testing.assert_close(output(fresh), output(model), atol=1e-12, rtol=0)
-    save_adapter(fresh, tmp_path)  # and what it saves again is whole
+    save_adapter(fresh, tmp_path)  # what it saves again is complete
     third = base()
     load_adapter(third, tmp_path)
     torch.testing.assert_close(output(third), output(model), atol=1e-12, rtol=0)

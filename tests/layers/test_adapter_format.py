@@ -36,7 +36,7 @@ def garble(folder):
 
 
 def swap_weights(folder):
-    """An adapter whose JSON is whole but does not fit its tensors."""
+    """Save an adapter whose JSON is intact but does not fit its tensors."""
     model, _ = trained()
     model[0].r = 2
     save_adapter(model, folder)
@@ -83,7 +83,7 @@ def test_adapter_for_another_base_model_is_refused(tmp_path):
 
 
 def rewrite(folder, change):
-    """Change the JSON and make its checksum fit again, as another program might."""
+    """Change the JSON object and give it the checksum that fits."""
     config = read_adapter_config(folder)
     change(config)
     (folder / "adapter.json").write_text(json.dumps(config | {"checksum": sha256_of_json(config)}))

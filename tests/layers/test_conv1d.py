@@ -1,4 +1,4 @@
-"""GPT-2's `Conv1D`, which stores its weight (in, out): all that works for nn.Linear works on it."""
+"""GPT-2's `Conv1D`, which stores its weight (in, out), does everything that nn.Linear does."""
 
 import copy
 
@@ -16,7 +16,7 @@ from deltadiff.ops.reference import join_remainder
 
 
 def twins(dtype=torch.float32, device="cpu") -> tuple[nn.Module, nn.Module]:
-    """The same network of Conv1D and of nn.Linear."""
+    """The same network twice, made of Conv1D and of nn.Linear."""
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)).to(device, dtype)
     conv = nn.Sequential(Conv1D(20, 12), nn.Tanh(), Conv1D(8, 20)).to(device, dtype)
@@ -53,7 +53,7 @@ def test_training_is_that_of_the_linear_twin(w_update):
 
 
 def test_every_path_writes_the_update_into_a_transposed_weight(path, dtype):
-    """W_T - W_0 = lambda s (B_T A_T - B_k A_k), to float32, in a 16-bit W with its remainder."""
+    """W_T - W_0 = lambda s (B_T A_T - B_k A_k) to float32 accuracy, with the remainder of W."""
     conv, _ = twins(dtype, path.device)
     before = [conv[i].weight.detach().double().T for i in (0, 2)]
     swap_(conv, r=3, seed=0, backend=path.backend)

@@ -65,7 +65,7 @@ def test_each_layer_and_each_pass_has_its_own_mask():
         (dx,) = torch.autograd.grad(layer(x).sum(), x)
         masks.append(dx != 0)
     for i, a in enumerate(masks):
-        for b in masks[:i]:  # independent ones agree in half of 4096 places, give or take 5 sigma
+        for b in masks[:i]:  # independent masks agree in half of 4096 places, within 5 sigma
             assert abs((a == b).sum().item() - 2048) < 5 * 32
 
 
@@ -110,12 +110,12 @@ def test_delta_lora_refuses_dropout():
     with pytest.raises(ArgumentError, match="lora_dropout of"):
         DeltaLoRA(groups)
     DeltaLoRA(groups[:1])
-    model[2].lora_dropout = 0.0  # as PEFT layers may differ
+    model[2].lora_dropout = 0.0  # layers may differ, PEFT's for instance
     DeltaLoRA(groups)
 
 
 def test_a_delta_in_the_branch_has_no_dropout(tmp_path, randn):
-    """What stands for a part of W must not be dropped out."""
+    """Dropout must not reach a branch that stands for a part of W."""
     trained = make_model(p=0.0)
     optimizer = DeltaLoRA(trained, lr=1e-2)
     for _ in range(3):
@@ -172,7 +172,7 @@ def test_peft_layers_keep_their_dropout():
 
 
 def test_the_expectation_is_that_of_peft(randn):
-    """Over many masks both have the mean of the layer without dropout, and the same variance."""
+    """Over many masks, both have the same variance and the mean of the layer without dropout."""
     peft_layers, p, x = peft_model(lora_dropout=0.5), 0.5, randn(1, 8)
     layer = peft_layers.base_model.model[0]
     nn.init.normal_(layer.lora_B["default"].weight)
@@ -215,7 +215,7 @@ def test_an_adapter_keeps_scaling_alpha_and_dropout(use_rslora, tmp_path, randn)
         for name in ("r", "lora_alpha", "scaling", "lora_dropout"):
             assert getattr(layer, name) == getattr(twin, name), name
     assert torch.equal(model.eval()(x), base.eval()(x))
-    other = make_model(p=0.5)  # swapped already: the dropout is its own
+    other = make_model(p=0.5)  # it is swapped already and keeps its own dropout
     load_adapter(other, tmp_path)
     assert other[0].lora_dropout == 0.5 and other[0].scaling == model[0].scaling
 

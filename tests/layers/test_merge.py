@@ -1,4 +1,4 @@
-"""`merge_`: float32 arithmetic, rounded once."""
+"""`merge_` computes in float32 and rounds once."""
 
 import pytest
 import torch

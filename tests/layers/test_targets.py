@@ -1,4 +1,4 @@
-"""``target_modules``: which layers each kind of target names, and near names."""
+"""``target_modules``: the layers that each kind of target names, and the errors."""
 
 import pytest
 from two_blocks import Model

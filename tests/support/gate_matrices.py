@@ -4,7 +4,7 @@ from deltadiff.diffora import Candidates, GateMatrix
 
 
 def gate_matrix(*rows) -> GateMatrix:
-    """Gates of layers "l.0", "l.1", ...; a row is a dict of modules, or a list for a, b, c, ..."""
+    """Gates of layers "l.0", "l.1", ...; a row is a dict by module, or a list for a, b, c, ..."""
     rows = [
         row if isinstance(row, dict) else dict(zip("abcdefghij", row, strict=False)) for row in rows
     ]

@@ -15,12 +15,12 @@ def blocks(*names, dtype=torch.float32, hidden=None) -> Stack:
 
 
 def select(model, *names) -> Selection:
-    """A selection of the modules with these names."""
+    """The selection of the modules with these names."""
     return Selection(find_candidates(model), frozenset(names), 0.5)
 
 
 def train(model, optimizer, steps=4) -> None:
-    """Steps on a model of `small_models.build`."""
+    """Train a model that `small_models.build` made."""
     for t in range(steps):
         optimizer.zero_grad()
         loss_of(model, range(8 * t, 8 * t + 8)).backward()

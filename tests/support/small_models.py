@@ -1,4 +1,4 @@
-"""Real architectures, small and with random weights, for the tests of DiffoRA."""
+"""Small models: real architectures with random weights, and plain stacks of blocks."""
 
 import torch
 import transformers
@@ -67,13 +67,14 @@ TYPES = {
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
+    """The model of this architecture, in evaluation mode; the seed fixes its weights."""
     config, model, settings = _BUILD[name]
     torch.manual_seed(seed)
     return getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
 
 
 def loss_of(model: nn.Module, indices) -> Tensor:
-    """The model's own loss on examples that are a function of their indices."""
+    """The model's own loss on the examples with these indices, which are always the same."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 40, (64, 8), generator=generator)[list(indices)]
     classifies = "SequenceClassification" in type(model).__name__
@@ -82,7 +83,7 @@ def loss_of(model: nn.Module, indices) -> Tensor:
 
 
 class Block(nn.Module):
-    """y = x + a(x) + b(x), of layers that a test can tell apart."""
+    """y = x + a(x) + b(x); a hidden module, where it is wanted, takes no part in it."""
 
     def __init__(self, names=("a", "b"), width=6, hidden=None):
         super().__init__()
@@ -96,7 +97,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """A plain stack of blocks."""
+    """Blocks one after the other, in an nn.ModuleList."""
 
     def __init__(self, *blocks: nn.Module):
         super().__init__()

@@ -5,6 +5,8 @@ from torch import nn
 
 
 class Block(nn.Module):
+    """Two linear layers, the second without a bias."""
+
     def __init__(self):
         super().__init__()
         self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 6, bias=False)
@@ -15,6 +17,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    """Two blocks side by side and an output head."""
+
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList([Block(), Block()])
@@ -28,6 +32,7 @@ class Model(nn.Module):
 
 
 def peft_model(**options) -> nn.Module:
+    """The model with PEFT's LoRA layers on both layers of each block, B not 0."""
     import peft
 
     torch.manual_seed(0)
