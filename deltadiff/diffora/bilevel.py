@@ -24,6 +24,7 @@ from ..layers.swap import swap_, unswap_
 from ..layers.targets import Targets
 from ..optim.delta_lora import DeltaLoRA
 from .candidates import Candidates, find_candidates
+from .gate_logits import GateLogits
 from .gates import GateMatrix
 from .step_log import Place, StepLog
 
@@ -34,8 +35,7 @@ class Search:
     """Low-rank pairs with gates on every candidate of a model, and the steps that train them.
 
     The model is swapped until `close`. AdamW trains A and B; Adam trains the logits, as in DARTS.
-    The logits start at 0, so that the gates start equal. B starts at 0, so a gate has no gradient
-    before the first inner step.
+    B starts at 0, so a gate has no gradient before the first inner step.
 
     Args:
         model: an eager model, whose candidates are on one device.
@@ -111,22 +111,13 @@ class Search:
             unswap_(model)
             raise
 
-        shape = len(self.candidates.layers), len(self.candidates.types)
-        device = next(iter(self.layers.values())).weight.device
-        self.logits = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
-        # Where each candidate's entry is in the flattened logits.
-        self._slots = [i * shape[1] + j for i, j in places.values()]
-        missing = torch.ones(shape, dtype=torch.bool)
-        missing.view(-1)[self._slots] = False
-        self._missing = missing.to(device) if missing.any() else None
+        self._gate_logits = GateLogits(self.candidates, self.layers)
+        self.logits = self._gate_logits.logits
         self.gate_optimizer = torch.optim.Adam(
             [self.logits], lr=gate_lr, betas=gate_betas, weight_decay=gate_weight_decay,
             fused=True,  # only this one skips a step without a read of ``found_inf`` by the host
         )  # fmt: skip
-        # The gates of inner steps stay in this memory, so that a CUDA graph sees their new values.
-        self._inner_gates = self._softmax().detach()
-        self._hand_out(self._inner_gates)
-        self.log = StepLog(device)
+        self.log = StepLog(self.logits.device)
         self.optimizer.found_inf = self.gate_optimizer.found_inf = self.log.failed
         self.round = self.index = 0
         self.gate_losses: list[float] = []
@@ -152,12 +143,11 @@ class Search:
             SwapError: the search was closed.
         """
         self._check_open()
-        with self._gates_trained():
+        with self._pairs_fixed(), self._gate_logits.trained():
             value = self._evaluate(loss)
             (self.logits.grad,) = torch.autograd.grad(value, [self.logits])
         self._take(self.gate_optimizer, (self.round + 1, 0), value.detach(), [self.logits])
-        with torch.no_grad():
-            self._inner_gates.copy_(self._softmax())
+        self._gate_logits.update_inner_gates()
         return value.detach()
 
     def inner_step(self, loss: Loss) -> Tensor:
@@ -174,30 +164,15 @@ class Search:
         return value.detach()
 
     @contextlib.contextmanager
-    def _gates_trained(self) -> Iterator[None]:
-        """While the block runs, the gates require gradients and A and B do not."""
+    def _pairs_fixed(self) -> Iterator[None]:
+        """While the block runs, A, B and the heads do not require gradients."""
         for p in self.trained.values():
             p.requires_grad_(False)
         try:
-            self._hand_out(self._softmax())
             yield
         finally:
-            self._hand_out(self._inner_gates)
             for p in self.trained.values():
                 p.requires_grad_(True)
-
-    def _softmax(self) -> Tensor:
-        """The gates of all layers, (layers, types), by equation 11."""
-        logits = self.logits
-        if self._missing is not None:
-            logits = logits.masked_fill(self._missing, -torch.inf)
-        return logits.softmax(1)
-
-    def _hand_out(self, gates: Tensor) -> None:
-        """Give each layer its gate, a 0-dim view of ``gates``."""
-        entries = gates.flatten().unbind()
-        for layer, slot in zip(self.layers.values(), self._slots, strict=True):
-            layer.gate = entries[slot]
 
     @staticmethod
     def _evaluate(loss: Loss) -> Tensor:
@@ -247,7 +222,7 @@ class Search:
     def gates(self) -> GateMatrix:
         """The gates as they are now."""
         self.check()
-        return GateMatrix.from_tensor(self.candidates, self._inner_gates)
+        return GateMatrix.from_tensor(self.candidates, self._gate_logits.inner_gates)
 
     @torch.no_grad()
     def close(self) -> None:
@@ -300,7 +275,7 @@ class Search:
         self.logits.copy_(state["logits"])
         for name, p in self.trained.items():
             p.copy_(state["trained"][name])
-        self._inner_gates.copy_(self._softmax())
+        self._gate_logits.update_inner_gates()
         self.log.clear()
         self.round, self.index = state["place"]
         self.gate_losses, self.inner_losses = map(list, state["losses"])
