@@ -22,7 +22,7 @@ from ..layers.lora_linear import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets import Targets
 from ..loop import LOSS_SYNC_INTERVAL
-from ..optim.delta_lora import DeltaLoRA
+from ..optim.fused_adamw import FusedAdamW
 from .gates import Candidates, GateMatrix, find_candidates
 
 Loss = Callable[[], Tensor]
@@ -100,8 +100,9 @@ class Search:
         self.heads = {name: p for name, p in self.trained.items() if id(p) not in pairs}
         self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
         try:
-            options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-            self.optimizer = DeltaLoRA(self.trained.values(), update_ratio=0.0, **options)
+            self.optimizer = FusedAdamW(
+                self.trained.values(), lr, betas, weight_decay=weight_decay
+            )
         except ArgumentError:
             unswap_(model)
             raise
