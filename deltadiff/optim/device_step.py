@@ -6,6 +6,8 @@ pointers, options and counts from the device. The host only looks whether a tens
 can also be captured in a CUDA graph.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ class AdamWRun:
     def __init__(self, group, params, state, steps, deltas=None, anchors=None, anchor_now=None):
         none = [None] * len(params)
         self.group, self.params, self.steps, self.anchor_now = group, params, steps, anchor_now
-        self.sent: tuple | None = None  # lr and the other options that the device has
+        self.sent_lr = self.sent_options = None  # what the device has
         backend = choose_path(params[0].device, params[0].dtype).backend
         self.launch = prepare_adamw_step(
             backend, params,
@@ -39,32 +41,29 @@ class AdamWRun:
             deltas or none, anchors or none,
         )  # fmt: skip
 
-    def options_changed(self) -> bool:
-        lr, options = self._options()
-        if self.sent is None or options != self.sent[1]:
-            return True
-        sent = self.sent[0]
-        if isinstance(lr, Tensor) or isinstance(sent, Tensor):
-            return lr is not sent
-        return lr != sent
+    def lr_changed(self) -> bool:
+        """Whether the group's lr is not the one that the device has; asked in every step."""
+        lr, sent = self.group["lr"], self.sent_lr
+        if lr is sent:
+            return False
+        return isinstance(lr, Tensor) or isinstance(sent, Tensor) or lr != sent
 
     def check_lr(self, captured: bool) -> None:
         """Raise where a captured step reads another lr than the group's."""
-        lr, sent = self.group["lr"], self.sent and self.sent[0]
+        lr, sent = self.group["lr"], self.sent_lr
         if captured and lr is not sent and (isinstance(lr, Tensor) or isinstance(sent, Tensor)):
             accepted = "the lr that the step was captured with, a tensor filled in place"
             raise ArgumentError("lr", f"another {type(lr).__name__}", accepted)
 
     def send_options(self) -> None:
-        """Send lr, betas, eps and weight_decay of the group to the device."""
-        lr, options = self._options()
-        lr = lr if isinstance(lr, Tensor) else float(lr)
-        self.launch.set_options(lr, *options)
-        self.sent = lr, options
-
-    def _options(self) -> tuple:
+        """Send lr, betas, eps and weight_decay of the group to the device, if one changed."""
         group = self.group
-        return group["lr"], (*group["betas"], group["eps"], group["weight_decay"])
+        options = *group["betas"], group["eps"], group["weight_decay"]
+        if options == self.sent_options and not self.lr_changed():
+            return
+        lr = group["lr"] if isinstance(group["lr"], Tensor) else float(group["lr"])
+        self.launch.set_options(lr, *options)
+        self.sent_lr, self.sent_options = lr, options
 
 
 class DeviceStep:
@@ -153,7 +152,7 @@ class DeviceStep:
 
 
 def found_infs(
-    steps: list[DeviceStep], flag: Tensor | None, skip_nonfinite: bool
+    steps: Collection[DeviceStep], flag: Tensor | None, skip_nonfinite: bool
 ) -> dict[torch.device, Tensor]:
     """For each device a tensor that is not 0 where this step must be skipped.
 

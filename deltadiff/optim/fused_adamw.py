@@ -205,7 +205,7 @@ class FusedAdamW(torch.optim.Optimizer):
             self._send(settings)
         # GradScaler sets these two as attributes; both lie on one device.
         flag, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        found_inf = found_infs(list(self._devices.values()), flag, self.skip_nonfinite)
+        found_inf = found_infs(self._devices.values(), flag, self.skip_nonfinite)
         for device, step in self._devices.items():
             step.adamw(grad_scale, found_inf.get(device), capturing)
         wrote = self._after_adamw(found_inf, capturing)
@@ -257,7 +257,7 @@ class FusedAdamW(torch.optim.Optimizer):
     def _changed_settings(self) -> list | None:
         """The groups' values, checked; None where they are those last sent."""
         settings = [self._settings_of(group) for group in self.param_groups]
-        if settings == self._settings and not any([run.options_changed() for run in self._runs]):
+        if settings == self._settings and not any([run.lr_changed() for run in self._runs]):
             return None
         self._check_settings()
         return settings
@@ -274,8 +274,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _send(self, settings: list) -> None:
         for run in self._runs:
-            if run.options_changed():
-                run.send_options()
+            run.send_options()
         self._settings = settings
 
     # --------------------------------------------------------------- checkpoints

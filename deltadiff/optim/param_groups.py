@@ -87,8 +87,19 @@ def check_parameter(p: Tensor) -> None:
 
 
 def swapped_layers(modules: list[nn.Module]) -> dict[LoraLinear, str]:
-    """The swapped layers of some modules, with their names."""
-    return {layer: name for module in modules for name, layer in lora_layers(module).items()}
+    """The swapped layers of some modules, with their names.
+
+    Where two modules have a layer of one name, names start with the module's place in the list.
+    """
+    found = {
+        layer: (str(i), name)
+        for i, module in enumerate(modules)
+        for name, layer in lora_layers(module).items()
+    }
+    names = {layer: name for layer, (_, name) in found.items()}
+    if len(set(names.values())) < len(names):
+        names = {layer: ".".join(filter(None, place)) for layer, place in found.items()}
+    return names
 
 
 def find_pairs(modules: list[nn.Module], groups: list[dict]) -> dict[str, LoraLinear]:
