@@ -100,9 +100,7 @@ class Search:
         self.heads = {name: p for name, p in self.trained.items() if id(p) not in pairs}
         self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
         try:
-            self.optimizer = FusedAdamW(
-                self.trained.values(), lr, betas, weight_decay=weight_decay
-            )
+            self.optimizer = FusedAdamW(self.trained.values(), lr, betas, weight_decay=weight_decay)
         except ArgumentError:
             unswap_(model)
             raise

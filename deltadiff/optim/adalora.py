@@ -12,10 +12,11 @@ L = C + gamma sum_k (||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2):
     P, Lambda, Q = AdamW(P, Lambda, Q)
     lambda_i = 0 unless S_i is one of the b(t) largest of the whole model
 
-A masked triplet keeps its importance and is trained on, so it can come back until t = T - t_f; from
-then on the choice stays. PEFT differs: it takes I after the optimizer step, not at the weights that
-the gradient belongs to; its regulariser is the mean of norms, not the sum of squares; it divides by
-r + 1e-5; and ties at its threshold lose together, where here exactly b(t) stay, lowest index first.
+A masked triplet keeps its importance and goes on being trained, so it can come back until
+t = T - t_f; from then on the choice stays. PEFT differs in four points: it takes I after the
+optimizer step, not at the weights that the gradient belongs to; its regulariser is the mean of
+norms, not the sum of squares; it divides by r + 1e-5; and it masks all triplets that tie at its
+threshold, where here exactly b(t) stay, lowest index first.
 """
 
 from collections import defaultdict
@@ -37,7 +38,7 @@ from .adalora_importance import Triplets
 from .fused_adamw import FusedAdamW
 from .param_groups import swapped_layers
 
-INITIAL_STD = 0.02  # of P and Q, as in the authors' code
+INITIAL_STD = 0.02  # standard deviation of P and Q at the start, as in the authors' code
 
 
 @torch.no_grad()
@@ -55,14 +56,14 @@ def swap_adalora_(
     """`swap_` for AdaLoRA: P and Q are Gaussian, Lambda is zero.
 
     Args:
-        init_r: rank at the start, the r of `swap_`.
-        lora_alpha: the increment is scaled by lora_alpha / init_r; None is init_r, so that it is
-            P Lambda Q as in the paper.
+        init_r: the rank at the start, as r of `swap_`.
+        lora_alpha: the increment is lora_alpha / init_r times P Lambda Q; None is init_r, so that
+            the factor is 1, as in the paper.
         model, target_modules, adapter_dtype, modules_to_save, backend, seed: as for `swap_`.
 
     Raises:
-        ArgumentTypeError, ArgumentError, BackendUnavailableError: as `swap_`; a model that PEFT
-            has wrapped; nothing was changed.
+        ArgumentTypeError, ArgumentError, BackendUnavailableError: as for `swap_`, and for a model
+            with PEFT's layers; nothing was changed.
     """
     check_int("init_r", init_r, 1)
     if not isinstance(model, nn.Module):

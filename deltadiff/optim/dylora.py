@@ -1,18 +1,18 @@
 """DyLoRA: one pair that works at every rank b <= r (Valipour et al., EACL 2023).
 
-Each step draws a rank b and trains the pair cut to it, so that what matters most comes to stand in
-the first rows of A and columns of B:
+Each step draws a rank b and trains the pair cut to it, so that the first rows of A and columns of B
+learn what matters most:
 
     y = x W^T + (alpha / b) (x A[:b]^T) B[:, :b]^T          b ~ p_B on {r_min, ..., r_max}
 
-The layer keeps its full pair. Its gate, one tensor on the device for all layers, is r / b for the
-first b entries and 0 for the rest: a new rank is a copy of r numbers, with nothing to compile
-again, and gradients beyond b are exactly 0.
+The layer keeps its full pair. All layers share one gate, a tensor on the device whose first b
+entries are r / b and whose others are 0. So a new rank is a copy of r numbers and needs no
+compilation, and gradients beyond b are exactly 0.
 
-A zero gradient alone does not keep AdamW from moving a row, by weight decay and by momentum. The
-paper trains the truncation only, so rows that a step does not train keep their values, bit by bit.
-Their moments take in the zero gradient, as under torch.optim.AdamW, which bias correction is right
-for: a row that is drawn seldom takes smaller steps, never larger ones.
+A zero gradient does not keep AdamW from moving a row, because of weight decay and momentum. The
+paper trains the truncation only, so rows that a step does not train keep their values bit by bit.
+Their moments do take in the zero gradient, as in torch.optim.AdamW, because its bias correction
+counts every step: a row that is seldom drawn takes smaller steps, never larger ones.
 """
 
 import contextlib
@@ -83,7 +83,8 @@ class DyLoRA(FusedAdamW):
         self.r_min, self.r_max, self.frozen, self.scale = r_min, r_max, frozen, scale
         self.distribution = distribution
         self.rank: int | None = None
-        # (device, dtype) -> one vector, and its halves: the gate, and 1 for rows that are trained.
+        # For each device and dtype: one vector, and its two halves, the gate and a mask that is 1
+        # for rows that are trained.
         self._masks: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._model = model
@@ -101,7 +102,7 @@ class DyLoRA(FusedAdamW):
 
     @contextlib.contextmanager
     def truncated(self, b: int):
-        """The model at rank b, to evaluate it; afterwards at the rank that was drawn."""
+        """The model runs at rank b within this context, and then at the drawn rank again."""
         self._send_rank(_check_rank(b, self._r))
         try:
             yield
@@ -174,7 +175,7 @@ class DyLoRA(FusedAdamW):
             self.draw()
 
     def state_dict(self) -> dict:
-        """As `FusedAdamW.state_dict`, with the rank that is drawn and those that will be."""
+        """As `FusedAdamW.state_dict`, with the drawn rank and the generator of those to come."""
         saved = super().state_dict()
         generator = self._generator.get_state()
         saved["state"]["dylora"] = {"rank": self.rank, "generator": generator, "r": self._r}
@@ -200,17 +201,18 @@ class DyLoRA(FusedAdamW):
 def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport:
     """Cut the pairs of a trained model to rank b, for good: ordinary LoRA layers without a gate.
 
-    They can be saved as an adapter of rank b or merged. Their optimizer has no part in them.
+    They can be saved as an adapter of rank b or merged. The pairs are new parameters, which the
+    optimizer that trained the old ones does not hold.
 
     Args:
         model: a swapped model.
         b: 1 to the smallest rank of its layers.
-        scale: what `DyLoRA` was trained with.
+        scale: the one that `DyLoRA` was trained with.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a value as named.
-        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update.
-            Nothing was changed.
+        ArgumentTypeError, ArgumentError: an argument that cannot be used, by name.
+        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update;
+            nothing was changed.
     """
     layers = lora_layers(model)
     if not layers:

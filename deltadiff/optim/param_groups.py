@@ -40,7 +40,7 @@ def trainable(module: nn.Module) -> list[Tensor]:
     found = [p for p in module.parameters() if p.requires_grad]
     if not found:
         given = f"{type(module).__name__} without trainable parameters"
-        raise ArgumentError("model_or_params", given, "a model that `swap_` changed")
+        raise ArgumentError("model_or_params", given, "a module with some, as after `swap_`")
     return found
 
 
