@@ -21,6 +21,20 @@ def make_net(dtype=torch.float64) -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.LayerNorm(20), nn.Linear(20, 3)).to(dtype)
 
 
+def loss_of(model: nn.Module, t: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(t)
+    like = model[0].weight
+    x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (12, 3))
+    return (model(x.to(like)) - y.to(like)).square().mean()
+
+
+def steps(model, optimizer, at) -> None:
+    for t in at:
+        optimizer.zero_grad()
+        loss_of(model, t).backward()
+        optimizer.step()
+
+
 @pytest.fixture
 def use_backend(monkeypatch):
     """A function that lets optimizers run on a backend."""
@@ -224,12 +238,6 @@ def test_an_lr_tensor_is_read_in_each_step_and_kept():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_resumes_bit_by_bit(dtype):
-    def steps(model, optimizer, at):
-        for t in at:
-            optimizer.zero_grad()
-            loss_of(model, t).backward()
-            optimizer.step()
-
     model = make_net(dtype)
     optimizer = FusedAdamW(model, **OPTIONS)
     steps(model, optimizer, range(5))
@@ -249,12 +257,6 @@ def test_a_run_resumes_bit_by_bit(dtype):
 @pytest.mark.parametrize("first", [FusedAdamW, torch.optim.AdamW])
 @pytest.mark.parametrize("second", [FusedAdamW, torch.optim.AdamW])
 def test_states_are_exchanged_with_torch(first, second):
-    def steps(model, optimizer, at):
-        for t in at:
-            optimizer.zero_grad()
-            loss_of(model, t).backward()
-            optimizer.step()
-
     reference = make_net()
     steps(reference, torch.optim.AdamW(reference.parameters(), **OPTIONS), range(12))
     model = make_net()
@@ -264,6 +266,19 @@ def test_states_are_exchanged_with_torch(first, second):
     after.load_state_dict(before.state_dict())
     steps(model, after, range(5, 12))
     torch.testing.assert_close(output(model), output(reference), atol=1e-12, rtol=0)
+
+
+def test_a_state_of_delta_lora_without_updates_is_read():
+    """Searches that earlier versions saved hold such states."""
+    model = make_model()
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=0.0)
+    train(model, optimizer, 4)
+    fresh = make_model()
+    fresh.load_state_dict(model.state_dict())
+    second = FusedAdamW(fresh)
+    second.load_state_dict(optimizer.state_dict())
+    assert train(fresh, second, 6, start=4) == train(model, optimizer, 6, start=4)
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
 
 
 def test_foreign_states_are_refused_and_change_nothing():
@@ -351,13 +366,6 @@ def test_sparse_gradients_are_refused():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError):
         optimizer.step()
-
-
-def loss_of(model: nn.Module, t: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(t)
-    like = model[0].weight
-    x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (12, 3))
-    return (model(x.to(like)) - y.to(like)).square().mean()
 
 
 @pytest.mark.gpu
