@@ -13,11 +13,13 @@ from .ops.delta_update import delta_update_
 from .ops.dispatch import choose_path
 from .ops.lora_linear import lora_linear
 from .optim.delta_lora import DeltaLoRA
+from .optim.fused_adamw import FusedAdamW
 
 __version__ = metadata.version("deltadiff")
 
 __all__ = [
     "DeltaLoRA",
+    "FusedAdamW",
     "LoraLinear",
     "adamw_step_",
     "choose_path",

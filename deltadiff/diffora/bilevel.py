@@ -22,7 +22,7 @@ from ..errors import ArgumentError, ArgumentTypeError, NonFiniteLossError, SwapE
 from ..layers.lora_linear import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets import Targets
-from ..optim.delta_lora import DeltaLoRA
+from ..optim.fused_adamw import FusedAdamW
 from .candidates import Candidates, find_candidates
 from .gate_logits import GateLogits
 from .gates import GateMatrix
@@ -105,8 +105,7 @@ class Search:
         self.heads = {name: p for name, p in self.trained.items() if id(p) not in pairs}
         self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
         try:
-            options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-            self.optimizer = DeltaLoRA(self.trained.values(), update_ratio=0.0, **options)
+            self.optimizer = FusedAdamW(self.trained.values(), lr, betas, weight_decay=weight_decay)
         except ArgumentError:
             unswap_(model)
             raise

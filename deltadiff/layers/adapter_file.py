@@ -223,7 +223,7 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     if ratio is not None:
         anchors[0].copy_(tensors[f"{name}.anchor_A"])
         anchors[1].copy_(tensors[f"{name}.anchor_B"])
-    gate = PendingDelta.make_gate(ratio or 0.0, layer.r, layer.lora_A, ratio is not None)
+    scale = PendingDelta.make_rank_scale(ratio or 0.0, layer.r, layer.lora_A, ratio is not None)
     folded = [
         LowRankFactors(
             tensors[f"{name}.folded_B.{i}"].to(device), tensors[f"{name}.folded_A.{i}"].to(device),
@@ -231,7 +231,7 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
         )
         for i in range(entry["folded"])
     ]  # fmt: skip
-    layer.delta = PendingDelta(*anchors, ratio or 0.0, gate, in_weight=False, past_updates=folded)
+    layer.delta = PendingDelta(*anchors, ratio or 0.0, scale, in_weight=False, past_updates=folded)
 
 
 def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:

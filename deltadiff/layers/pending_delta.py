@@ -40,8 +40,8 @@ class PendingDelta:
     Attributes:
         anchor_A, anchor_B: A_k and B_k, of the shapes and dtype of lora_A and lora_B.
         update_ratio: lambda.
-        gate: (2r,) on the device: 1 + lambda (r times), -lambda (r times) once the updates have
-            started, before that 1 and 0. A tensor, so that starting needs no host read.
+        rank_scale: (2r,) on the device: 1 + lambda (r times), -lambda (r times) once the updates
+            have started, before that 1 and 0. A tensor, so that starting needs no host read.
         in_weight: True where W holds the update, False where the forward pass adds it.
         remainder: what a 16-bit W could not hold, for rounding="remainder".
         past_updates: the updates under earlier values of lambda and in earlier runs; None once
@@ -51,13 +51,13 @@ class PendingDelta:
     anchor_A: Tensor
     anchor_B: Tensor
     update_ratio: float
-    gate: Tensor
+    rank_scale: Tensor
     in_weight: bool
     remainder: Tensor | None = None
     past_updates: list[LowRankFactors] | None = field(default_factory=list)
 
     @staticmethod
-    def make_gate(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:
+    def make_rank_scale(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:
         wide = wide_dtype(like.dtype)
         on = update_ratio if started else 0.0
         return torch.tensor([1 + on] * r + [-on] * r, dtype=wide, device=like.device)
@@ -66,29 +66,29 @@ class PendingDelta:
     def rank(self) -> int:
         """The rank of the one low-rank product that the forward pass needs; see `stack`."""
         added = [p.A.shape[0] for p in self.past_updates or () if not p.in_weight]
-        return self.gate.shape[0] + sum(added)
+        return self.rank_scale.shape[0] + sum(added)
 
     def started(self) -> bool:
         """Whether W has been updated. Reads one value from the device."""
-        return bool(self.gate[-1] != 0)
+        return bool(self.rank_scale[-1] != 0)
 
     def product(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> LowRankFactors:
         """lambda s (B A - B_k A_k) as two factors of rank 2r, float32 (float64 stays)."""
-        wide, c = self.gate.dtype, self.update_ratio * scaling
+        wide, c = self.rank_scale.dtype, self.update_ratio * scaling
         b = torch.cat([c * lora_B.detach().to(wide), -c * self.anchor_B.to(wide)], dim=1)
         a = torch.cat([lora_A.detach().to(wide), self.anchor_A.to(wide)])
         return LowRankFactors(b, a, self.in_weight)
 
     def stack(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, ...]:
-        """(A, B, gate) of the one low-rank product that the forward pass needs."""
-        a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.gate)
-        gate = self.gate
+        """(A, B, rank_scale) of the one low-rank product that the forward pass needs."""
+        a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.rank_scale)
+        scale = self.rank_scale
         added = [p for p in self.past_updates or () if not p.in_weight]
         if added:
             b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
             a = torch.cat([a, *(p.A.to(a.dtype) for p in added)])
-            gate = torch.cat([gate, gate.new_ones(a.shape[0] - gate.shape[0])])
-        return a, b, gate
+            scale = torch.cat([scale, scale.new_ones(a.shape[0] - scale.shape[0])])
+        return a, b, scale
 
 
 class _Stack(torch.autograd.Function):
@@ -98,14 +98,14 @@ class _Stack(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, lora_A, lora_B, anchor_A, anchor_B, gate):
-        ctx.save_for_backward(gate)
+    def forward(ctx, lora_A, lora_B, anchor_A, anchor_B, rank_scale):
+        ctx.save_for_backward(rank_scale)
         ctx.r = lora_A.shape[0]
         return torch.cat([lora_A, anchor_A]), torch.cat([lora_B, anchor_B], dim=1)
 
     @staticmethod
     def backward(ctx, grad_A, grad_B):
-        (gate,) = ctx.saved_tensors
-        grad_A = grad_A[: ctx.r] / gate[0].to(grad_A.dtype)
-        grad_B = grad_B[:, : ctx.r] / gate[0].to(grad_B.dtype)
+        (rank_scale,) = ctx.saved_tensors
+        grad_A = grad_A[: ctx.r] / rank_scale[0].to(grad_A.dtype)
+        grad_B = grad_B[:, : ctx.r] / rank_scale[0].to(grad_B.dtype)
         return grad_A, grad_B, None, None, None

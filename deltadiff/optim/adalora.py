@@ -1,8 +1,8 @@
 """AdaLoRA: W + s P Lambda Q, whose singular values share one budget (Zhang et al., ICLR 2023).
 
 P (out, r), Lambda (r,) and Q (r, in) are ``lora_B``, ``gate`` and ``lora_A`` of a `LoraLinear`, so
-a layer stays one call of `lora_linear` and the gradient of Lambda comes from rank space. Step t of
-the paper's Algorithm 1, with triplet i = (P_:i, lambda_i, Q_i:) and loss
+a layer stays one call of `lora_linear`, whose backward pass also gives the gradient of Lambda.
+Step t of the paper's Algorithm 1, with triplet i = (P_:i, lambda_i, Q_i:) and loss
 L = C + gamma sum_k (||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2):
 
     I = |w dL/dw|                                        sensitivity of each entry w
@@ -12,15 +12,16 @@ L = C + gamma sum_k (||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2):
     P, Lambda, Q = AdamW(P, Lambda, Q)
     lambda_i = 0 unless S_i is one of the b(t) largest of the whole model
 
-A masked triplet keeps its importance and is trained on, so it can come back until t = T - t_f; from
-then on the choice stays. PEFT differs: it takes I after the optimizer step, not at the weights that
-the gradient belongs to; its regulariser is the mean of norms, not the sum of squares; it divides by
-r + 1e-5; and ties at its threshold lose together, where here exactly b(t) stay, lowest index first.
+A masked triplet keeps its importance and goes on being trained, so it can come back until
+t = T - t_f; from then on the choice stays. PEFT differs in four points: it takes I after the
+optimizer step, not at the weights that the gradient belongs to; its regulariser is the mean of
+norms, not the sum of squares; it divides by r + 1e-5; and it masks all triplets that tie at its
+threshold, where here exactly b(t) stay, lowest index first.
 """
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate
 
 import torch
@@ -32,10 +33,12 @@ from ..layers.lora_linear import LoraLinear, lora_layers
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_
 from ..layers.targets import Targets
-from .delta_lora import DeltaLoRA
-from .param_groups import find_layers
+from .adalora_budget import Schedule, largest
+from .adalora_importance import Triplets
+from .fused_adamw import FusedAdamW
+from .param_groups import layer_names
 
-INITIAL_STD = 0.02  # of P and Q, as in the authors' code
+INITIAL_STD = 0.02  # standard deviation of P and Q at the start, as in the authors' code
 
 
 @torch.no_grad()
@@ -53,14 +56,14 @@ def swap_adalora_(
     """`swap_` for AdaLoRA: P and Q are Gaussian, Lambda is zero.
 
     Args:
-        init_r: rank at the start, the r of `swap_`.
-        lora_alpha: the increment is scaled by lora_alpha / init_r; None is init_r, so that it is
-            P Lambda Q as in the paper.
+        init_r: the rank at the start, as r of `swap_`.
+        lora_alpha: the increment is lora_alpha / init_r times P Lambda Q; None is init_r, so that
+            the factor is 1, as in the paper.
         model, target_modules, adapter_dtype, modules_to_save, backend, seed: as for `swap_`.
 
     Raises:
-        ArgumentTypeError, ArgumentError, BackendUnavailableError: as `swap_`; a model that PEFT
-            has wrapped; nothing was changed.
+        ArgumentTypeError, ArgumentError, BackendUnavailableError: as for `swap_`, and for a model
+            with PEFT's layers; nothing was changed.
     """
     check_int("init_r", init_r, 1)
     if not isinstance(model, nn.Module):
@@ -84,70 +87,24 @@ def swap_adalora_(
     return swap_report(model)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The budget b(t) in step t = 1, ..., T: all triplets, then fewer by a cubic, then the target.
-
-    The cubic is the authors' code's, which starts at all and ends at the target. (The paper prints
-    t - t_i - t_f where t - t_i stands here, which does neither.)
-
-    Attributes:
-        total_step: T.
-        target_r: average rank of a layer at the end.
-        tinit: t_i, steps with all triplets.
-        tfinal: t_f, last steps, which change the choice no more.
-        deltaT: steps from one choice to the next; between them all triplets are trained.
-    """
-
-    total_step: int
-    target_r: int = 8
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1
-
-    def __post_init__(self):
-        least = {"total_step": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
-        for name, value in asdict(self).items():
-            check_int(name, value, least[name])
-        if self.tinit >= self.last_choice:
-            given = f"{self.total_step} with tinit {self.tinit} and tfinal {self.tfinal}"
-            raise ArgumentError("total_step", given, "more steps than tinit + tfinal")
-
-    @property
-    def last_choice(self) -> int:
-        """The last step that measures importance and chooses: T - t_f."""
-        return self.total_step - self.tfinal
-
-    def budget(self, t: int, first: int, target: int) -> int:
-        """b(t), from ``first`` triplets to ``target``; whole numbers, rounded down."""
-        if t <= self.tinit:
-            return first
-        left, span = max(0, self.last_choice - t), self.last_choice - self.tinit
-        return target + (first - target) * left**3 // span**3
-
-    def chooses(self, t: int) -> bool:
-        """Whether step t masks what is not in the budget."""
-        return t >= self.last_choice or (t > self.tinit and t % self.deltaT == 0)
-
-
-class AdaLoRA(DeltaLoRA):
+class AdaLoRA(FusedAdamW):
     """AdamW on P, Lambda and Q, and the allocation of the budget (Algorithm 1 of AdaLoRA).
 
-    All trainable parameters get AdamW, as with ``DeltaLoRA(update_ratio=0)``, whose param groups,
-    schedulers, ``GradScaler`` and ``state_dict`` it has. t counts the steps that were not skipped,
-    on the device; nothing is read from there, so a step can be captured in a CUDA graph.
+    All trainable parameters get AdamW, and param groups, LR schedulers, ``GradScaler`` and CUDA
+    graphs work as with `FusedAdamW`. t counts, on the device, the steps that were not skipped.
 
         loss = model(**batch).loss + optimizer.orthogonality()
 
     Args:
-        model_or_params, lr, betas, eps, weight_decay, skip_nonfinite, model: as for `DeltaLoRA`.
+        model_or_params, lr, betas, eps, weight_decay, skip_nonfinite: as for `FusedAdamW`.
         total_step, target_r, tinit, tfinal, deltaT: see `Schedule`.
-        beta1, beta2: of the importance, 0 <= beta < 1.
+        beta1, beta2: of the averages Ibar and Ubar, 0 <= beta < 1.
         orth_reg_weight: gamma >= 0, see `orthogonality`.
+        model: where ``model_or_params`` holds bare parameters, the model they belong to.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a value as named; no layer of `swap_adalora_`, or not all
-            of one's parameters; a target_r above the average rank.
+        ArgumentTypeError, ArgumentError: an argument that cannot be used, by name; no layer of
+            `swap_adalora_`, or only some parameters of one; a target_r above the average rank.
     """
 
     def __init__(
@@ -175,10 +132,10 @@ class AdaLoRA(DeltaLoRA):
                 raise ArgumentError(name, beta, "a number in [0, 1)")
         self.beta1, self.beta2 = beta1, beta2
         self.orth_reg_weight = check_number("orth_reg_weight", orth_reg_weight, 0)
+        self._model = model
         super().__init__(
-            model_or_params, lr, betas, eps, weight_decay,
-            update_ratio=0.0, skip_nonfinite=skip_nonfinite, model=model,
-        )  # fmt: skip
+            model_or_params, lr, betas, eps, weight_decay, skip_nonfinite=skip_nonfinite
+        )
 
     def budget(self, t: int) -> int:
         """b(t): how many triplets of the model step t may keep."""
@@ -187,14 +144,15 @@ class AdaLoRA(DeltaLoRA):
     def orthogonality(self) -> Tensor:
         """gamma sum_k (||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2), to be added to the loss.
 
-        A 0-dim tensor, float32 (float64 stays).
+        Returns:
+            A 0-dim tensor, float32 (float64 for float64 parameters).
         """
         device = self._triplets[0].device
         terms = [triplets.orthogonality().to(device) for triplets in self._triplets]
         return self.orth_reg_weight * torch.stack(terms).sum()
 
     def ranks(self) -> dict[str, int]:
-        """Singular values of each layer that are not zero. Reads the device."""
+        """How many singular values of each layer are not zero; waits for the device."""
         return {name: int((m.gate != 0).sum()) for name, m in self._layers.items()}
 
     def _build(self) -> None:
@@ -212,19 +170,19 @@ class AdaLoRA(DeltaLoRA):
         starts = list(accumulate((m.r for m in layers), initial=0))
         self._triplets, places = [], []
         for members in kinds.values():
-            self._triplets.append(_Triplets([layers[i] for i in members], self.state))
+            self._triplets.append(Triplets([layers[i] for i in members], self.state))
             places += [p for i in members for p in range(starts[i], starts[i + 1])]
         device = self._triplets[0].device
-        # Ties go by the order of the model, so its order has to be made from that of the stacks.
+        # Of equal scores the first layer's in the model wins, but scores come in stacks by shape.
         self._in_model_order = torch.tensor(places).argsort().to(device)
         steps = range(self.schedule.total_step + 1)
         kept = [self.budget(t) if self.schedule.chooses(t) else self._first for t in steps]
-        self._kept = torch.tensor(kept, device=device)  # looked up by the t on the device
+        self._kept = torch.tensor(kept, device=device)  # by t, which only the device knows
 
     def _find_layers(self) -> dict[str, LoraLinear]:
         mine = {p for group in self.param_groups for p in group["params"]}
         found = {}
-        for m, name in find_layers(self._modules).items():
+        for m, name in layer_names(self._modules).items():
             there = [p in mine for p in m.adapter]
             if len(there) == 3 and m.gate.shape == (m.r,) and any(there):
                 if not all(there):
@@ -256,9 +214,10 @@ class AdaLoRA(DeltaLoRA):
         torch._foreach_mul_(gates, kept)
 
     def state_dict(self) -> dict:
-        """As `DeltaLoRA.state_dict`, with the importances and the schedule."""
+        """As `FusedAdamW.state_dict`, with the importances, the schedule and t."""
         saved = super().state_dict()
-        saved["state"]["adalora"] = asdict(self.schedule)
+        t = next(iter(self._iteration.values())).cpu()
+        saved["state"]["adalora"] = {**asdict(self.schedule), "iteration": t}
         return saved
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -268,81 +227,12 @@ class AdaLoRA(DeltaLoRA):
             ArgumentError: the state is not one of AdaLoRA, of another schedule or of other shapes;
                 nothing was changed.
         """
-        given, own = state_dict["state"].get("adalora"), asdict(self.schedule)
-        if given != own:
-            raise ArgumentError("state_dict", f"a schedule {given}", str(own))
+        state, own = state_dict["state"], asdict(self.schedule)
+        given = dict(state.get("adalora") or {})
+        t = given.pop("iteration", None)
+        if t is None:  # states were saved so while AdaLoRA was built on DeltaLoRA
+            t = state.get("delta_lora", {}).get("iteration")
+        if given != own or t is None:
+            raise ArgumentError("state_dict", f"a schedule {given or None}", str(own))
         super().load_state_dict(state_dict)
-
-
-class _Triplets:
-    """The triplets of n layers of one shape, stacked: one launch does for all of them.
-
-    ``state`` (of the optimizer) gets "sensitivity" (Ibar) and "uncertainty" (Ubar) of each
-    parameter, views into the stacks; what it had before is kept.
-    """
-
-    def __init__(self, layers: list[LoraLinear], state: dict):
-        self.device = layers[0].lora_A.device
-        self.params = {
-            "P": [m.lora_B for m in layers],
-            "Lambda": [m.gate for m in layers],
-            "Q": [m.lora_A for m in layers],
-        }
-        double = layers[0].lora_A.dtype == torch.float64
-        self.dtype = torch.float64 if double else torch.float32
-        self.sensitivities = self._stack("sensitivity", state)
-        self.uncertainties = self._stack("uncertainty", state)
-
-    def _stack(self, name: str, state: dict) -> dict[str, Tensor]:
-        stacks = {}
-        for part, params in self.params.items():
-            shape = (len(params), *params[0].shape)
-            stacks[part] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            for p, own in zip(params, stacks[part], strict=True):
-                if name in state[p]:
-                    own.copy_(state[p][name])
-                state[p][name] = own
-        return stacks
-
-    def orthogonality(self) -> Tensor:
-        """sum_k ||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2, differentiable."""
-        with torch.autocast(self.device.type, enabled=False):
-            p = torch.stack(self.params["P"]).to(self.dtype)
-            q = torch.stack(self.params["Q"]).to(self.dtype)
-            eye = torch.eye(q.shape[1], dtype=self.dtype, device=self.device)
-            return (p.mT @ p - eye).square().sum() + (q @ q.mT - eye).square().sum()
-
-    def sensitivity(self, grad_scale: Tensor | None) -> dict[str, Tensor]:
-        """|w dL/dw| of every entry; 0 where there is no gradient."""
-        found = {}
-        for part, params in self.params.items():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            product = torch.stack(params).to(self.dtype) * torch.stack(grads).to(self.dtype)
-            if grad_scale is not None:
-                product /= grad_scale.to(self.device, non_blocking=True)
-            found[part] = product.abs_()
-        return found
-
-    def smooth(self, now: dict[str, Tensor], measures: Tensor, beta1: float, beta2: float) -> None:
-        """The averages over the steps; untouched where the 0-dim tensor ``measures`` is False."""
-        for part, i in now.items():
-            mean, deviation = self.sensitivities[part], self.uncertainties[part]
-            new = beta1 * mean + (1 - beta1) * i
-            spread = beta2 * deviation + (1 - beta2) * (i - new).abs()
-            mean.copy_(torch.where(measures, new, mean))
-            deviation.copy_(torch.where(measures, spread, deviation))
-
-    def importance(self) -> Tensor:
-        """S (n, r)."""
-        s = {part: mean * self.uncertainties[part] for part, mean in self.sensitivities.items()}
-        return s["Lambda"] + s["P"].mean(dim=1) + s["Q"].mean(dim=2)
-
-
-def largest(scores: Tensor, budget: Tensor) -> Tensor:
-    """Where ``scores`` (n,) are among the ``budget`` largest: exactly as many, lowest index first.
-
-    ``budget``: an integer on the device, which is not read.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    places = torch.arange(order.numel(), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, places) < budget
+        self._set_iteration(t)

@@ -1,7 +1,7 @@
-"""`StepWatch`: where the tensors of an optimizer step lie, and what moved since the last look.
+"""`AddressTracker`: where the tensors of an optimizer step lie, and which of them moved.
 
-Kernels read pointers from tables on the device. Whether a table is still right has to be asked in
-every step, of hundreds of tensors: `csrc/step_watch.cpp` does it in a tenth of the time.
+Kernels read pointers from tables on the device. The host must ask in every step, of hundreds of
+tensors, whether a table still holds. `csrc/address_tracker.cpp` asks in a tenth of the time.
 """
 
 import torch
@@ -10,13 +10,13 @@ from torch.autograd.graph import increment_version
 
 from ..ops.dispatch import why_unavailable
 
-MOVED, GRADS, ANY, ALIGNED = 1, 2, 4, 8
+MOVED, GRADS, ANY, ALIGNED = 1, 2, 4, 8  # the bits of `AddressTracker.look`
 
 
-class StepWatch:
-    """Watches parameters of one device, their gradients, and weights.
+class AddressTracker:
+    """Tracks the addresses of one device's parameters, of their gradients, and of weights.
 
-    A gradient that its parameter's kernel cannot read as it is (other dtype, not contiguous) is
+    A gradient that its parameter's kernel cannot read as it is (another dtype, not contiguous) is
     copied at each look.
     """
 
@@ -26,8 +26,14 @@ class StepWatch:
         self.addresses, self.copies = [0] * len(params), []
 
     def look(self) -> int:
-        """Bits: MOVED a parameter or weight is elsewhere than at the start; GRADS a gradient is
-        elsewhere than at the last look; ANY there is one; ALIGNED all lie on 16 bytes."""
+        """Compare all addresses with those known.
+
+        Returns the sum of these bits:
+            MOVED: the address of a parameter or weight changed since construction.
+            GRADS: the address of a gradient changed since the last look.
+            ANY: there is a gradient.
+            ALIGNED: the addresses of all gradients are multiples of 16 bytes.
+        """
         moved = [t.data_ptr() for t in (*self.params, *self.weights)] != self.known
         fitting = [
             p.grad if p.grad is None else p.grad.to(p.dtype).contiguous() for p in self.params
@@ -44,19 +50,19 @@ class StepWatch:
         )
 
     def grads(self) -> Tensor:
-        """(parameters,) int64 on the CPU: addresses at the last look, 0 where there is none."""
+        """(parameters,) int64 on the CPU: the gradients' addresses at the last look, 0 for none."""
         return torch.tensor(self.addresses, dtype=torch.int64)
 
     def wrote(self, weights: bool) -> None:
-        """Tell autograd that the parameters with a gradient were written, and the weights."""
+        """Tell autograd that the parameters with a gradient were written, and maybe the weights."""
         pairs = zip(self.params, self.addresses, strict=True)
         increment_version([p for p, address in pairs if address])
         if weights:
             increment_version(self.weights)
 
 
-def step_watch(params: list[Tensor], weights: list[Tensor]):
-    """A `StepWatch`, the one in C++ where it was built."""
+def track_addresses(params: list[Tensor], weights: list[Tensor]):
+    """An `AddressTracker`, the one in C++ where that was built."""
     if why_unavailable("cpp", torch.device("cpu"), torch.float32) is None:
         return torch.classes.deltadiff.StepWatch(params, weights)
-    return StepWatch(params, weights)
+    return AddressTracker(params, weights)

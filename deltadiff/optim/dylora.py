@@ -1,18 +1,18 @@
 """DyLoRA: one pair that works at every rank b <= r (Valipour et al., EACL 2023).
 
-Each step draws a rank b and trains the pair cut to it, so that what matters most comes to stand in
-the first rows of A and columns of B:
+Each step draws a rank b and trains the pair cut to it, so that the first rows of A and columns of B
+learn what matters most:
 
     y = x W^T + (alpha / b) (x A[:b]^T) B[:, :b]^T          b ~ p_B on {r_min, ..., r_max}
 
-The layer keeps its full pair. Its gate, one tensor on the device for all layers, is r / b for the
-first b entries and 0 for the rest: a new rank is a copy of r numbers, with nothing to compile
-again, and gradients beyond b are exactly 0.
+The layer keeps its full pair. All layers share one gate, a tensor on the device whose first b
+entries are r / b and whose others are 0. So a new rank is a copy of r numbers and needs no
+compilation, and gradients beyond b are exactly 0.
 
-A zero gradient alone does not keep AdamW from moving a row, by weight decay and by momentum. The
-paper trains the truncation only, so rows that a step does not train keep their values, bit by bit.
-Their moments take in the zero gradient, as under torch.optim.AdamW, which bias correction is right
-for: a row that is drawn seldom takes smaller steps, never larger ones.
+A zero gradient does not keep AdamW from moving a row, because of weight decay and momentum. The
+paper trains the truncation only, so rows that a step does not train keep their values bit by bit.
+Their moments do take in the zero gradient, as in torch.optim.AdamW, because its bias correction
+counts every step: a row that is seldom drawn takes smaller steps, never larger ones.
 """
 
 import contextlib
@@ -23,38 +23,39 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int
+from ..checks import check_int, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
 from ..kernels.runtime.async_copy import is_capturing, send
-from ..layers.lora_linear import LoraLinear, lora_layers
+from ..layers.lora_linear import LoraLinear, swapped_layers
 from ..layers.report import SwapReport, swap_report
-from .delta_lora import DeltaLoRA
-from .param_groups import find_layers
+from .fused_adamw import FusedAdamW
+from .param_groups import layer_names
 
 SCALES = ("alpha/b", "alpha/r")
 
 
-class DyLoRA(DeltaLoRA):
+class DyLoRA(FusedAdamW):
     """AdamW on the pairs of a swapped model, cut to a rank that is drawn for each step.
 
-    All trainable parameters get AdamW, as with ``DeltaLoRA(update_ratio=0)``, whose param groups,
-    schedulers, ``GradScaler`` and ``state_dict`` it has. The first rank is drawn at once, each
-    further one at the end of `step`, so that gradient accumulation stays at one rank. A captured
-    step cannot draw: call `draw` between replays.
+    All trainable parameters get AdamW, and param groups, LR schedulers, ``GradScaler`` and CUDA
+    graphs work as with `FusedAdamW`. The first rank is drawn at once, each further one at the end
+    of `step`, so that all batches whose gradients are accumulated see one rank. A captured step
+    cannot draw: call `draw` between replays.
 
     Args:
-        model_or_params, lr, betas, eps, weight_decay, skip_nonfinite, model: as for `DeltaLoRA`;
-            the model is on its device and its layers are of one rank r.
+        model_or_params, lr, betas, eps, weight_decay, skip_nonfinite: as for `FusedAdamW`; the
+            model is on its device already, and its layers have one rank r.
         r_min, r_max: the ranks that are drawn; r_max None is r.
         distribution: p_B, a weight >= 0 for each of r_min to r_max; None is uniform.
         frozen: train row and column b alone, not all of the truncation (the paper's "frozen").
         scale: of the low-rank branch at rank b: "alpha/b" (the paper), or "alpha/r", with which
             the best pairs of all ranks agree in the rows that they share.
-        seed: of the ranks, drawn on the host.
+        seed: of the ranks, which are drawn on the host.
+        model: where ``model_or_params`` holds bare parameters, the model they belong to.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a value as named; no pairs, unlike ranks, or a layer with
-            a gate of another method; nothing was changed.
+        ArgumentTypeError, ArgumentError: an argument that cannot be used, by name; no pairs, ranks
+            that differ, or a layer with a gate of another method; nothing was changed.
     """
 
     def __init__(
@@ -82,13 +83,14 @@ class DyLoRA(DeltaLoRA):
         self.r_min, self.r_max, self.frozen, self.scale = r_min, r_max, frozen, scale
         self.distribution = distribution
         self.rank: int | None = None
-        # (device, dtype) -> one vector, and its halves: the gate, and 1 for rows that are trained.
+        # For each device and dtype: one vector, and its two halves, the gate and a mask that is 1
+        # for rows that are trained.
         self._masks: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(seed)
+        self._model = model
         super().__init__(
-            model_or_params, lr, betas, eps, weight_decay,
-            update_ratio=0.0, skip_nonfinite=skip_nonfinite, model=model,
-        )  # fmt: skip
+            model_or_params, lr, betas, eps, weight_decay, skip_nonfinite=skip_nonfinite
+        )
         self.draw()
 
     def draw(self) -> int:
@@ -100,7 +102,7 @@ class DyLoRA(DeltaLoRA):
 
     @contextlib.contextmanager
     def truncated(self, b: int):
-        """The model at rank b, to evaluate it; afterwards at the rank that was drawn."""
+        """The model runs at rank b within this context, and then at the drawn rank again."""
         self._send_rank(_check_rank(b, self._r))
         try:
             yield
@@ -117,8 +119,7 @@ class DyLoRA(DeltaLoRA):
         self._weights = _check_distribution(self.distribution, self.r_max - self.r_min + 1)
         stacks = defaultdict(list)  # (is B, shape, ...) -> parameters
         for m in layers:
-            double = m.lora_A.dtype == torch.float64
-            key = m.lora_A.device, torch.float64 if double else torch.float32
+            key = m.lora_A.device, wide_dtype(m.lora_A.dtype)
             if key not in self._masks:
                 rows = torch.zeros(2 * self._r, dtype=key[1], device=key[0])
                 self._masks[key] = rows, *rows.view(2, -1)
@@ -132,7 +133,7 @@ class DyLoRA(DeltaLoRA):
 
     def _find_layers(self) -> list[LoraLinear]:
         mine = {p for group in self.param_groups for p in group["params"]}
-        known = find_layers(self._modules)
+        known = layer_names(self._modules)
         layers = {m: name for m, name in known.items() if m.lora_A in mine or m.lora_B in mine}
         if not layers:
             accepted = "a model that `swap_` changed, or model="
@@ -174,7 +175,7 @@ class DyLoRA(DeltaLoRA):
             self.draw()
 
     def state_dict(self) -> dict:
-        """As `DeltaLoRA.state_dict`, with the rank that is drawn and those that will be."""
+        """As `FusedAdamW.state_dict`, with the drawn rank and the generator of those to come."""
         saved = super().state_dict()
         generator = self._generator.get_state()
         saved["state"]["dylora"] = {"rank": self.rank, "generator": generator, "r": self._r}
@@ -200,21 +201,20 @@ class DyLoRA(DeltaLoRA):
 def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport:
     """Cut the pairs of a trained model to rank b, for good: ordinary LoRA layers without a gate.
 
-    They can be saved as an adapter of rank b or merged. Their optimizer has no part in them.
+    They can be saved as an adapter of rank b or merged. The pairs are new parameters, which the
+    optimizer that trained the old ones does not hold.
 
     Args:
         model: a swapped model.
         b: 1 to the smallest rank of its layers.
-        scale: what `DyLoRA` was trained with.
+        scale: the one that `DyLoRA` was trained with.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a value as named.
-        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update.
-            Nothing was changed.
+        ArgumentTypeError, ArgumentError: an argument that cannot be used, by name.
+        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update;
+            nothing was changed.
     """
-    layers = lora_layers(model)
-    if not layers:
-        raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
+    layers = swapped_layers(model)
     _check_rank(b, min(m.r for m in layers.values()))
     _check_scale(scale)
     for name, m in layers.items():

@@ -1,4 +1,4 @@
-"""What an optimizer is given: param groups, their values, and weights that may be written."""
+"""What an optimizer is given: parameters, param groups and their values, a saved state."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ from ..layers.lora_linear import LoraLinear, lora_layers
 ACCEPTED = "a model, or an iterable of parameters, modules or param groups"
 
 
-def parse(model_or_params: object) -> tuple[list[dict], list[nn.Module]]:
+def parse_groups(model_or_params: object) -> tuple[list[dict], list[nn.Module]]:
     """Param groups as `torch.optim` takes them, and the modules that they were made from."""
     if isinstance(model_or_params, nn.Module):
         return [{"params": trainable(model_or_params)}], [model_or_params]
@@ -36,29 +36,32 @@ def parse(model_or_params: object) -> tuple[list[dict], list[nn.Module]]:
 
 
 def trainable(module: nn.Module) -> list[Tensor]:
+    """The parameters of a module that require a gradient; raises where there are none."""
     found = [p for p in module.parameters() if p.requires_grad]
     if not found:
         given = f"{type(module).__name__} without trainable parameters"
-        raise ArgumentError("model_or_params", given, "a model that `swap_` changed")
+        raise ArgumentError("model_or_params", given, "a module with some, as after `swap_`")
     return found
 
 
+def group_indices(groups: list[dict]) -> dict[Tensor, int]:
+    """Every parameter, in order, with the index of its group."""
+    return {p: i for i, group in enumerate(groups) for p in group["params"]}
+
+
 def check_group(group: dict) -> None:
-    """Raise unless every value of a param group can be used; the group is not changed."""
+    """Raise unless AdamW can use every value of a param group."""
     check_lr(group["lr"], group["params"])
     check_betas(group["betas"])
     check_number("eps", group["eps"], 0)
     check_number("weight_decay", group["weight_decay"], 0)
-    check_number("update_ratio", group["update_ratio"], 0)
-    k = group["start_step"]
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise ArgumentTypeError("start_step", f"{k!r} ({type(k).__name__})", "an int >= 0")
-    if k < 0:
-        raise ArgumentError("start_step", k, "an int >= 0")
 
 
 def check_lr(lr: object, params: list[Tensor]) -> None:
-    """A number, or a tensor that a captured step reads (its value stays on the device)."""
+    """Raise unless ``lr`` is a number >= 0, or a tensor beside the parameters that holds one.
+
+    The value of a tensor on the GPU is not looked at, because that would wait for the device.
+    """
     if not isinstance(lr, Tensor):
         check_number("lr", lr, 0)
         return
@@ -73,6 +76,7 @@ def check_lr(lr: object, params: list[Tensor]) -> None:
 
 
 def check_parameter(p: Tensor) -> None:
+    """Raise unless the kernels can write a parameter as it is."""
     if p.numel() == 0 or hasattr(p, "device_mesh"):
         given = f"{type(p).__name__} of shape {tuple(p.shape)}"
         raise ArgumentTypeError("model_or_params", given, "whole tensors (no DTensor, no shard)")
@@ -82,20 +86,31 @@ def check_parameter(p: Tensor) -> None:
         raise ArgumentTypeError("model_or_params", given, accepted)
 
 
-def find_layers(modules: list[nn.Module]) -> dict[LoraLinear, str]:
-    """The swapped layers of some modules, with their names."""
-    return {layer: name for module in modules for name, layer in lora_layers(module).items()}
+def layer_names(modules: list[nn.Module]) -> dict[LoraLinear, str]:
+    """The swapped layers of some modules, with their names.
 
-
-def find_pairs(
-    modules: list[nn.Module], groups: list[dict], index: dict[Tensor, int]
-) -> dict[str, LoraLinear]:
-    """The layers whose weight is updated: those with their own pair, update ratio above 0.
-
-    ``index``: the group of each parameter.
+    Where two modules have a layer of one name, names start with the module's place in the list.
     """
-    pairs = {}
-    for layer, name in find_layers(modules).items():
+    found = {
+        layer: (str(i), name)
+        for i, module in enumerate(modules)
+        for name, layer in lora_layers(module).items()
+    }
+    names = {layer: name for layer, (_, name) in found.items()}
+    if len(set(names.values())) < len(names):
+        names = {layer: ".".join(filter(None, place)) for layer, place in found.items()}
+    return names
+
+
+def find_pairs(modules: list[nn.Module], groups: list[dict]) -> dict[str, LoraLinear]:
+    """The layers whose weight is updated: those with a pair of their own and an update ratio > 0.
+
+    Raises:
+        ArgumentError: such a layer has a gate, dropout, or a pair that the groups hold in part;
+            update ratios above 0 without any such layer.
+    """
+    pairs, index = {}, group_indices(groups)
+    for layer, name in layer_names(modules).items():
         if layer.share_group is not None:
             continue
         own = [groups[index[p]] for p in (layer.lora_A, layer.lora_B) if p in index]
@@ -120,20 +135,20 @@ def find_pairs(
     return pairs
 
 
-def check_state(state, groups, w_update, own_state, own_groups) -> None:
-    """Raise unless the parts of a state dict fit an optimizer's own state and groups."""
-    extra = state.get("delta_lora")
-    if extra is None or extra["w_update"] != w_update:
-        given = "no Delta-LoRA state" if extra is None else f"w_update={extra['w_update']!r}"
-        raise ArgumentError("state_dict", given, f"a state of w_update={w_update!r}")
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in own_groups]:
-        given = f"groups of {[len(g['params']) for g in groups]} parameters"
-        accepted = f"{[len(g['params']) for g in own_groups]}"
-        raise ArgumentError("state_dict", given, accepted)
+def check_state(state: dict, groups: list[dict], own_state: dict, own_groups: list[dict]) -> None:
+    """Raise unless the two parts of a state dict fit an optimizer's own state and groups."""
+    given_sizes = [len(g["params"]) for g in groups]
+    own_sizes = [len(g["params"]) for g in own_groups]
+    if given_sizes != own_sizes:
+        given = f"groups of {given_sizes} parameters"
+        raise ArgumentError("state_dict", given, f"groups of {own_sizes}")
     ids = [i for g in groups for i in g["params"]]
     params = [p for g in own_groups for p in g["params"]]
     for i, p in zip(ids, params, strict=True):
         have = {k: tuple(t.shape) for k, t in own_state[p].items()}
-        given = {k: tuple(t.shape) for k, t in state.get(i, {}).items()}
+        given = {
+            k: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            for k, t in state.get(i, {}).items()
+        }
         if given != have:
             raise ArgumentError("state_dict", f"parameter {i} with {given}", str(have))

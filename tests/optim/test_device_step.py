@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from delta_lora_runs import W_UPDATES, trainable
 from torch import nn
 
 from deltadiff import DeltaLoRA, swap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError
 from deltadiff.ops.dispatch import Dispatch
-from deltadiff.optim.address_tracker import ALIGNED, ANY, GRADS, MOVED, StepWatch, step_watch
-
-W_UPDATES = ["inplace", "factored"]
+from deltadiff.optim import device_step
 
 
 def make_model(device="cpu") -> nn.Sequential:
@@ -24,10 +23,6 @@ def make_grads(params, t) -> list[torch.Tensor]:
     return [torch.randn(p.shape, generator=generator).to(p.device) for p in params]
 
 
-def trainable(model) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def step(model, optimizer, t, missing=()) -> None:
     params = trainable(model)
     for i, (p, grad) in enumerate(zip(params, make_grads(params, t), strict=True)):
@@ -37,8 +32,8 @@ def step(model, optimizer, t, missing=()) -> None:
 
 def everything(model, optimizer) -> list[torch.Tensor]:
     state = [t for s in optimizer.state.values() for t in s.values()]
-    gates = [m.delta.gate for m in (model[0], model[2])]
-    return [t.detach().clone() for t in (*model.parameters(), *state, *gates)]
+    scales = [m.delta.rank_scale for m in (model[0], model[2])]
+    return [t.detach().clone() for t in (*model.parameters(), *state, *scales)]
 
 
 def assert_equal(ours, theirs) -> None:
@@ -50,14 +45,13 @@ def interpreted(monkeypatch):
     """The optimizer on Triton's kernels, in the interpreter, and a list of what it launches."""
     if torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without GPU")
-    from deltadiff.kernels import adamw_step, delta_update
-    from deltadiff.kernels import step_counters as advance
+    from deltadiff.kernels import adamw_step, delta_update, step_counters
 
     path = Dispatch("triton", "for the test")
     monkeypatch.setattr("deltadiff.optim.device_step.choose_path", lambda *_: path)
     monkeypatch.setattr("deltadiff.optim.weight_update.choose_path", lambda *_: path)
     launched = []
-    for module in (adamw_step, advance, delta_update):
+    for module in (adamw_step, delta_update, step_counters):
 
         def counting(kernel, *args, real=module.launch, **options):
             launched.append(kernel.fn.__name__)
@@ -65,9 +59,6 @@ def interpreted(monkeypatch):
 
         monkeypatch.setattr(module, "launch", counting)
     return launched
-
-
-# ---------------------------------------------------------------- Triton's launches
 
 
 @pytest.mark.parametrize("w_update", W_UPDATES)
@@ -120,20 +111,30 @@ def test_kernels_and_reference_agree(interpreted, monkeypatch, w_update, skip):
 
 def test_tables_are_made_once_and_gradients_may_be_anywhere(interpreted, monkeypatch):
     model, other = make_model(), make_model()
+    prepared, sent = [], []
+
+    def preparing(*args, real=device_step.prepare_adamw_step):
+        prepared.append(args)
+        return real(*args)
+
+    def sending(values, target, real=device_step.send):
+        sent.append(values)
+        return real(values, target)
+
+    monkeypatch.setattr(device_step, "prepare_adamw_step", preparing)
+    monkeypatch.setattr(device_step, "send", sending)
     optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=1.0)
     step(model, optimizer, 0)
-    built = [id(run.step.table) for run in optimizer._adamw_runs]
-    monkeypatch.setattr(DeltaLoRA, "_build", lambda self: pytest.fail("built again"))
-    sent = optimizer._devices[torch.device("cpu")].grads
-    held = [p.grad for p in trainable(model)]
+    assert len(prepared) == len(sent) == 1
     for p, grad in zip(trainable(model), make_grads(trainable(model), 1), strict=True):
         p.grad.copy_(grad)  # where they were: nothing is sent
     optimizer.step()
-    assert optimizer._devices[torch.device("cpu")].grads is sent
+    assert len(sent) == 1
+    held = [p.grad for p in trainable(model)]  # so that no new gradient gets an old one's memory
     for t in range(2, 4):
-        step(model, optimizer, t)  # new ones
-    assert built == [id(run.step.table) for run in optimizer._adamw_runs] and held
-    monkeypatch.undo()
+        step(model, optimizer, t)
+        held += [p.grad for p in trainable(model)]
+    assert len(prepared) == 1 and len(sent) == 3
     plain = DeltaLoRA(other, lr=1e-2, update_ratio=1.0)
     for t in range(4):
         step(other, plain, t)
@@ -186,35 +187,6 @@ def test_lr_as_a_tensor(interpreted):
     assert optimizer.param_groups[0]["lr"] is lr
     with pytest.raises(ArgumentTypeError, match="lr: got .*0-dim"):
         DeltaLoRA(make_model(), lr=torch.tensor([1e-2]))
-
-
-# ------------------------------------------------------------------------ StepWatch
-
-
-@pytest.mark.parametrize("make", [StepWatch, step_watch], ids=["python", "cpp"])
-def test_step_watch(make):
-    params = [nn.Parameter(torch.randn(4, 8)) for _ in range(3)]
-    weights = [nn.Parameter(torch.randn(4, 4), requires_grad=False)]
-    watch = make(params, weights)
-    assert watch.look() == ALIGNED and not watch.grads().any()
-    params[1].grad = torch.randn(4, 8)
-    assert watch.look() == GRADS | ANY | ALIGNED
-    assert watch.grads().tolist() == [0, params[1].grad.data_ptr(), 0]
-    assert watch.look() == ANY | ALIGNED
-    versions = [p._version for p in (*params, *weights)]
-    watch.wrote(False)
-    watch.wrote(True)
-    written = [p._version - v for p, v in zip((*params, *weights), versions, strict=True)]
-    assert written == [0, 2, 0, 1]
-    params[1].grad = torch.randn(33)[1:].view(4, 8)
-    assert watch.look() == GRADS | ANY
-    params[1].grad = torch.randn(8, 4).T
-    assert watch.look() & (GRADS | ANY)
-    assert watch.grads()[1] != params[1].grad.data_ptr()
-    params[1].grad = None
-    assert watch.look() == GRADS | ALIGNED
-    weights[0].data = weights[0].data.clone()
-    assert watch.look() == MOVED | ALIGNED
 
 
 # ---------------------------------------------------------------------- CUDA graphs

@@ -1,0 +1,310 @@
+"""`FusedAdamW`: AdamW for all parameters of a param group in one launch.
+
+Its step is a sequence of methods, which `DeltaLoRA`, `AdaLoRA` and `DyLoRA` extend:
+
+    _changed_settings   check the values of the param groups that changed since the last step
+    _look               look whether a tensor moved; `_build` prepares the launches anew if so
+    _send               send the changed values to the device
+    AdamW               one launch for each param group, dtype and device
+    _after_adamw        nothing here; `DeltaLoRA` updates the frozen weights
+    count               one launch for each device
+
+Only the device knows whether a step counts (`torch.amp.GradScaler`, ``skip_nonfinite``), so the
+counts lie there. All kernels read them there, and a step can be captured in a CUDA graph.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import wide_dtype
+from ..errors import ArgumentError, ArgumentTypeError
+from ..kernels.runtime.async_copy import is_capturing
+from .address_tracker import ANY, MOVED
+from .device_step import AdamWRun, DeviceStep, found_infs
+from .param_groups import (
+    check_group,
+    check_parameter,
+    check_state,
+    group_indices,
+    parse_groups,
+    trainable,
+)
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """AdamW (decoupled weight decay) for any parameters, with few launches and little host time.
+
+    It computes what `torch.optim.AdamW` computes, with moments in float32 (float64 for float64
+    parameters), and unscales gradients in the same launch. No step waits for the device.
+
+    A step may be captured in a CUDA graph after it has run once outside (`torch.cuda.graph`; the
+    gradients and parameters then stay where they were). Replays count; call `send_param_groups`
+    between them after changing a value of ``param_groups``.
+
+    Args:
+        model_or_params: a model, whose trainable parameters are taken, or an iterable of
+            parameters, modules or param groups (whose "params" may be a module). Groups may set
+            lr, betas, eps and weight_decay. Parameters are contiguous float32, bfloat16, float16 or
+            float64 tensors on any devices.
+        lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; lr may be a 0-dim tensor on the
+            parameters' device, which LR schedulers fill in place.
+        skip_nonfinite: skip a step whose gradients hold an inf or NaN; the host does not read them.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: an option or parameter that cannot be used, by name.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then hands over found_inf without reading it
+
+    # A derived method sets these two before it calls `__init__`.
+    _model: nn.Module | None = None  # the model that bare parameters belong to
+    _method_defaults: dict = {}  # of the values that it adds to param groups
+    # The values of a param group that the host compares in each step; `AdamWRun` compares lr.
+    _settings_of = itemgetter("betas", "eps", "weight_decay")
+
+    def __init__(
+        self,
+        model_or_params: nn.Module | Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        skip_nonfinite: bool = False,
+    ):
+        groups, self._modules = parse_groups(model_or_params)
+        self._modules += [] if self._model is None else [self._model]
+        self.skip_nonfinite = skip_nonfinite
+        self._devices: dict[torch.device, DeviceStep] = {}
+        self._iteration: dict[torch.device, Tensor] = {}  # steps that were not skipped
+        self._captured = False  # replays then count steps that the host does not see
+        self._bound = self._built = False
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, defaults | self._method_defaults)
+        self._build()
+
+    # -------------------------------------------------------------------- set-up
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group: parameters, or a module's trainable ones.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: as for the constructor; nothing was added.
+        """
+        modules = []
+        if isinstance(param_group.get("params"), nn.Module):
+            modules = [param_group["params"]]
+            param_group = {**param_group, "params": trainable(modules[0])}
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        if not self._built:
+            return  # torch's constructor adds the first groups; ours builds after it
+        self._modules += modules
+        try:
+            self._build()
+        except ArgumentError:
+            self.param_groups.pop()
+            del self._modules[len(self._modules) - len(modules) :]
+            self._build()
+            raise
+
+    def _build(self) -> None:
+        """Allocate the state, and prepare the launches for where the tensors lie now."""
+        self._check_tensors()
+        self._bound = False
+        kinds: dict[torch.device, dict] = defaultdict(lambda: defaultdict(list))
+        for p, i in group_indices(self.param_groups).items():
+            kinds[p.device][i, p.dtype].append(p)
+        known = next(iter(self._iteration.values()), torch.zeros((), dtype=torch.int64))
+        self._devices = {
+            device: DeviceStep(device, known, params) for device, params in kinds.items()
+        }
+        self._iteration = {device: step.iteration for device, step in self._devices.items()}
+        for step in self._devices.values():
+            for p, count in zip(step.params, step.steps, strict=True):
+                self._allocate(p, count)
+        self._prepare()
+        self._settings: list = [None] * len(self.param_groups)  # as last sent to the device
+        self._built = True
+
+    def _check_tensors(self) -> None:
+        """Raise where a parameter cannot be trained, before anything is allocated."""
+        for p in group_indices(self.param_groups):
+            check_parameter(p)
+
+    def _allocate(self, p: Tensor, step: Tensor) -> None:
+        state = self.state[p]
+        if state:
+            held = state["exp_avg"]
+            if held.shape != p.shape or held.device != p.device:
+                given = f"a parameter that became {tuple(p.shape)} on {p.device}"
+                accepted = f"{tuple(held.shape)} on {held.device}, where its moments are"
+                raise ArgumentTypeError("model_or_params", given, accepted)
+            step.copy_(state["step"])
+        else:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros(p.shape, dtype=wide_dtype(p.dtype), device=p.device)
+        state["step"] = step  # a view into the steps of its device
+
+    def _prepare(self) -> None:
+        """Prepare the launches; all moments are allocated."""
+        self._runs = []
+        for step in self._devices.values():
+            for i, place in step.places:
+                step.runs.append(self._prepare_run(self.param_groups[i], step, place))
+            step.watch()
+            self._runs += step.runs
+
+    def _prepare_run(self, group: dict, step: DeviceStep, place: slice) -> AdamWRun:
+        return AdamWRun(group, step.params[place], self.state, step.steps[place])
+
+    # ---------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step for every parameter with a gradient; returns what ``closure`` returns.
+
+        Raises:
+            ArgumentError: a value of a param group that cannot be used, or a capture that a replay
+                could not follow; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    def _step(self) -> None:
+        capturing = any(map(is_capturing, self._devices))
+        if capturing and not self._bound:
+            accepted = "a step outside, which compiles the kernels, then the capture"
+            raise ArgumentError("step", "a capture before any step", accepted)
+        settings = self._changed_settings()
+        if not self._look():
+            if capturing:
+                given = "a capture after a parameter or weight moved"
+                raise ArgumentError("step", given, "a step outside, then the capture")
+            if self._bound and settings is not None:
+                self._send(settings)  # still to the old launches, before they are replaced
+            self._build()
+            self._look()
+            settings = self._changed_settings()
+        if not self._bound:
+            self._bind()
+        if not any(step.seen & ANY for step in self._devices.values()):
+            return
+        if settings is not None:
+            if capturing:
+                given = "changed since the last step, which a capture cannot send"
+                raise ArgumentError("param_groups", given, "`send_param_groups()` before it")
+            self._send(settings)
+        # GradScaler sets these two as attributes; both lie on one device.
+        flag, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf = found_infs(self._devices.values(), flag, self.skip_nonfinite)
+        for device, step in self._devices.items():
+            step.adamw(grad_scale, found_inf.get(device), capturing)
+        wrote = self._after_adamw(found_inf, capturing)
+        for device, step in self._devices.items():
+            step.advance(found_inf.get(device))
+            step.tracker.wrote(device in wrote)
+        if capturing:
+            self._captured = True
+            for step in self._devices.values():
+                step.leave_to_graph()
+
+    def _bind(self) -> None:
+        """The last preparations, in the first step after `_build`."""
+        self._bound = True
+
+    def _after_adamw(
+        self, found_inf: dict[torch.device, Tensor], capturing: bool
+    ) -> set[torch.device]:
+        """Work between AdamW and the count of the step.
+
+        Returns the devices on which watched weights may have been written.
+        """
+        return set()
+
+    def _look(self) -> bool:
+        """Look at gradients and parameters; whether the launches still point to them."""
+        same = True
+        for step in self._devices.values():
+            same &= not step.look() & MOVED
+        return same
+
+    # -------------------------------------------------- values of the param groups
+
+    @torch.no_grad()
+    def send_param_groups(self) -> None:
+        """Send what changed in ``param_groups`` to the device: for replays of a captured step.
+
+        `step` does it by itself; a replay runs no host code. Nothing waits for the device.
+
+        Raises:
+            ArgumentError: a value that cannot be used; another tensor as lr than the captured one.
+        """
+        settings = self._changed_settings()
+        if not self._bound:
+            self._bind()
+        if settings is not None:
+            self._send(settings)
+
+    def _changed_settings(self) -> list | None:
+        """The groups' values, checked; None where they are those last sent."""
+        settings = [self._settings_of(group) for group in self.param_groups]
+        if settings == self._settings and not any([run.lr_changed() for run in self._runs]):
+            return None
+        self._check_settings()
+        return settings
+
+    def _check_settings(self) -> None:
+        for group in self.param_groups:
+            self._check_group(group)
+        for run in self._runs:
+            run.check_lr(self._captured)
+
+    def _check_group(self, group: dict) -> None:
+        """Raise unless every value of a param group can be used."""
+        check_group(group)
+
+    def _send(self, settings: list) -> None:
+        for run in self._runs:
+            run.send_options()
+        self._settings = settings
+
+    # --------------------------------------------------------------- checkpoints
+
+    # `state_dict` is torch's: per parameter "step", "exp_avg" and "exp_avg_sq", as AdamW's there.
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore what `state_dict` gave; dtypes and devices stay those of this optimizer.
+
+        Raises:
+            ArgumentError: the state of other groups, or of parameters of other shapes; nothing was
+                changed.
+        """
+        state, groups = state_dict["state"], state_dict["param_groups"]
+        check_state(state, groups, self.state, self.param_groups)
+        own_state, own_groups = self.state, self.param_groups
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        for group, loaded in zip(own_groups, self.param_groups, strict=True):
+            lr = group["lr"]
+            group.update(loaded)  # the launches hold these very dicts
+            if isinstance(lr, Tensor):
+                lr.copy_(torch.as_tensor(loaded["lr"]))  # and this very tensor
+                group["lr"] = lr
+        self.state, self.param_groups = own_state, own_groups
+        ids = [i for group in groups for i in group["params"]]
+        params = [p for group in own_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            for name, value in state[i].items():
+                own_state[p][name].copy_(value)
+
+    def _set_iteration(self, t: Tensor) -> None:
+        for own in self._iteration.values():
+            own.copy_(t)

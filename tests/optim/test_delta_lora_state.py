@@ -1,0 +1,90 @@
+"""What a `DeltaLoRA` run leaves: its state dict, and what a second run takes over."""
+
+import copy
+import io
+
+import pytest
+import torch
+from delta_lora_runs import W_UPDATES, loss_of, make_model, output, snapshot, train, trainable
+
+from deltadiff import DeltaLoRA
+from deltadiff.errors import ArgumentError
+
+
+@pytest.mark.parametrize("w_update", W_UPDATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_round_trip_resumes_exactly(w_update, dtype):
+    def fresh():
+        model = make_model(dtype)
+        options = {"rounding": "stochastic"} if dtype == torch.bfloat16 else {}
+        return model, DeltaLoRA(
+            model, lr=1e-2, update_ratio=1.0, start_step=2, w_update=w_update, **options
+        )
+
+    def lr_at(t):
+        return 1e-2 / (1 + t)
+
+    model, optimizer = fresh()
+    train(model, optimizer, 12, lr_at=lr_at)
+    for cut in (1, 3, 7):
+        first, first_optimizer = fresh()
+        train(first, first_optimizer, cut, lr_at=lr_at)
+        file = io.BytesIO()
+        torch.save([first.state_dict(), first_optimizer.state_dict()], file)
+        file.seek(0)
+        weights, state = torch.load(file, weights_only=True)
+        second, second_optimizer = fresh()
+        second.load_state_dict(weights)
+        second_optimizer.load_state_dict(state)
+        assert torch.equal(output(second), output(first))
+        train(second, second_optimizer, 12 - cut, start=cut, lr_at=lr_at)
+        assert torch.equal(output(second), output(model))
+
+
+def test_remainder_is_saved_with_the_state():
+    model = make_model(torch.bfloat16)
+    optimizer = DeltaLoRA(model, lr=1e-4, update_ratio=0.1)
+    train(model, optimizer, 5)
+    low = optimizer.state[model[0].lora_B]["remainder"]
+    assert low.dtype == torch.int16 and low.any()
+    other = make_model(torch.bfloat16)
+    second = DeltaLoRA(other, lr=1e-4, update_ratio=0.1)
+    second.load_state_dict(optimizer.state_dict())
+    assert torch.equal(second.state[other[0].lora_B]["remainder"], low)
+
+
+def test_foreign_state_dict_is_refused():
+    model = make_model()
+    optimizer = DeltaLoRA(model)
+    train(model, optimizer, 3)
+    before = snapshot(model, optimizer)
+    adamw = torch.optim.AdamW(trainable(model))
+    other = DeltaLoRA(make_model(), w_update="factored")
+    bad = copy.deepcopy(optimizer.state_dict())
+    bad["state"][0]["exp_avg"] = torch.zeros(1)
+    for state in (adamw.state_dict(), other.state_dict(), bad):
+        with pytest.raises(ArgumentError, match="state_dict"):
+            optimizer.load_state_dict(state)
+    assert all(map(torch.equal, before, snapshot(model, optimizer)))
+
+
+@pytest.mark.parametrize("first", W_UPDATES)
+@pytest.mark.parametrize("second", W_UPDATES)
+def test_a_second_run_keeps_what_the_first_one_did(first, second):
+    model = make_model()
+    train(model, DeltaLoRA(model, lr=1e-2, update_ratio=1.0, w_update=first), 10)
+    before = output(model)
+    optimizer = DeltaLoRA(model, lr=1e-9, weight_decay=0, update_ratio=0.5, w_update=second)
+    optimizer.zero_grad()
+    loss_of(model, 0).backward()
+    optimizer.step()
+    torch.testing.assert_close(output(model), before, atol=1e-6, rtol=0)
+
+
+def test_a_second_run_keeps_the_remainder_of_the_first():
+    model = make_model(torch.bfloat16)
+    train(model, DeltaLoRA(model, lr=1e-4, update_ratio=0.1), 5)
+    low = model[0].delta.remainder.clone()
+    optimizer = DeltaLoRA(model, lr=0.0, weight_decay=0, update_ratio=0.1)
+    train(model, optimizer, 3)
+    assert low.any() and torch.equal(optimizer.state[model[0].lora_B]["remainder"], low)
