@@ -57,12 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shapes", nargs="+", type=shape, metavar="MxKxN", help="tokens x in x out"
-    )
+        "--shapes", nargs="+", type=shape, metavar="MxKxN",
+        help="tokens x in x out; this, --ranks or --dtype replaces the default cases",
+    )  # fmt: skip
     parser.add_argument("--ranks", nargs="+", type=count, metavar="R", help=f"default {layer.RANK}")
-    parser.add_argument(
-        "--dtype", choices=NAMED_DTYPES, help="of the shapes and ranks above (default bfloat16)"
-    )
+    parser.add_argument("--dtype", choices=NAMED_DTYPES, help="default bfloat16")
     parser.add_argument(
         "--compile-seconds", type=float, default=20.0, metavar="S",
         help="leave torch.compile out once it has taken this long (default 20)",
