@@ -17,8 +17,7 @@ from pathlib import Path
 from deltadiff.bench.plots import plots, stale_plots, write_plots
 from deltadiff.bench.report import VARIANT_NAMES, case_text, shape_text
 from deltadiff.files import slug, write_text
-from deltadiff.finetune import compare_report
-from deltadiff.finetune.compare_report import grouped
+from deltadiff.finetune.compare_report import caption, grouped, markdown
 from deltadiff.text import markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -146,11 +145,11 @@ def compare_tables(records: Records) -> str:
     """A table for each comparison under its caption, a table for each of its sweeps, figures."""
     parts = []
     for (gpu, _, task), found in grouped(records, "gpu", "model", "task").items():
-        caption = compare_report.caption(found)
-        parts.append(f"{caption}:")
-        parts += [compare_report.markdown(mine) for mine in grouped(found, "sweep").values()]
+        title = caption(found)
+        parts.append(f"{title}:")
+        parts += [markdown(mine) for mine in grouped(found, "sweep").values()]
         figures = sorted(RESULTS.glob(f"compare-{slug(task)}-{slug(gpu)}-*.png"))
-        parts += [image(caption, path, ALL) for path in figures]
+        parts += [image(title, path, ALL) for path in figures]
     return "\n" + "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What the optimizer's cases share: a copy as their floor, and random factors.
+"""The common parts of the optimizer's cases: a copy as their floor, and random factors.
 
 The copy moves as many bytes as the case has to read and write. It is never captured in a CUDA
 graph, where copies take longer.
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import dtype_name
 from .timing import Case, Variant
 
-COPY_BYTES = 2**30  # what one copy of the floor reads at most
+COPY_BYTES = 2**30  # one copy of the floor reads this much at most
 
 Shapes = Sequence[tuple[int, int]]  # (out, in) of each weight
 
@@ -33,11 +33,11 @@ def copy_case(
     """A case whose floor is a copy that reads and writes ``moved`` bytes together.
 
     Args:
-        op: its name in the records; so are ``dtype``, ``rounding``, ``flops`` and ``more``.
+        op, dtype, rounding, flops, more: these go into the records.
         shapes: of the weights; a size that is the same for all of them goes into the records.
         graph: whether the variants, but not the copy, are captured in a CUDA graph.
         build: makes the inputs and the variants, after the random generator was seeded.
-        shape: what else the records say of the shape.
+        shape: further entries of the records' shape.
     """
     sizes = {"M": None, "K": None, "N": None, **shape}
     if len(set(shapes)) == 1:

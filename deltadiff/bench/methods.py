@@ -24,15 +24,23 @@ Names = list[str] | str  # of the layers to adapt, for PEFT and `swap_` alike
 
 @dataclass(frozen=True)
 class Settings:
-    """What all methods share. ``config``: a Hugging Face config file; None is Llama-2-7B's shape,
-    or on a CPU a small one."""
+    """The settings that all methods share.
+
+    Attributes:
+        config: a Hugging Face config file; None is Llama-2-7B's shape, or on a CPU a small one.
+        batch, sequence: texts per step, and the tokens of each.
+        r: the rank of the pairs.
+        dtype: of the model.
+        adapter_dtype: of A and B in deltadiff's layers; PEFT's variants have their own.
+        steps: how many steps are timed.
+    """
 
     config: Path | None = None
     batch: int = 4
     sequence: int = 2048
     r: int = 8
     dtype: torch.dtype = torch.bfloat16
-    adapter_dtype: torch.dtype = torch.float32  # of deltadiff's layers
+    adapter_dtype: torch.dtype = torch.float32
     steps: int = 3
 
 

@@ -24,7 +24,7 @@ from .models import LLAMA_7B, LLAMA_SMALL, Batch, build_model, random_batch, sha
 from .records import Timing, failure, record
 
 VARIANTS = ("frozen", "deltadiff", "peft", "peft-bf16")
-# What --targets names: sets of layers, of which a model has one; None is all linear layers.
+# The values of --targets. A model has one of the sets of names; None is all linear layers.
 TARGETS = {"q,v": (("q_proj", "v_proj"), ("query", "value")), "all": None}
 
 

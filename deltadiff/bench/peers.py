@@ -1,4 +1,4 @@
-"""What deltadiff is measured beside: whether PEFT is here, and W's update in plain PyTorch."""
+"""Peers of deltadiff: whether PEFT is installed, and W's update in plain PyTorch."""
 
 import functools
 import importlib.util
@@ -26,6 +26,6 @@ def naive_update(
 def addmm_update(
     weights: Sequence[Tensor], new: Sequence[Pair], old: Sequence[Pair], scale: float
 ) -> None:
-    """The same in the least work that eager PyTorch can do: one product of stacked factors."""
+    """The same with as little work as eager PyTorch can do it: one product of stacked factors."""
     for w, (b1, a1), (b0, a0) in zip(weights, new, old, strict=True):
         w.addmm_(torch.cat([b1, -b0], 1), torch.cat([a1, a0]), alpha=scale)

@@ -1,4 +1,4 @@
-"""Plots of what `deltadiff bench` measured, a PNG each, which says of which records it was made."""
+"""Plots of the records of `deltadiff bench`. Each PNG holds a digest of its records."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ DIGEST = "Records"  # the text entry of the PNG that holds the digest of its rec
 
 
 class Plot(NamedTuple):
-    """What a PNG shows; ``draw`` takes a matplotlib figure and the records."""
+    """The content of a PNG; ``draw`` takes a matplotlib figure and the records."""
 
     draw: Callable[[object, Sequence[dict]], None]
     title: str

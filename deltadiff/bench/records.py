@@ -1,4 +1,4 @@
-"""Records: what was measured of one variant, as a flat dict, and the JSON files that hold them."""
+"""Records: the figures of one variant as a flat dict, and the JSON files that hold them."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass
 class Timing:
-    """What was measured of one variant; ``note`` says why nothing could be."""
+    """The measurements of one variant. If it failed, there are none, and ``note`` says why."""
 
     seconds: list[float] = field(default_factory=list)
     host_ms: float | None = None
@@ -24,7 +24,7 @@ class Timing:
 
 
 def record(fields: Mapping, variant: str, timing: Timing, floor: Sequence[float]) -> dict:
-    """``fields`` with the variant's name, quantiles of its time and what else was measured.
+    """``fields`` with the variant's name, quantiles of its time, host time and memory.
 
     ``over_floor`` is its median time over the median of ``floor``, which is in seconds.
     """

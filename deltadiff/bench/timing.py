@@ -1,7 +1,7 @@
 """How a case is measured: its variants take turns, and each becomes one flat record.
 
 Clock rates drift by a tenth within minutes, so every round times each variant of a case, the floor
-among them, and medians are compared. `clocks` says what is timed of a call.
+among them, and medians are compared. `clocks` times a single call.
 """
 
 import time

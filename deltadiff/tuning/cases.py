@@ -1,4 +1,4 @@
-"""What is tuned: one call a case, either forward or backward of a LoRA linear or an update of W.
+"""The calls that are tuned: forward or backward of a LoRA linear layer, and updates of W.
 
 Each case makes its inputs, runs the kernels on them, and says whether two results agree.
 """

@@ -1,4 +1,4 @@
-"""`deltadiff tune`: its options, and what it prints."""
+"""`deltadiff tune`: its options, and the run from measuring to the table."""
 
 import argparse
 import sys
@@ -132,7 +132,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> "Iterator[Finding
 
 
 def chosen_cases(args: argparse.Namespace) -> "list[Case]":
-    """What the options ask to tune: the layers of a model, or of shapes, with each rank."""
+    """The cases that the options ask for: the layers of a model or of shapes, with each rank."""
     from .cases import cases_of, layer_sizes
 
     shapes = args.shapes or (*SHAPES, *GRAPHED)

@@ -1,4 +1,4 @@
-"""Which launch configurations are faster than the defaults on a GPU.
+"""The search for launch configurations that are faster than the defaults on a GPU.
 
 For each configuration that a case asks for there is a short list of candidates. They are compiled
 in parallel processes, where one that does not fit the GPU, crashes or hangs does no harm. Those
@@ -117,7 +117,7 @@ def try_out(
             try:
                 job.get(max(0.0, until - time.monotonic()))
                 good.add(trial)
-            except Exception:  # does not fit, or is not ready in time
+            except Exception:  # it does not fit, or is not ready in time
                 continue
     return good, notes
 
@@ -151,10 +151,10 @@ GPU_CLOCK = Clock(graphed, _times)
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found for one launch of a case.
+    """The result of tuning one launch of a case.
 
     Attributes:
-        launch: what a row of the table is found by.
+        launch: its key in the table.
         default: its default configuration.
         entries: the entries that are faster than the default's; none where nothing is.
         default_s: seconds of the default.
@@ -197,7 +197,7 @@ def sweep(
                 try:
                     changed = {**table, launch: entries}
                     call = _frozen(case, inputs, device, changed, clock, usual)
-                except Exception:  # fits the case of its kind that was tried, but not this one
+                except Exception:  # it fits the case that was tried for its kind, but not this one
                     continue
                 if call is not None:
                     calls.append(call)
@@ -226,7 +226,7 @@ def _frozen(
     clock: Clock,
     usual: list[Tensor] | None = None,
 ) -> Call | None:
-    """The call under ``table``; None if it does not give the ``usual`` result, twice the same."""
+    """The call under ``table``; None unless it gives the ``usual`` result, the same one twice."""
     tuned.use(device, table)
     if usual is not None:
         found = case.call(inputs)()

@@ -39,8 +39,8 @@ def test_comparisons_are_in_the_words_of_deltadiff_compare(tables, records):
     (path,) = tables.RESULTS.glob("compare-sst2-nvidia-h100-*.json")
     mine = json.loads(path.read_text())
     text = tables.compare_tables(mine)
-    assert tables.compare_report.markdown(mine) in text
-    assert tables.compare_report.caption(mine) in text
+    assert tables.markdown(mine) in text
+    assert tables.caption(mine) in text
 
 
 def test_every_plot_and_figure_is_linked_and_there(tables):

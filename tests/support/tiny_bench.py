@@ -1,4 +1,4 @@
-"""What the tests of `deltadiff bench` share: tiny models, and what each record has to say."""
+"""Tiny models for the tests of `deltadiff bench`, and the keys that every record has."""
 
 from dataclasses import replace
 

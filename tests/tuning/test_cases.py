@@ -1,4 +1,4 @@
-"""Which cases the options of `deltadiff tune` ask for."""
+"""The cases that the options of `deltadiff tune` ask for."""
 
 import argparse
 import json

@@ -28,7 +28,7 @@ def clock(seconds) -> Clock:
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The interpreter, whose launchers ask for configurations as those of a GPU do."""
+    """Run the cases in Triton's interpreter; its launchers ask for configurations too."""
     if torch.cuda.is_available():
         pytest.skip("Triton compiles where there is a GPU")
     monkeypatch.setattr(cases, "LAYERS", 2)
@@ -100,7 +100,10 @@ def test_wrong_candidates_are_not_timed(monkeypatch, what):
 
 @pytest.mark.usefixtures("interpreted")
 def test_candidates_are_tried_out_in_other_processes(monkeypatch):
-    good, bad = {"BLOCK_SIZE_N": 16}, {"BLOCK_SIZE_K": 16}  # of which 32 columns cannot be made
+    good, bad = (
+        {"BLOCK_SIZE_N": 16},
+        {"BLOCK_SIZE_K": 16},
+    )  # 32 columns are not a multiple of blocks of 16 tiles
     monkeypatch.setitem(CANDIDATES, "delta_update", [good, bad])
     case = Update(4, torch.float16, "nearest", 64)
     ready, notes = tuning_sweep.try_out([case], CPU, time.monotonic() + 100, workers=1)
