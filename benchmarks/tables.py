@@ -155,7 +155,9 @@ def compare_tables(records: Records) -> str:
 
 # ------------------------------------------------------------------ the table of README.md
 
-SUMMARY_GPU = "NVIDIA H100 80GB HBM3"  # its records alone: machines are not mixed in one table
+# Machines and dtypes are not mixed in one table.
+SUMMARY_GPU = "NVIDIA H100 80GB HBM3"
+SUMMARY_DTYPE = "bfloat16"
 
 
 def same(**wanted) -> Callable[[dict], bool]:
@@ -178,8 +180,7 @@ SUMMARY = (
     ("a layer, forward and backward", _layer(N=4096, mode="forward+backward")),
     ("a layer, forward and backward", _layer(N=11008, mode="forward+backward")),
     ("update of W, rounded to nearest", same(op="delta_update", rounding="nearest")),
-    ("update of W with the remainder", same(op="delta_update", dtype="bfloat16",
-                                            rounding="remainder")),
+    ("update of W with the remainder", same(op="delta_update", rounding="remainder")),
     ("optimizer step, rounded to nearest", _step(rounding="nearest")),
     ("optimizer step with the remainder", _step(model="Llama-2-7B", rounding="remainder")),
     ("training step, LoRA", _model(method=(None, "LoRA"))),
@@ -200,7 +201,7 @@ def summary(records: Records) -> str:
     """One table of ten rows at most, and the plots of a layer and of a model."""
     rows = []
     for what, belongs in SUMMARY:
-        variants = by_variant(r for r in records if belongs(r))
+        variants = by_variant(r for r in records if r["dtype"] == SUMMARY_DTYPE and belongs(r))
         floor = next((variants[name] for name in FLOORS if name in variants), None)
         if floor is None or "deltadiff" not in variants:
             continue
@@ -218,7 +219,7 @@ def summary(records: Records) -> str:
         for path, plot in shown.items()
         if path.name.startswith(("layer-", "model-"))
     ]
-    title = f"**{SUMMARY_GPU}**, bfloat16, medians over that of the floor:"
+    title = f"**{SUMMARY_GPU}**, {SUMMARY_DTYPE}, median times over that of the floor:"
     return "\n" + "\n\n".join([title, markdown_table(header, *rows), *figures]) + "\n"
 
 

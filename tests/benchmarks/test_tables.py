@@ -66,6 +66,7 @@ def test_the_table_of_the_front_page_is_short_and_of_one_machine(tables, records
 def test_a_row_of_the_front_page_comes_from_its_records(tables):
     shape = {"M": 8192, "K": 4096, "N": 4096, "r": 16}
     fields = {"op": "lora_linear", "mode": "forward", "graph": False, "shape": shape, "gpu": "x"}
+    fields["dtype"] = tables.SUMMARY_DTYPE
 
     def record(variant, p50_ms, over_floor, peak_mib=512.0):
         times = {"p50_ms": p50_ms, "over_floor": over_floor, "peak_mib": peak_mib, "note": None}
