@@ -65,14 +65,13 @@ def compile_all(capability: int):
     """Print one JSON line for each kernel that the launchers ask for."""
     import torch
     import triton.language as tl
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
     from deltadiff.kernels import adamw_step, delta_update
     from deltadiff.kernels import step_counters as advance
     from deltadiff.kernels.lora_linear import hopper_launch as lora_linear_hopper
     from deltadiff.kernels.lora_linear import portable as lora_linear
     from deltadiff.kernels.runtime import multi_tensor as tables
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
 
     driver.set_active(_StandInDriver(capability))
     tables.capability = delta_update.capability = lambda device: divmod(capability, 10)
