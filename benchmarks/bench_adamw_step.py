@@ -3,11 +3,9 @@
 import pytest
 from conftest import DEVICE
 
-from deltadiff.bench.step import step_cases
-
-CASES = [case for case in step_cases(DEVICE) if case.fields["op"] == "adamw_step"]
+from deltadiff.bench.step import adamw_step_cases
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", adamw_step_cases(DEVICE), ids=str)
 def bench_adamw_step(compare, case):
     compare(case)

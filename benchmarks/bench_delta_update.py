@@ -3,11 +3,9 @@
 import pytest
 from conftest import DEVICE
 
-from deltadiff.bench.step import step_cases
-
-CASES = [case for case in step_cases(DEVICE) if case.fields["op"] == "delta_update"]
+from deltadiff.bench.step import delta_update_cases
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", delta_update_cases(DEVICE), ids=str)
 def bench_delta_update(compare, case):
     compare(case)

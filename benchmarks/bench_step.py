@@ -3,11 +3,9 @@
 import pytest
 from conftest import DEVICE
 
-from deltadiff.bench.step import step_cases
-
-CASES = [case for case in step_cases(DEVICE) if case.fields["op"] == "step"]
+from deltadiff.bench.step import whole_step_cases
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", whole_step_cases(DEVICE), ids=str)
 def bench_step(compare, case):
     compare(case)

@@ -3,37 +3,44 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from deltadiff.bench import timing as measure
-from deltadiff.devices import environment, free_memory
+from deltadiff.bench import timing
+from deltadiff.bench.records import failed, write
+from deltadiff.bench.report import format_table
+from deltadiff.devices import default_device, environment, find_device, free_memory
 
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 RESULTS = Path(__file__).parent / "results"
-found: list[dict] = []
+DEVICE = find_device(default_device())
+measured: list[dict] = []
 
 
 @pytest.fixture
-def compare(benchmark):
-    """compare(case, wanted) measures a case and keeps a record a variant."""
+def keep():
+    """keep(records) puts them into the table and the files, and fails where a variant did."""
 
-    def repeat(one_round, rounds):
-        benchmark.pedantic(one_round, rounds=rounds)
-
-    def run(case, wanted=None):
-        records = measure.compare(case, DEVICE, wanted, repeat=repeat)
-        found.extend(records)
-        assert not [r["note"] for r in records if r["note"] not in (None, "out of memory")]
+    def run(records):
+        measured.extend(records)
+        assert not [r["note"] for r in records if failed(r)]
 
     yield run
     free_memory(DEVICE)
 
 
+@pytest.fixture
+def compare(benchmark, keep):
+    """compare(case, wanted) measures the wanted variants of a case and keeps the records."""
+
+    def repeat(one_round, rounds):
+        benchmark.pedantic(one_round, rounds=rounds)
+
+    return lambda case, wanted=None: keep(timing.compare(case, DEVICE, wanted, repeat=repeat))
+
+
 def pytest_terminal_summary(terminalreporter):
-    if not found:
+    if not measured:
         return
     where = environment(DEVICE)
     terminalreporter.section(f"{where['gpu']}, torch {where['torch']}, threads {where['threads']}")
-    terminalreporter.write_line(measure.format_table(found))
-    for path in measure.write(found, RESULTS, DEVICE):
+    terminalreporter.write_line(format_table(measured))
+    for path in write(measured, RESULTS, DEVICE):
         terminalreporter.write_line(f"written: {path}")

@@ -1,34 +1,84 @@
-"""Write the tables of README.md from results/*.json, between its `<!-- name -->` marks, and plots.
+"""Write the tables of README.md and benchmarks/README.md from results/*.json, and the plots.
+
+Each table stands between the marks `<!-- name -->` and `<!-- end -->`; nobody types a figure.
 
 python benchmarks/tables.py            rewrites the tables, and the plots beside the results
-python benchmarks/tables.py --check    exits with 1 where a table or a plot is not up to date
+python benchmarks/tables.py --check    exits with 1 if a table or a plot is not up to date
 """
 
 import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from deltadiff.bench.plots import NAMES, plots, stale_plots, write_plots
-from deltadiff.bench.timing import case_text, shape_text
-from deltadiff.files import slug
-from deltadiff.finetune import compare_report
-from deltadiff.finetune.compare_report import grouped
+from deltadiff.bench.plots import plots, stale_plots, write_plots
+from deltadiff.bench.report import VARIANT_NAMES, case_text, shape_text
+from deltadiff.files import slug, write_text
+from deltadiff.finetune.compare_report import caption, grouped, markdown
 from deltadiff.text import markdown_table
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FRONT = ROOT / "README.md"
+ALL = ROOT / "benchmarks" / "README.md"
+FLOORS = ("frozen", "copy")
+STEP = ("delta_update", "adamw_step", "step")
+
+Records = Sequence[dict]
 
 
 def load() -> list[dict]:
     return [r for path in sorted(RESULTS.glob("*.json")) for r in json.loads(path.read_text())]
 
 
-def verify_table(records: list[dict]) -> str:
-    """A line an operation, dtype and path: how many checks, and the worst of them."""
+def image(title: str, path: Path, document: Path) -> str:
+    return f"![{title}]({path.relative_to(document.parent)})"
+
+
+def number(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)
+
+
+def ratio(r: dict | None, bold: bool = False) -> str:
+    """Its time over that of the floor, or why there is none."""
+    if r is None or r["over_floor"] is None:
+        return (r and r.get("note")) or ""
+    return f"**{r['over_floor']:.2f}**" if bold else f"{r['over_floor']:.2f}"
+
+
+def gib(r: dict | None, spec: str) -> str:
+    return "" if r is None or r["peak_mib"] is None else format(r["peak_mib"] / 1024, spec)
+
+
+def by_variant(records: Iterable[dict]) -> dict[str, dict]:
+    return {r["variant"]: r for r in records}
+
+
+# ------------------------------------------------------------------ all results, by operation
+
+
+def by_machine(records: Records, table: Callable[[Records], str]) -> str:
+    """For each machine its name, a table, and the plots of these records."""
+    parts = []
+    for (gpu,), found in grouped(records, "gpu").items():
+        versions = sorted({f"torch {r['torch']}, Triton {r['triton']}" for r in found})
+        parts += [f"**{gpu}** ({'; '.join(versions)})", table(found)]
+        shown = plots(found, RESULTS)
+        parts += [image(plot.title, path, ALL) for path, plot in shown.items()]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def cases(records: Records) -> dict[tuple, list[dict]]:
+    """The records of each (op, shape, case), in words."""
+    texts = [{**r, "shape": shape_text(r), "case": case_text(r)} for r in records]
+    return grouped(texts, "op", "shape", "case")
+
+
+def verify_table(records: Records) -> str:
+    """A line for each machine, operation, dtype and path: how many checks, and the worst."""
     rows = []
     for (gpu, op, dtype, path), found in grouped(records, "gpu", "op", "dtype", "path").items():
         checked = [r for r in found if r["ok"] is not None]
@@ -42,145 +92,186 @@ def verify_table(records: list[dict]) -> str:
     return markdown_table([*header, "error / limit (largest)"], *rows)
 
 
-def by_machine(records: list[dict], table: Callable[[list[dict]], str]) -> str:
-    """A table of its own for each machine, under its name."""
-    parts = []
-    for (gpu,), found in grouped(records, "gpu").items():
-        versions = sorted({f"torch {r['torch']}, Triton {r['triton']}" for r in found})
-        parts.append(f"\n**{gpu}** ({'; '.join(versions)})\n\n{table(found)}")
-    return "\n".join(parts) + "\n"
-
-
-def cases(records: list[dict]) -> dict[tuple, list[dict]]:
-    """(op, shape, case) as the table words them: the records of their variants."""
-    texts = [{**r, "shape": shape_text(r), "case": case_text(r)} for r in records]
-    return grouped(texts, "op", "shape", "case")
-
-
-def speed_table(records: list[dict]) -> str:
-    """A line a case, a column a variant: its median over that of the floor."""
-    names = [name for name in NAMES if any(r["variant"] == name for r in records)]
-    floors = [name for name in names if name in ("frozen", "copy")]
+def speed_table(records: Records) -> str:
+    """A line for each case, a column for each variant: its median over that of the floor."""
+    names = [name for name in VARIANT_NAMES if any(r["variant"] == name for r in records)]
+    floors = [name for name in names if name in FLOORS]
     names = [name for name in names if name not in floors]
     rows = []
     for (op, size, case), found in cases(records).items():
-        of = {r["variant"]: r for r in found}
-        if op == "lora_linear" and "eager" not in of:
-            continue  # a size in between, for the plots
-        floor = next(of[name] for name in floors if name in of)
-        cells = [ratio(of.get(name), bold=name == "deltadiff") for name in names]
-        ours = of.get("deltadiff", {})
+        variants = by_variant(found)
+        if op == "lora_linear" and "eager" not in variants:
+            continue  # a point of the plots only
+        floor = next(variants[name] for name in floors if name in variants)
+        cells = [ratio(variants.get(name), bold=name == "deltadiff") for name in names]
+        ours = variants.get("deltadiff", {})
         cells += [number(ours.get("host_ms"), ".3f"), number(ours.get("peak_mib"), ".1f")]
         rows.append([op, size, case, f"{floor['variant']} {floor['p50_ms']:.3f}", *cells])
-    header = ["operation", "shape", "case", "floor, ms", *(NAMES[name] for name in names)]
+    header = ["operation", "shape", "case", "floor, ms", *(VARIANT_NAMES[name] for name in names)]
     return markdown_table([*header, "host ms", "MiB"], *rows)
 
 
-def ratio(r: dict | None, bold: bool) -> str:
-    if r is None or r["over_floor"] is None:
-        return (r and r.get("note")) or ""
-    return f"**{r['over_floor']:.2f}**" if bold else f"{r['over_floor']:.2f}"
-
-
-def number(value: float | None, spec: str) -> str:
-    return "" if value is None else format(value, spec)
-
-
-def model_table(records: list[dict]) -> str:
-    """A line a method; the columns once without and once with gradient checkpointing."""
+def model_table(records: Records) -> str:
+    """A line for each method; the same columns without and with gradient checkpointing."""
     records = sorted(records, key=lambda r: (r["variant"] != "frozen", r["targets"] == "all"))
+    keys = ("model", "targets", "variant", "method", "rounding")
     rows = []
-    for names, found in grouped(
-        records, "model", "targets", "variant", "method", "rounding"
-    ).items():
-        model, targets, variant, method, rounding = names
-        cells = [model, targets or "", NAMES[variant], method or "", rounding or ""]
+    for (model, targets, variant, *how), found in grouped(records, *keys).items():
+        cells = [model, targets or "", VARIANT_NAMES[variant], *(word or "" for word in how)]
         for on in (False, True):
-            r = next((r for r in found if r["checkpointing"] is on), {})
-            peak = None if r.get("peak_mib") is None else r["peak_mib"] / 1024
-            cells += [r.get("note") or number(r.get("p50_ms"), ".0f")]
-            cells += [number(r.get("over_floor"), ".3f"), number(peak, ".1f")]
+            r = next((r for r in found if r["checkpointing"] is on), None)
+            cells += [r and r.get("note") or number(r and r["p50_ms"], ".0f")]
+            cells += [number(r and r["over_floor"], ".3f"), gib(r, ".1f")]
         rows.append(cells)
     header = ["model", "layers", "by", "method", "rounding", "ms a step", "x frozen", "peak GiB"]
     return markdown_table([*header, *(f"{name}, checkpointing" for name in header[-3:])], *rows)
 
 
-def search_table(records: list[dict]) -> str:
-    """A line a case, the time and then the peak memory of each variant."""
-    names = [name for name in NAMES if any(r["variant"] == name for r in records)]
+def search_table(records: Records) -> str:
+    """A line for each case: the time of each variant, then the peak memory of each."""
+    names = [name for name in VARIANT_NAMES if any(r["variant"] == name for r in records)]
     rows = []
     for (_, size, case), found in cases(records).items():
-        of = {r["variant"]: r for r in found}
-        cells = [number(of["frozen"]["p50_ms"], ".2f")]
-        cells += [ratio(of.get(name), bold=name == "deltadiff") for name in names[1:]]
-        cells += [number(of.get(name, {}).get("peak_mib"), ".0f") for name in names]
+        variants = by_variant(found)
+        cells = [number(variants["frozen"]["p50_ms"], ".2f")]
+        cells += [ratio(variants.get(name), bold=name == "deltadiff") for name in names[1:]]
+        cells += [number(variants.get(name, {}).get("peak_mib"), ".0f") for name in names]
         rows.append([size, case, *cells])
-    header = ["shape", "case", "floor, ms", *(NAMES[name] for name in names[1:])]
-    return markdown_table([*header, *(f"MiB: {NAMES[name]}" for name in names)], *rows)
+    header = ["shape", "case", "floor, ms", *(VARIANT_NAMES[name] for name in names[1:])]
+    return markdown_table([*header, *(f"MiB: {VARIANT_NAMES[name]}" for name in names)], *rows)
 
 
-def plot_links(records: list[dict]) -> str:
-    found = plots(records, RESULTS).items()
-    links = [
-        f"![{title}, {shown[0]['gpu']}]({path.relative_to(README.parent)})"
-        for path, (_, title, shown) in found
-    ]
-    return "\n" + "\n\n".join(links) + "\n" if links else "not measured yet"
-
-
-def compare_tables(records: list[dict]) -> str:
-    """A table for each comparison, under what it was of, and its sweeps in tables of their own."""
+def compare_tables(records: Records) -> str:
+    """A table for each comparison under its caption, a table for each of its sweeps, figures."""
     parts = []
     for (gpu, _, task), found in grouped(records, "gpu", "model", "task").items():
-        caption = compare_report.caption(found)
-        parts.append(f"{caption}:")
-        parts += [compare_report.markdown(mine) for mine in grouped(found, "sweep").values()]
-        for path in sorted(RESULTS.glob(f"compare-{slug(task)}-{slug(gpu)}-*.png")):
-            parts.append(f"![{caption}]({path.relative_to(README.parent)})")
+        title = caption(found)
+        parts.append(f"{title}:")
+        parts += [markdown(mine) for mine in grouped(found, "sweep").values()]
+        figures = sorted(RESULTS.glob(f"compare-{slug(task)}-{slug(gpu)}-*.png"))
+        parts += [image(title, path, ALL) for path in figures]
     return "\n" + "\n\n".join(parts) + "\n"
 
 
-def is_speed(*ops: str) -> Callable[[dict], bool]:
+# ------------------------------------------------------------------ the table of README.md
+
+# Machines and dtypes are not mixed in one table.
+SUMMARY_GPU = "NVIDIA H100 80GB HBM3"
+SUMMARY_DTYPE = "bfloat16"
+
+
+def same(**wanted) -> Callable[[dict], bool]:
+    """Whether a record says what is wanted; of a tuple any entry."""
+
+    def check(r: dict) -> bool:
+        flat = {**r, **r["shape"]}
+        allowed = {k: v if isinstance(v, tuple) else (v,) for k, v in wanted.items()}
+        return all(flat.get(name) in values for name, values in allowed.items())
+
+    return check
+
+
+_layer = partial(same, op="lora_linear", M=8192, K=4096, r=16, graph=False)
+_step = partial(same, op="step", graph=False)
+_model = partial(same, op="model", checkpointing=False, targets=(None, "all"))
+_search = partial(same, op="search", model="Llama 1B")
+SUMMARY = (
+    ("a layer, forward", _layer(N=4096, mode="forward")),
+    ("a layer, forward and backward", _layer(N=4096, mode="forward+backward")),
+    ("a layer, forward and backward", _layer(N=11008, mode="forward+backward")),
+    ("update of W, rounded to nearest", same(op="delta_update", rounding="nearest")),
+    ("update of W with the remainder", same(op="delta_update", rounding="remainder")),
+    ("optimizer step, rounded to nearest", _step(rounding="nearest")),
+    ("optimizer step with the remainder", _step(model="Llama-2-7B", rounding="remainder")),
+    ("training step, LoRA", _model(method=(None, "LoRA"))),
+    ("training step, Delta-LoRA", _model(
+        method=(None, "Delta-LoRA in place", "naive Delta-LoRA"), rounding=(None, "remainder"))),
+    ("step of DiffoRA's search", _search(mode="search")),
+)  # fmt: skip
+
+# Columns, each with the variants that it may show.
+PEERS = {
+    **{VARIANT_NAMES[name]: (name,) for name in ("peft", "peft-bf16", "peft-compiled")},
+    "eager PyTorch": ("eager", "addmm"),
+}
+PEERS_IN_MEMORY = ("peft-bf16", "eager", "addmm")
+
+
+def summary(records: Records) -> str:
+    """One table of ten rows at most, and the plots of a layer and of a model."""
+    rows = []
+    for what, belongs in SUMMARY:
+        variants = by_variant(r for r in records if r["dtype"] == SUMMARY_DTYPE and belongs(r))
+        floor = next((variants[name] for name in FLOORS if name in variants), None)
+        if floor is None or "deltadiff" not in variants:
+            continue
+        ours = variants["deltadiff"]
+        cells = [f"{floor['variant']} {floor['p50_ms']:.2f}", ratio(ours, bold=True)]
+        for names in PEERS.values():
+            cells.append(ratio(next((variants[n] for n in names if n in variants), None)))
+        peer = next((variants[n] for n in PEERS_IN_MEMORY if n in variants), None)
+        rows.append([what, shape_text(ours), *cells, gib(ours, ".2f"), gib(peer, ".2f")])
+    header = ["what", "shape", "floor, ms", "deltadiff", *PEERS]
+    header += ["GiB, deltadiff", "GiB, PEFT bf16 or eager"]
+    shown = plots(records, RESULTS)
+    figures = [
+        image(plot.title, path, FRONT)
+        for path, plot in shown.items()
+        if path.name.startswith(("layer-", "model-"))
+    ]
+    title = f"**{SUMMARY_GPU}**, {SUMMARY_DTYPE}, median times over that of the floor:"
+    return "\n" + "\n\n".join([title, markdown_table(header, *rows), *figures]) + "\n"
+
+
+# ------------------------------------------------------------------ documents
+
+
+def measured(*ops: str) -> Callable[[dict], bool]:
     return lambda r: r["op"] in ops and "variant" in r
 
 
-STEP = ("delta_update", "adamw_step", "step")
-PARTS: dict[str, tuple[Callable[[list[dict]], str], Callable[[dict], bool]]] = {
-    "verify": (verify_table, lambda r: "error" in r),
-    "layer": (partial(by_machine, table=speed_table), is_speed("lora_linear")),
-    "step": (partial(by_machine, table=speed_table), is_speed(*STEP)),
-    "model": (partial(by_machine, table=model_table), is_speed("model")),
-    "search": (partial(by_machine, table=search_table), is_speed("search")),
-    "plots": (plot_links, is_speed("lora_linear", *STEP, "model")),
-    "compare": (compare_tables, lambda r: r["op"] == "compare"),
+Part = tuple[Callable[[Records], str], Callable[[dict], bool]]  # how to write it, of which records
+DOCUMENTS: dict[Path, dict[str, Part]] = {
+    FRONT: {"summary": (summary, lambda r: "variant" in r and r["gpu"] == SUMMARY_GPU)},
+    ALL: {
+        "verify": (verify_table, lambda r: "error" in r),
+        "layer": (partial(by_machine, table=speed_table), measured("lora_linear")),
+        "step": (partial(by_machine, table=speed_table), measured(*STEP)),
+        "model": (partial(by_machine, table=model_table), measured("model")),
+        "search": (partial(by_machine, table=search_table), measured("search")),
+        "compare": (compare_tables, lambda r: r["op"] == "compare"),
+    },
 }
 
 
-def fill(text: str, records: list[dict]) -> str:
-    """``text`` with what stands between each part's marks made anew."""
-    for name, (write, belongs) in PARTS.items():
+def fill(text: str, parts: dict[str, Part], records: Records) -> str:
+    """``text`` with what stands between the marks of each part written anew."""
+    for name, (write, belongs) in parts.items():
         mine = [r for r in records if belongs(r)]
         body = write(mine) if mine else "not measured yet"
         body = f"\n{body}\n" if "\n" in body else body
         mark = re.compile(rf"(<!-- {name} -->).*?(<!-- end -->)", re.DOTALL)
         if not mark.search(text) and mine:
-            raise SystemExit(f"{README.name} has no mark <!-- {name} -->")
+            raise SystemExit(f"there is no mark <!-- {name} --> for its table")
         text = mark.sub(lambda m, body=body: m[1] + body + m[2], text)
     return text
 
 
-def main() -> int:
-    old, records = README.read_text(), load()
-    new = fill(old, records)
-    speed = [r for r in records if PARTS["plots"][1](r)]
-    if sys.argv[1:] == ["--check"]:
-        stale = [README.name] * (old != new) + [p.name for p in stale_plots(speed, RESULTS)]
-        print(f"not up to date: {', '.join(stale)}; run tables.py" if stale else "up to date")
-        return bool(stale)
-    README.write_text(new)
-    write_plots(speed, RESULTS)
+def main(argv: Sequence[str]) -> int:
+    records = load()
+    old = {path: path.read_text() for path in DOCUMENTS}
+    new = {path: fill(text, DOCUMENTS[path], records) for path, text in old.items()}
+    plotted = [r for r in records if "variant" in r]
+    if list(argv) == ["--check"]:
+        stale = [path for path in DOCUMENTS if old[path] != new[path]]
+        names = [str(path.relative_to(ROOT)) for path in stale + stale_plots(plotted, RESULTS)]
+        print(f"not up to date: {', '.join(names)}; run tables.py" if names else "up to date")
+        return int(bool(names))
+    for path, text in new.items():
+        write_text(path, text)
+    write_plots(plotted, RESULTS)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

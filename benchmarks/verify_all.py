@@ -6,7 +6,7 @@ python benchmarks/verify_all.py [DEVICE]
 import sys
 from pathlib import Path
 
-from deltadiff.bench.timing import write
+from deltadiff.bench.records import write
 from deltadiff.devices import find_device
 from deltadiff.verify.run import run
 from deltadiff.verify.tolerance import format_table

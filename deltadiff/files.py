@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .errors import ArgumentError, CheckpointError
@@ -42,6 +42,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """`write_text` of JSON, which has no NaN and no infinity: they raise ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """`write_text` of a JSON list with one record per line, so that diffs stay small."""
+    lines = [json.dumps(record, allow_nan=False) for record in records]
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:

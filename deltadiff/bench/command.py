@@ -13,27 +13,24 @@ import torch
 from ..checks import NAMED_DTYPES
 from ..devices import default_device, environment, find_device, free_memory
 from ..errors import ArgumentError
-from . import layer as bench_layer
-from . import model as bench_model
-from . import search as bench_search
-from . import step as bench_step
-from .layer import COMPILED, RANK, has_peft, layer_cases, layer_cases_of
-from .search import search_cases
-from .step import step_cases
-from .timing import BUDGET_S, QUICK_BUDGET_S, Case, compare, format_table, variant_text, write
-
-MODEL_VARIANTS = ("frozen", "deltadiff", "peft", "peft-bf16")
-
+from . import layer, model, search, step
+from .arguments import count, shape
+from .methods import Settings
+from .peers import has_peft
+from .records import failed, write
+from .report import format_table, variant_text
+from .timing import BUDGET_S, QUICK_BUDGET_S, Case, compare
 
 HOW_TO_READ = """\
-Variants of one case take turns; p20, p50 and p80 are quantiles of a call. "x floor" is the median
-over that of the first variant: a frozen linear layer or model (forward, backward to its input), or
-a copy of as many bytes as the step has to move. "host ms" is what the host needs to issue a call,
-"MiB" what a call allocates at its peak (of a model: all of it). "graph" is a CUDA graph."""
+Variants of one case take turns; p20, p50 and p80 are quantiles of a call's time. "x floor" is the
+median over that of the first variant: a frozen linear layer or model (forward, backward to its
+input), or a copy of as many bytes as the step has to move. "host ms" is what the host needs to
+issue a call, "MiB" what a call allocates at its peak (for a model: all of its memory). "graph"
+means that the call was captured in a CUDA graph."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `deltadiff bench layer|step|model|search`."""
+    """Add the options of `deltadiff bench layer|step|model|search`."""
     whats = parser.add_subparsers(title="what", dest="what", required=True, metavar="WHAT")
 
     def what(name: str, text: str, variants: tuple[str, ...]) -> argparse.ArgumentParser:
@@ -46,59 +43,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--output", type=Path, metavar="FOLDER", help="write JSON and plots there")
         sub.add_argument(
             "--variants", nargs="+", choices=variants, metavar="NAME",
-            help=f"only these of {', '.join(variants)}; the floor is always there",
+            help=f"only these of {', '.join(variants)}; the floor is always measured",
         )  # fmt: skip
         return sub
 
-    layer = what("layer", "One LoRA linear layer.", bench_layer.VARIANTS)
-    layer.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="MxKxN", help="tokens x in x out"
-    )
-    layer.add_argument("--ranks", nargs="+", type=_count, metavar="R", help=f"default {RANK}")
-    layer.add_argument(
-        "--dtype", choices=NAMED_DTYPES, help="instead of the default cases; bfloat16"
-    )
-    layer.add_argument(
+    _add_layer_arguments(what("layer", "One LoRA linear layer.", layer.VARIANTS))
+    what("step", "The optimizer step of Delta-LoRA and its parts.", step.VARIANTS)
+    text = "Training steps of a whole model with random weights, Llama-2-7B's shape on a GPU."
+    _add_model_arguments(what("model", text, model.VARIANTS))
+    text = "A step of DiffoRA's search on a model with random weights."
+    what("search", text, search.VARIANTS)
+
+
+def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape, metavar="MxKxN",
+        help="tokens x in x out; this, --ranks or --dtype replaces the default cases",
+    )  # fmt: skip
+    parser.add_argument("--ranks", nargs="+", type=count, metavar="R", help=f"default {layer.RANK}")
+    parser.add_argument("--dtype", choices=NAMED_DTYPES, help="default bfloat16")
+    parser.add_argument(
         "--compile-seconds", type=float, default=20.0, metavar="S",
         help="leave torch.compile out once it has taken this long (default 20)",
     )  # fmt: skip
 
-    what("step", "The optimizer step of Delta-LoRA and its parts.", bench_step.VARIANTS)
 
-    text = "Training steps of a whole model with random weights, Llama-2-7B's shape on a GPU."
-    model = what("model", text, MODEL_VARIANTS)
-    known = bench_model.Settings()
-    model.add_argument("--config", type=Path, metavar="FILE", help="a Hugging Face config.json")
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a Hugging Face config.json")
     for name in ("steps", "batch", "sequence", "r"):
-        text = f"default {getattr(known, name)} (on a CPU it may be less)"
-        model.add_argument(f"--{name}", type=_count, metavar="N", help=text)
-    model.add_argument("--dtype", choices=NAMED_DTYPES, help="default bfloat16 (on a CPU float32)")
-    model.add_argument(
-        "--adapter-dtype", choices=NAMED_DTYPES, help="of deltadiff's (default float32)"
+        text = f"default {getattr(Settings, name)} (on a CPU it may be less)"
+        parser.add_argument(f"--{name}", type=count, metavar="N", help=text)
+    parser.add_argument("--dtype", choices=NAMED_DTYPES, help="default bfloat16 (on a CPU float32)")
+    parser.add_argument(
+        "--adapter-dtype", choices=NAMED_DTYPES, help="of deltadiff's adapters (default float32)"
     )
-    model.add_argument("--targets", nargs="+", choices=bench_model.TARGETS, help="layers to adapt")
-    model.add_argument("--checkpointing", choices=("off", "on", "both"), default="both")
-
-    text = "A step of DiffoRA's search on a model with random weights."
-    what("search", text, bench_search.VARIANTS)
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    m, k, n = map(_count, text.split("x"))  # argparse words the ValueError
-    return m, k, n
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    parser.add_argument("--targets", nargs="+", choices=model.TARGETS, help="layers to adapt")
+    parser.add_argument(
+        "--checkpointing", choices=("off", "on", "both"), default="both",
+        help="gradient checkpointing (default both)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; 1 where a variant failed for another reason than memory."""
+    """Run the command; returns 1 if a variant failed for another reason than memory."""
     if args.output is not None and importlib.util.find_spec("matplotlib") is None:
-        accepted = 'an installed matplotlib for --output: pip install "deltadiff[finetune]"'
+        accepted = "an installed matplotlib for --output: pip install -e '.[finetune]'"
         raise ArgumentError("matplotlib", "nothing", accepted)
     device = find_device(args.device or default_device())
     where = environment(device)
@@ -107,67 +96,66 @@ def run(args: argparse.Namespace) -> int:
     if not has_peft() and args.what in ("layer", "model"):
         print("left out: PEFT, which is not installed")
     records = []
-    for found in (_model if args.what == "model" else _cases)(args, device):
+    for found in (_measure_model if args.what == "model" else _measure_cases)(args, device):
         records += found
         for r in found:
-            if r["note"] and r["note"] != "out of memory":
+            if failed(r):
                 print(f"failed: {variant_text(r)}: {r['note']}", file=sys.stderr, flush=True)
         if args.output is not None:  # after every case: an interrupted run keeps what it has
             paths = write(records, args.output, device)
     print(format_table(records))
     if args.output is not None:
-        from .plots import write_plots
+        from .plots import write_plots  # matplotlib
 
         paths += write_plots([{**r, **where} for r in records], args.output)
         print("\n".join(f"written: {path}" for path in paths))
-    return int(any(r["note"] not in (None, "out of memory") for r in records))
+    return int(any(map(failed, records)))
 
 
-def _cases(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
-    """The records of one case after another."""
+def _measure_cases(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
+    """Yield the records of one case after another."""
     budget = QUICK_BUDGET_S if args.quick else BUDGET_S
     compile_left = getattr(args, "compile_seconds", 0.0)
-    cases = _chosen(args, device)
+    cases = _chosen_cases(args, device)
     for number, case in enumerate(cases, 1):
         print(f"{number}/{len(cases)} {case}", file=sys.stderr, flush=True)
         wanted = args.variants
         if compile_left <= 0 and args.what == "layer":
-            wanted = [name for name in wanted or bench_layer.VARIANTS if name != COMPILED]
+            wanted = [name for name in wanted or layer.VARIANTS if name != layer.COMPILED]
         start = time.perf_counter()
         found = compare(case, device, wanted, budget)
-        if any(r["variant"] == COMPILED for r in found):
+        if any(r["variant"] == layer.COMPILED for r in found):
             compile_left -= time.perf_counter() - start
         free_memory(device)
         yield found
     if compile_left <= 0 and args.what == "layer":
-        print(f"left out: {COMPILED} of the last cases, for time (see --compile-seconds)")
+        print(f"left out: {layer.COMPILED} of the last cases, for time (see --compile-seconds)")
 
 
-def _chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:
+def _chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
     if args.what == "step":
-        return step_cases(device, args.quick)
+        return step.step_cases(device, args.quick)
     if args.what == "search":
-        return search_cases(device, args.quick)
+        return search.search_cases(device, args.quick)
     if args.shapes or args.ranks or args.dtype:
-        gpu = device.type == "cuda"
-        shapes = args.shapes or (bench_layer.SHAPES[:1] if gpu else [(1024, 768, 768)])
         dtype = NAMED_DTYPES[args.dtype or "bfloat16"]
-        return layer_cases_of(shapes, args.ranks or [RANK], dtype)
-    return layer_cases(device, args.quick)
+        return layer.layer_cases_of(device, args.shapes, args.ranks, dtype)
+    return layer.layer_cases(device, args.quick)
 
 
-def _model(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
+def _measure_model(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
+    """Yield the record of one method after another."""
     chosen = {}
-    for f in dataclasses.fields(bench_model.Settings):
+    for f in dataclasses.fields(Settings):
         value = getattr(args, f.name)
         if value is not None:
             chosen[f.name] = NAMED_DTYPES.get(value, value)
     if args.quick:
         chosen["steps"] = 1
     checkpointing = {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]
-    targets = args.targets or (("all",) if args.quick else tuple(bench_model.TARGETS))
-    settings = bench_model.settings_for(device, **chosen)
-    for r in bench_model.model_records(device, settings, targets, checkpointing, args.variants):
+    targets = args.targets or (("all",) if args.quick else tuple(model.TARGETS))
+    settings = model.settings_for(device, **chosen)
+    for r in model.model_records(device, settings, targets, checkpointing, args.variants):
         took = "" if r["p50_ms"] is None else f" {r['p50_ms']:.0f} ms"
         words = (r["targets"], variant_text(r), r["rounding"], "checkpointing" * r["checkpointing"])
         print(" ".join(filter(None, words)) + took, file=sys.stderr, flush=True)

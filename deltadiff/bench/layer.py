@@ -1,12 +1,11 @@
 """`deltadiff bench layer`: one LoRA linear layer beside its peers.
 
 The floor is a frozen `nn.Linear` whose input requires a gradient: forward, and backward to x.
-Gradients of the others are those of x, A and B.
+The other variants compute the gradients of x, A and B.
 """
 
 import functools
-import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -14,66 +13,41 @@ from torch import Tensor, nn
 from ..checks import dtype_name
 from ..layers.swap import swap_
 from ..ops.reference import lora_linear_ref
+from .peers import has_peft
 from .timing import Case, Variant
 
 ALPHA = 16.0
-
-
 COMPILED = "peft-compiled"
-
-
-MIXED = ("deltadiff-fp32", "peft")  # float32 adapters, whatever the layer
-
-
+MIXED = ("deltadiff-fp32", "peft")  # float32 adapters, whatever the layer's dtype
 VARIANTS = (
     "frozen", "deltadiff", "deltadiff-fp32", "eager", "peft", "peft-bf16", COMPILED
 )  # fmt: skip
+SWEPT = ("frozen", "deltadiff", "peft", "peft-bf16")  # in the plots over many sizes
 
-
-# What a plot over many sizes shows, beside the floor.
-SWEPT = ("frozen", "deltadiff", "peft", "peft-bf16")
-
-
-# Tokens, in, out. With fewer tokens the host is slower than the GPU; a CUDA graph leaves it out.
+# Shapes are (tokens, in, out). With fewer tokens than in SHAPES the host is slower than the GPU;
+# those of GRAPHED run as CUDA graphs, which leave the host out.
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096))
-
-
 GRAPHED = ((2048, 4096, 4096), (512, 4096, 4096))
-
-
 TOKENS = (1, 16, 64, 256, 1024, 2048, 8192)
-
-
 RANKS = (4, 8, 16, 32, 64, 128, 256)
-
-
 RANK = 16
-
-
-CPU_SHAPES = ((128, 384, 384, 8), (1024, 768, 768, 16), (512, 2048, 2048, 64))
-
-
-BOTH = ("forward", "forward+backward")
+CPU_SHAPES = ((128, 384, 384, 8), (1024, 768, 768, 16), (512, 2048, 2048, 64))  # and rank
+MODES = ("forward", "forward+backward")
 
 
 def layer_cases(device: torch.device, quick: bool = False) -> list[Case]:
-    """The cases of the README's table and plots, or on a CPU some of its own size."""
+    """The cases of the tables and plots; a CPU has shapes of its own. ``quick``: one shape."""
     if device.type != "cuda":
-        dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.bfloat16)
-        shapes = CPU_SHAPES[:1] if quick else CPU_SHAPES
-        names = [name for name in VARIANTS if name != COMPILED]
-        return [
-            layer_case(*shape, mode, dtype, names=names)
-            for shape in shapes for dtype in dtypes for mode in BOTH
-        ]  # fmt: skip
-    table = [(*shape, RANK, mode, False, VARIANTS) for shape in SHAPES for mode in BOTH]
-    table += [(*shape, RANK, mode, True, VARIANTS) for shape in GRAPHED for mode in BOTH]
+        return _cpu_cases(quick)
+    table = [(*shape, RANK, mode, False, VARIANTS) for shape in SHAPES for mode in MODES]
+    table += [(*shape, RANK, mode, True, VARIANTS) for shape in GRAPHED for mode in MODES]
     if quick:
         table = table[:2]
-    else:  # eager at a size where the host decides, then the plots
-        table += [(*GRAPHED[0], RANK, BOTH[1], False, VARIANTS[:-1])]
-        table += [(m, 4096, 4096, RANK, BOTH[1], True, SWEPT) for m in TOKENS]
-        table += [(*SHAPES[0], r, BOTH[1], False, SWEPT) for r in RANKS]
+    else:
+        # Without a graph at a size where the host decides; then the points of the plots.
+        table += [(*GRAPHED[0], RANK, MODES[1], False, VARIANTS[:-1])]
+        table += [(m, 4096, 4096, RANK, MODES[1], True, SWEPT) for m in TOKENS]
+        table += [(*SHAPES[0], r, MODES[1], False, SWEPT) for r in RANKS]
     chosen = {row[:-1]: row for row in reversed(table)}  # once each, with the most variants
     return [
         layer_case(m, k, n, r, mode, torch.bfloat16, graph, variants)
@@ -81,12 +55,32 @@ def layer_cases(device: torch.device, quick: bool = False) -> list[Case]:
     ]
 
 
+def _cpu_cases(quick: bool) -> list[Case]:
+    dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.bfloat16)
+    shapes = CPU_SHAPES[:1] if quick else CPU_SHAPES
+    names = [name for name in VARIANTS if name != COMPILED]
+    return [
+        layer_case(*shape, mode, dtype, names=names)
+        for shape in shapes
+        for dtype in dtypes
+        for mode in MODES
+    ]
+
+
 def layer_cases_of(
-    shapes: Iterable[tuple[int, int, int]], ranks: Iterable[int], dtype: torch.dtype
+    device: torch.device,
+    shapes: Iterable[tuple[int, int, int]] | None,
+    ranks: Collection[int] | None,
+    dtype: torch.dtype,
 ) -> list[Case]:
-    """Both modes of each shape (tokens, in, out) and rank."""
-    ranks = list(ranks)
-    return [layer_case(*s, r, mode, dtype) for s in shapes for r in ranks for mode in BOTH]
+    """Both modes of each shape (tokens, in, out) and rank; None stands for one that is usual."""
+    usual = SHAPES[0] if device.type == "cuda" else (1024, 768, 768)
+    return [
+        layer_case(*shape, r, mode, dtype)
+        for shape in shapes or [usual]
+        for r in ranks or [RANK]
+        for mode in MODES
+    ]
 
 
 def layer_case(
@@ -99,11 +93,12 @@ def layer_case(
     graph: bool = False,
     names: Iterable[str] = VARIANTS,
 ) -> Case:
-    """M tokens, K in, N out, rank r.
+    """M tokens, K in, N out, rank r, in those variants of ``names`` that this dtype has.
 
     FLOPs: forward 2 M N K + 2 M r (K + N); backward 2 M N K + 4 M r (K + N).
-    Bytes that must move: forward item (M K + N K + M N), backward item (2 M K + N K + M N); and
-    item r (K + N) for the factors, three times with backward (read again, gradients written).
+    Bytes that must move: forward item (M K + N K + M N), backward item (2 M K + N K + M N), and
+    item r (K + N) for the factors, three times with backward: they are read twice, and their
+    gradients are written.
     """
     backward = mode == "forward+backward"
     flops = (2 * m * n * k) * (1 + backward) + (2 * m * r * (k + n)) * (1 + 2 * backward)
@@ -116,16 +111,11 @@ def layer_case(
     }  # fmt: skip
     if dtype != torch.bfloat16:
         names = [name for name in names if name != "peft-bf16"]
-    if dtype == torch.float32:  # then it is deltadiff itself
+    if dtype == torch.float32:  # "deltadiff" itself has float32 adapters then
         names = [name for name in names if name != "deltadiff-fp32"]
     if not has_peft():
         names = [name for name in names if not name.startswith("peft")]
     return Case(fields, "frozen", functools.partial(_build, m, k, n, r, backward, dtype, names))
-
-
-@functools.cache
-def has_peft() -> bool:
-    return importlib.util.find_spec("peft") is not None
 
 
 def _build(m, k, n, r, backward, dtype, names, device) -> dict[str, Variant]:
@@ -133,7 +123,7 @@ def _build(m, k, n, r, backward, dtype, names, device) -> dict[str, Variant]:
     x = torch.randn(m, k, dtype=dtype, device=device, requires_grad=True)
     weight = (torch.randn(n, k, device=device) / k**0.5).to(dtype)
     lora_A = torch.randn(r, k, device=device) / k**0.5
-    lora_B = torch.randn(n, r, device=device)  # never zero: a product with zeros is faster
+    lora_B = torch.randn(n, r, device=device)  # not zero: a product with zeros is faster
     dy = torch.randn(m, n, dtype=dtype, device=device)
 
     def variant(name: str) -> Variant:
@@ -156,7 +146,9 @@ def _build(m, k, n, r, backward, dtype, names, device) -> dict[str, Variant]:
     return {name: variant(name) for name in names}
 
 
-# ------------------------------------------------------- variants: (layer, A and B)
+# ------------------------------------------------------------------------- variants
+# Each takes W (out, in), A (r, in), B (out, r) and the adapters' dtype. It returns the layer, which
+# is callable, and the list of its A and B.
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -199,7 +191,7 @@ def _peft(weight, lora_A, lora_B, dtype):
     if dtype == weight.dtype:
         return layer, factors
 
-    def autocast(x):  # as a trainer runs it in mixed precision
+    def autocast(x):  # trainers run mixed precision this way
         with torch.autocast(x.device.type, dtype=weight.dtype):
             return layer(x)
 
@@ -208,7 +200,7 @@ def _peft(weight, lora_A, lora_B, dtype):
 
 def _peft_compiled(weight, lora_A, lora_B, dtype):
     layer, factors = _peft(weight, lora_A, lora_B, dtype)
-    torch.compiler.reset()  # or an earlier shape would make sizes dynamic
+    torch.compiler.reset()  # after another shape, sizes would be compiled as dynamic ones
     return torch.compile(layer, dynamic=False), factors
 
 

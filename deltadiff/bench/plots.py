@@ -1,75 +1,38 @@
-"""Plots of what `deltadiff bench` measured, a PNG each; every PNG names the records it shows."""
+"""Plots of the records of `deltadiff bench`. Each PNG holds a digest of its records."""
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from ..files import slug
+from ..files import slug, write_bytes
+from .report import VARIANT_NAMES
 
-NAMES = {
-    "frozen": "frozen (floor)",
-    "copy": "copy (floor)",
-    "deltadiff": "deltadiff",
-    "deltadiff-fp32": "deltadiff, fp32 adapters",
-    "eager": "eager",
-    "eager-cast": "eager, cast by hand",
-    "peft": "PEFT",
-    "peft-bf16": "PEFT, bf16 adapters",
-    "peft-compiled": "torch.compile(PEFT bf16)",
-    "naive": "eager formula",
-    "addmm": "addmm_",
-    "torch-fused": "torch fused",
-    "torch-foreach": "torch foreach",
-}
-
-
-# Told apart by colour-blind readers too.
+# Colour-blind readers can tell those of one plot apart too.
 COLOURS = {
     "frozen": "#555555", "copy": "#555555", "deltadiff": "#0072b2", "deltadiff-fp32": "#56b4e9",
     "eager": "#cc79a7", "peft": "#d55e00", "peft-bf16": "#e69f00", "peft-compiled": "#f0e442",
     "naive": "#d55e00", "addmm": "#e69f00", "torch-fused": "#009e73", "torch-foreach": "#cc79a7",
 }  # fmt: skip
+LEAST_POINTS = 3  # of a curve; a table shows fewer just as well
+DIGEST = "Records"  # the text entry of the PNG that holds the digest of its records
 
 
-LEAST_POINTS = 3  # of a curve; fewer are in the table
+class Plot(NamedTuple):
+    """The content of a PNG; ``draw`` takes a matplotlib figure and the records."""
+
+    draw: Callable[[object, Sequence[dict]], None]
+    title: str
+    records: list[dict]
 
 
-HASH = "Records"  # the PNG's text that holds the digest of its records
+def plots(records: Sequence[dict], folder: Path) -> dict[Path, Plot]:
+    """The plots that the records hold enough for, by file: <kind>-<device>.png in ``folder``.
 
-
-def write_plots(records: Sequence[dict], folder: Path) -> list[Path]:
-    """Draw what the records hold enough for; returns the files, named <plot>-<device>.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    paths = []
-    for path, (draw, title, shown) in plots(records, folder).items():
-        figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
-        draw(figure, shown)
-        figure.suptitle(f"{title} ({shown[0]['gpu']})")
-        FigureCanvasAgg(figure).print_png(path, metadata={HASH: digest(shown)})
-        paths.append(path)
-    return paths
-
-
-def stale_plots(records: Sequence[dict], folder: Path) -> list[Path]:
-    """The plots that are missing or were made of other records."""
-    from PIL import Image, UnidentifiedImageError
-
-    def current(path: Path, shown: Sequence[dict]) -> bool:
-        try:
-            with Image.open(path) as image:
-                return image.text.get(HASH) == digest(shown)
-        except (FileNotFoundError, UnidentifiedImageError):
-            return False
-
-    wanted = plots(records, folder).items()
-    return [path for path, (_, _, shown) in wanted if not current(path, shown)]
-
-
-def plots(records: Sequence[dict], folder: Path) -> dict[Path, tuple[Callable, str, list[dict]]]:
-    """By file: how to draw it, its title and its records. Variants that failed are left out."""
+    Variants that failed are left out.
+    """
     kinds = {
         "layer": (_draw_layer, "One LoRA linear layer, 4096 to 4096", _layer_records),
         "step": (_draw_step, "The optimizer step: achieved memory bandwidth", _step_records),
@@ -77,25 +40,61 @@ def plots(records: Sequence[dict], folder: Path) -> dict[Path, tuple[Callable, s
     }
     found = {}
     for gpu in dict.fromkeys(r["gpu"] for r in records):
-        mine = [r for r in records if r["gpu"] == gpu and r.get("p50_ms") is not None]
+        measured = [r for r in records if r["gpu"] == gpu and r.get("p50_ms") is not None]
         for kind, (draw, title, select) in kinds.items():
-            shown = select(mine)
+            shown = select(measured)
             if shown:
-                found[folder / f"{kind}-{slug(gpu)}.png"] = (draw, title, shown)
+                found[folder / f"{kind}-{slug(gpu)}.png"] = Plot(draw, f"{title} ({gpu})", shown)
     return found
 
 
+def write_plots(records: Sequence[dict], folder: Path) -> list[Path]:
+    """Draw the plots of ``records``; returns their files."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = plots(records, folder)
+    for path, plot in found.items():
+        figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
+        plot.draw(figure, plot.records)
+        figure.suptitle(plot.title)
+        png = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(png, metadata={DIGEST: digest(plot.records)})
+        write_bytes(path, png.getvalue())
+    return list(found)
+
+
+def stale_plots(records: Sequence[dict], folder: Path) -> list[Path]:
+    """The files of plots that are missing or were made of other records."""
+    from PIL import Image, UnidentifiedImageError
+
+    def is_current(path: Path, shown: Sequence[dict]) -> bool:
+        try:
+            with Image.open(path) as image:
+                return image.text.get(DIGEST) == digest(shown)
+        except (FileNotFoundError, UnidentifiedImageError):
+            return False
+
+    found = plots(records, folder).items()
+    return [path for path, plot in found if not is_current(path, plot.records)]
+
+
 def digest(records: Sequence[dict]) -> str:
-    """Of the records with all they say, whatever their order."""
+    """SHA-256 of all that the records say, whatever their order."""
     lines = sorted(json.dumps(r, sort_keys=True) for r in records)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------ layer
 
+LAYER_PANELS = (  # (the records that it shows, x axis, its label, title)
+    ({"r": 16, "graph": True}, "M", "tokens", "rank 16, CUDA graph"),
+    ({"M": 8192, "graph": False}, "r", "rank", "8192 tokens"),
+)
 
-def _sweep(records: Sequence[dict], key: str, **same) -> list[dict]:
-    """Forward + backward of 4096 x 4096 over ``key``; [] unless there are enough points."""
+
+def _curves(records: Sequence[dict], same: dict, key: str) -> list[dict]:
+    """Forward + backward of 4096 to 4096 over ``key``; [] unless there are enough points."""
     chosen = [
         r
         for r in records
@@ -108,14 +107,11 @@ def _sweep(records: Sequence[dict], key: str, **same) -> list[dict]:
 
 
 def _layer_records(records: Sequence[dict]) -> list[dict]:
-    return [*_sweep(records, "M", r=16, graph=True), *_sweep(records, "r", M=8192, graph=False)]
+    return [r for same, key, *_ in LAYER_PANELS for r in _curves(records, same, key)]
 
 
 def _draw_layer(figure, records: Sequence[dict]) -> None:
-    panels = [
-        (_sweep(records, "M", r=16, graph=True), "M", "tokens", "rank 16, CUDA graph"),
-        (_sweep(records, "r", M=8192, graph=False), "r", "rank", "8192 tokens"),
-    ]
+    panels = [(_curves(records, same, key), key, *words) for same, key, *words in LAYER_PANELS]
     panels = [panel for panel in panels if panel[0]]
     for axes, (chosen, key, label, title) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -125,9 +121,8 @@ def _draw_layer(figure, records: Sequence[dict]) -> None:
                 (r["shape"][key], r["over_floor"]) for r in chosen if r["variant"] == variant
             )
             style = {"linestyle": "--"} if variant == "frozen" else {"marker": "o"}
-            axes.plot(
-                *zip(*points, strict=True), label=NAMES[variant], color=COLOURS[variant], **style
-            )
+            style |= {"label": VARIANT_NAMES[variant], "color": COLOURS[variant]}
+            axes.plot(*zip(*points, strict=True), **style)
         values = sorted({r["shape"][key] for r in chosen})
         axes.set_xscale("log", base=2)
         axes.set_xticks(values, [str(v) for v in values], rotation=45)
@@ -146,7 +141,7 @@ def _draw_layer(figure, records: Sequence[dict]) -> None:
 
 
 def _step_records(records: Sequence[dict]) -> list[dict]:
-    """Of each case, as a CUDA graph where it was measured as one."""
+    """The records of each case: those of its CUDA graph where it was measured as one."""
     ops = ("delta_update", "adamw_step", "step")
     chosen = [r for r in records if r["op"] in ops and r.get("bytes") and r["dtype"] != "float16"]
     graphs = {_step_label(r) for r in chosen if r["graph"]}
@@ -173,11 +168,12 @@ def _draw_step(figure, records: Sequence[dict]) -> None:
         place += len(group) + 0.8
     figure.set_size_inches(11, 1.6 + 0.2 * place)
     shown = [r for group in groups.values() for r in group]
-    for variant in (name for name in NAMES if any(r["variant"] == name for r in shown)):
+    for variant in (name for name in VARIANT_NAMES if any(r["variant"] == name for r in shown)):
         mine = [(y, r) for y, r in zip(places, shown, strict=True) if r["variant"] == variant]
         speeds = [r["bytes"] / r["p50_ms"] / 1e9 for _, r in mine]
         heights = [y for y, _ in mine]
-        bars = axes.barh(heights, speeds, 0.95, color=COLOURS[variant], label=NAMES[variant])
+        style = {"color": COLOURS[variant], "label": VARIANT_NAMES[variant]}
+        bars = axes.barh(heights, speeds, 0.95, **style)
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.invert_yaxis()
@@ -195,8 +191,8 @@ def _model_records(records: Sequence[dict]) -> list[dict]:
 
 def _model_label(r: dict) -> str:
     if r["variant"] == "frozen":
-        return "frozen (floor)"
-    words = [f"{NAMES[r['variant']]}: {r['method']}", r["rounding"], f"on {r['targets']}"]
+        return VARIANT_NAMES["frozen"]
+    words = [f"{VARIANT_NAMES[r['variant']]}: {r['method']}", r["rounding"], f"on {r['targets']}"]
     return ", ".join(filter(None, words))
 
 

@@ -1,35 +1,30 @@
-"""`deltadiff tune`: find the launch configurations that are fastest on this GPU and keep them."""
+"""`deltadiff tune`: its options, and the run from measuring to the table."""
 
 import argparse
-import contextlib
-import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
+from ..bench.arguments import count, shape
 from ..bench.layer import GRAPHED, SHAPES
-from ..bench.timing import failure
-from ..checks import HALF_DTYPES, NAMED_DTYPES, ROUNDINGS, dtype_name
+from ..bench.records import failure
+from ..checks import HALF_DTYPES, NAMED_DTYPES, dtype_name
 from ..devices import find_device, free_memory
 from ..errors import ArgumentError
 from ..ops.dispatch import why_unavailable
 
+if TYPE_CHECKING:  # these need Triton; without it there is nothing to tune, and `run` says so
+    from .cases import Case
+    from .sweep import Finding
+
 RANKS = (8, 16)
-
-
-TOKENS = 8192  # of a model's layers
-
-
+TOKENS = 8192  # in a step, for the layers of a model
 BUDGET_S = 120.0
-
-
 COMPILE_SHARE = 0.6  # of the budget, at most
-
 
 DESCRIPTION = """\
 Try other launch configurations than the defaults, keep those that give the same result at least
@@ -38,23 +33,23 @@ at run time. The results of the kernels change by rounding at most."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `deltadiff tune`."""
+    """Add the options of `deltadiff tune`."""
     parser.description = DESCRIPTION
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 (default cuda)")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="MxKxN",
+        "--shapes", nargs="+", type=shape, metavar="MxKxN",
         help="layers, tokens x in x out (default: those that `deltadiff bench layer` shows)",
     )  # fmt: skip
     sizes.add_argument(
         "--config", type=Path, metavar="FILE", help="the layers of a Hugging Face config.json"
     )
     parser.add_argument(
-        "--tokens", type=_count, default=TOKENS, metavar="M",
+        "--tokens", type=count, default=TOKENS, metavar="M",
         help=f"in a step, for --config (default {TOKENS})",
     )  # fmt: skip
     parser.add_argument(
-        "--ranks", nargs="+", type=_count, default=RANKS, metavar="R",
+        "--ranks", nargs="+", type=count, default=RANKS, metavar="R",
         help=f"default {' '.join(map(str, RANKS))}",
     )  # fmt: skip
     parser.add_argument(
@@ -71,26 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remove", action="store_true", help="delete the table, measure nothing")
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    m, k, n = map(_count, text.split("x"))  # argparse words the ValueError
-    return m, k, n
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the command.
 
     Raises:
         ArgumentError: there is nothing to tune, or a table cannot be read or written.
     """
-    device = _find_gpu(args.device)
-    from ..kernels.runtime import tuned  # needs Triton
+    device = find_gpu(args.device)
+    from ..kernels.runtime import tuned
+    from . import table
 
     gpu = torch.cuda.get_device_name(device)
     path = args.output or tuned.user_path(gpu)
@@ -98,26 +82,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"removed: {path}" if path.exists() else f"there is no {path}")
         path.unlink(missing_ok=True)
         return 0
-    try:
-        rows, shipped = tuned.load(path), tuned.load(tuned.shipped_path(gpu))
-    except tuned.TableError as error:
-        accepted = "a table that can be read; `deltadiff tune --remove` deletes the user's"
-        raise ArgumentError("table", error, accepted) from error
+    rows, shipped = table.read(path), table.read(tuned.shipped_path(gpu))
     print(f"{gpu}, {len(rows)} rows in {path}", flush=True)
-    new = set()  # two cases may ask for one configuration: what either found stays
-    for finding in _findings(args, device):
-        if finding.launch not in new:
-            rows.pop(finding.launch, None)
-        if finding.entries or (finding.launch in shipped and finding.launch not in new):
-            rows[finding.launch] = finding.entries
-            new.add(finding.launch)
-        write(path, gpu, rows)  # after every one: an interrupted run keeps what it has
+    rows = table.keep(measure(args, device), path, gpu, rows, shipped)
     tuned.use(device, None)
     print(f"{len(rows)} rows in {path}")
     return 0
 
 
-def _find_gpu(name: str) -> torch.device:
+def find_gpu(name: str) -> torch.device:
+    """The GPU of that name; raises ArgumentError where the Triton kernels do not run."""
     accepted = "an NVIDIA GPU with Triton; for others there is nothing to tune"
     if not torch.cuda.is_available():
         raise ArgumentError("device", f"{name!r}, and no NVIDIA GPU was found", accepted)
@@ -128,8 +102,8 @@ def _find_gpu(name: str) -> torch.device:
     return device
 
 
-def _findings(args: argparse.Namespace, device: torch.device) -> Iterator:
-    """What is found, printed as it comes, until the budget is spent."""
+def measure(args: argparse.Namespace, device: torch.device) -> "Iterator[Finding]":
+    """Yield and print what is found, until the budget is spent."""
     from .sweep import sweep, try_out
 
     start = time.monotonic()
@@ -148,7 +122,7 @@ def _findings(args: argparse.Namespace, device: torch.device) -> Iterator:
             continue
         try:
             findings = sweep(case, device, good)
-        except Exception as error:  # one that has no room, for one, must not cost the others
+        except Exception as error:  # one that has too little memory must not cost the others
             print(f"left out: {case}: {failure(error)}", file=sys.stderr, flush=True)
             continue
         for finding in findings:
@@ -157,75 +131,20 @@ def _findings(args: argparse.Namespace, device: torch.device) -> Iterator:
         free_memory(device)
 
 
-def describe(finding) -> str:
+def chosen_cases(args: argparse.Namespace) -> "list[Case]":
+    """The cases that the options ask for: the layers of a model or of shapes, with each rank."""
+    from .cases import cases_of, layer_sizes
+
+    shapes = args.shapes or (*SHAPES, *GRAPHED)
+    if args.config is not None:
+        shapes = [(args.tokens, *sizes) for sizes in layer_sizes(args.config)]
+    return cases_of(shapes, args.ranks, NAMED_DTYPES[args.dtype])
+
+
+def describe(finding: "Finding") -> str:
     """A finding in words."""
     text = f"{finding.launch.op} {finding.default_s * 1e3:.3f} ms"
     if not finding.entries:
         return f"{text}, none of {finding.tried} is faster"
     changes = (f"{k} {finding.default[k]} -> {v}" for k, v in finding.entries.items())
     return f"{text}, {finding.speedup - 1:.1%} faster: {', '.join(changes)}"
-
-
-def chosen_cases(args: argparse.Namespace) -> list:
-    """Forward and backward of every layer and rank, and the updates of W."""
-    from .sweep import Linear, Update
-
-    dtype = NAMED_DTYPES[args.dtype]
-    shapes = args.shapes or (*SHAPES, *GRAPHED)
-    if args.config is not None:
-        shapes = [(args.tokens, *sizes) for sizes in _layers(args.config)]
-    cases = [
-        Linear(*shape, r, dtype, backward)
-        for r in _apart(args.ranks, 1)
-        for shape in shapes
-        for backward in (False, True)
-    ]
-    return cases + [
-        Update(r, dtype, rounding) for r in _apart(args.ranks, 2) for rounding in ROUNDINGS
-    ]
-
-
-def _apart(ranks: Iterable[int], columns: int) -> list[int]:
-    """The ranks that have rows of their own where a product has so many columns a rank."""
-    from ..kernels.runtime.tuned import padded_rank
-
-    return list({padded_rank(columns * r): r for r in ranks}.values())
-
-
-def _layers(config: Path) -> list[tuple[int, int]]:
-    """(in, out) of the model's linear layers, once each; its head is not adapted."""
-    from ..bench.model import Settings, build_model
-
-    _, model = build_model(torch.device("meta"), Settings(config=config))
-    head = model.get_output_embeddings()
-    layers = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    return list(dict.fromkeys((m.in_features, m.out_features) for m in layers))
-
-
-def write(path: Path, gpu: str, rows: dict) -> None:
-    """Write a table, all of it or nothing.
-
-    Raises:
-        ArgumentError: the file cannot be written.
-    """
-    import triton
-
-    from ..kernels.runtime.tuned import OPS, VERSION
-
-    lines = [
-        json.dumps({"op": op, "key": dict(zip(OPS[op][0], key, strict=True)), "config": entries})
-        for (op, key), entries in sorted(rows.items())
-    ]
-    head = json.dumps({"version": VERSION, "gpu": gpu, "triton": triton.__version__})
-    text = f'{head[:-1]}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"  # a row a line
-    parts = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parts.write_text(text)
-        os.replace(parts, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            parts.unlink()
-        raise ArgumentError(
-            "--output", f"{path} ({error})", "a file that can be written"
-        ) from error

@@ -1,12 +1,10 @@
-"""Which launch configurations are faster than the defaults on a GPU.
+"""The search for launch configurations that are faster than the defaults on a GPU.
 
-A case is one call: forward or backward of a LoRA linear, or the update of a list of weights. For
-each configuration that it asks for there is a short list of candidates. They are compiled in
-parallel processes, where one that does not fit the GPU, crashes or hangs does no harm. What then
-gives the default's result takes turns with it as CUDA graphs.
+For each configuration that a case asks for there is a short list of candidates. They are compiled
+in parallel processes, where one that does not fit the GPU, crashes or hangs does no harm. Those
+that then give the default's result take turns with it, as CUDA graphs.
 """
 
-import functools
 import multiprocessing
 import os
 import statistics
@@ -17,35 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bench.timing import failure, graphed, sample
-from ..checks import dtype_name
-from ..kernels import delta_update
-from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
-from ..kernels.lora_linear import portable as lora_linear
+from ..bench.clocks import graphed, sample, synchronize
+from ..bench.records import failure
 from ..kernels.runtime import tuned
 from ..kernels.runtime.tuned import Launch, Rows
-from ..ops.dispatch import choose_path
+from .cases import Call, Case
 
-MARGIN = 0.02  # a candidate that is faster by less could be one by chance
-
-
+MARGIN = 0.02  # a candidate that is faster by less could be so by chance
 ROUNDS, CALLS = 7, 5
-
-
 WORKERS = 8  # each holds a CUDA context
-
-
-LAYERS = 8  # of an update: more bytes than any cache holds
-
-
-LAYER = 4096
-
-
-SCALING = 2.0
-
-
-Call = Callable[[], list[Tensor]]
-
 
 Entries = dict[str, int]
 
@@ -85,121 +63,16 @@ CANDIDATES = {
 }  # fmt: skip
 
 
-# --------------------------------------------------------------------------- cases
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Forward or backward of a layer: M tokens, K in, N out, rank r."""
-
-    m: int
-    k: int
-    n: int
-    r: int
-    dtype: torch.dtype
-    backward: bool
-
-    def __str__(self) -> str:
-        mode = "backward" if self.backward else "forward"
-        return f"lora_linear {self.m}x{self.k}x{self.n} r{self.r} {dtype_name(self.dtype)} {mode}"
-
-    @property
-    def kind(self) -> tuple:
-        """Cases of one kind have kernels in common, whatever their sizes."""
-        few = min(self.m, lora_linear_hopper.LEAST_TOKENS)
-        return Linear, few, self.r, self.dtype, self.backward
-
-    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
-        shapes = (self.m, self.k), (self.n, self.k), (self.r, self.k), (self.n, self.r)
-        randn = functools.partial(torch.randn, device=device, dtype=self.dtype)
-        x, weight, lora_A, lora_B = (randn(shape) for shape in shapes)
-        layer = x, weight / self.k**0.5, lora_A / self.k**0.5, lora_B
-        if not self.backward:
-            return layer
-        kept = self._kernels(device).lora_linear_fwd(*layer, SCALING, None, None)[1]
-        return randn(self.m, self.n), *layer, kept
-
-    def call(self, inputs: tuple) -> Call:
-        kernels = self._kernels(inputs[0].device)
-        if self.backward:
-            needs = True, True, True, False
-            return lambda: list(kernels.lora_linear_bwd(*inputs, SCALING, None, needs)[:3])
-        # What else it keeps has gone into y.
-        return lambda: [kernels.lora_linear_fwd(*inputs, SCALING, None, None)[0]]
-
-    def _kernels(self, device: torch.device):
-        backend = choose_path(device, self.dtype, layer=(self.n, self.k, self.r)).backend
-        return lora_linear_hopper if backend == "hopper" else lora_linear
-
-    def agree(self, found: list[Tensor], usual: list[Tensor]) -> bool:
-        """To one rounding of the dtype: sums may be in another order."""
-        pairs = [(f.float(), u.float()) for f, u in zip(found, usual, strict=True)]
-        limit = torch.finfo(self.dtype).eps / 2
-        return all(((f - u).norm() <= limit * u.norm()).item() for f, u in pairs)
-
-
-@dataclass(frozen=True)
-class Update:
-    """The update of W for a list of layers with adapters of rank r."""
-
-    r: int
-    dtype: torch.dtype
-    rounding: str
-    size: int = LAYER
-
-    def __str__(self) -> str:
-        shape = f"{LAYERS} x {self.size}x{self.size} r{self.r}"
-        return f"delta_update {shape} {dtype_name(self.dtype)} {self.rounding}"
-
-    @property
-    def kind(self) -> tuple:
-        return Update, self.r, self.dtype, self.rounding
-
-    def inputs(self, device: torch.device) -> tuple[list[Tensor], ...]:
-        torch.manual_seed(0)
-        randn = functools.partial(torch.randn, device=device)
-        size, r = self.size, self.r
-        weights = [(randn(size, size) * 0.02).to(self.dtype) for _ in range(LAYERS)]
-        factors = [(randn(r, size), randn(size, r)) for _ in range(2 * LAYERS)]
-        As, Bs = zip(*factors[:LAYERS], strict=True)
-        delta_As, delta_Bs = zip(*((a * 1e-3, b * 1e-3) for a, b in factors[LAYERS:]), strict=True)
-        return weights, *map(list, (As, Bs, delta_As, delta_Bs))
-
-    def call(self, inputs: tuple) -> Call:
-        weights = [w.clone() for w in inputs[0]]
-        low = []
-        if self.rounding == "remainder":
-            low_dtype = torch.int16 if self.dtype == torch.bfloat16 else self.dtype
-            low = [torch.zeros_like(w, dtype=low_dtype) for w in weights]
-        scales, step = [SCALING] * LAYERS, torch.zeros_like(weights[0][0, 0], dtype=torch.int64)
-        update = delta_update.DeltaUpdate(weights, *inputs[1:], scales, self.rounding, low, 0)
-
-        def call() -> list[Tensor]:
-            update(step, None)
-            return weights + low
-
-        return call
-
-    def agree(self, found: list[Tensor], usual: list[Tensor]) -> bool:
-        """To the bit: blocks do not change this result."""
-        return all(map(torch.equal, found, usual))
-
-
-Case = Linear | Update
-
-
 # ------------------------------------------------------------------------- compile
 
 
 def _run_once(case: Case, device: torch.device, table: Rows) -> tuple[Launch, ...]:
-    """Compile and run a case; the launches that it asks a configuration for."""
+    """Compile and run a case; returns the launches for which it asks a configuration."""
     tuned.use(device, {})
     inputs = case.inputs(device)
     tuned.use(device, table)
     launches = tuned.asked(lambda: case.call(inputs)())
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return tuple(launches)
 
 
@@ -213,16 +86,21 @@ def _trial(case: Case, op: str, entries: Entries) -> Trial:
 def try_out(
     cases: Iterable[Case], device: torch.device, until: float, workers: int = WORKERS
 ) -> tuple[set[Trial], list[str]]:
-    """(what compiles and runs, why a default did not), one case of each kind standing for all.
+    """Run every candidate of every kind of case once, in other processes.
 
     Args:
-        until: by `time.monotonic`; what is not ready then does not count as running.
-        workers: processes at most.
+        cases: the first of each kind stands for all of them.
+        device: where.
+        until: a time of `time.monotonic`; what is not ready then does not count as running.
+        workers: how many processes at most.
+
+    Returns:
+        What compiles and runs, and for each kind whose default does not, a note that says why.
     """
     first = {case.kind: case for case in reversed(list(cases))}.values()
     workers = min(workers, len(os.sched_getaffinity(0)))
     good, notes, trials = set(), [], []
-    # Leaving this block ends the processes, also one that hangs.
+    # Leaving this block ends the processes, even one that hangs.
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         defaults = [(case, pool.apply_async(_run_once, (case, device, {}))) for case in first]
         for case, default in defaults:
@@ -239,7 +117,7 @@ def try_out(
             try:
                 job.get(max(0.0, until - time.monotonic()))
                 good.add(trial)
-            except Exception:  # does not fit, or is not ready in time
+            except Exception:  # it does not fit, or is not ready in time
                 continue
     return good, notes
 
@@ -251,8 +129,8 @@ def try_out(
 class Clock:
     """How candidates are timed.
 
-    ``freeze`` makes a call that keeps the configuration of now; ``times`` gives the seconds of each
-    of some such calls, one number a round.
+    ``freeze`` makes a call that keeps the present configuration. ``times`` takes such calls and
+    gives the seconds of each, one number per round.
     """
 
     freeze: Callable[[Call], Call]
@@ -273,7 +151,16 @@ GPU_CLOCK = Clock(graphed, _times)
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one launch of a case; ``entries``, where empty, are the default's."""
+    """The result of tuning one launch of a case.
+
+    Attributes:
+        launch: its key in the table.
+        default: its default configuration.
+        entries: the entries that are faster than the default's; none where nothing is.
+        default_s: seconds of the default.
+        speedup: its time over that of ``entries``.
+        tried: how many candidates were timed.
+    """
 
     launch: Launch
     default: dict
@@ -284,12 +171,18 @@ class Finding:
 
 
 def sweep(
-    case: Case, device: torch.device, good: Collection[Trial] | None = None, clock=GPU_CLOCK
+    case: Case,
+    device: torch.device,
+    good: Collection[Trial] | None = None,
+    clock: Clock = GPU_CLOCK,
 ) -> list[Finding]:
-    """Each launch of a case in turn, those before it as they were found best.
+    """Tune the launches of a case one after another, each beside the best of those before it.
 
     Args:
-        good: the trials to take candidates from; None is all.
+        case: what to run.
+        device: where.
+        good: the trials that run, as `try_out` found them; None takes all candidates.
+        clock: how they are timed.
     """
     tuned.use(device, {})
     inputs, table, findings = case.inputs(device), {}, []
@@ -304,14 +197,14 @@ def sweep(
                 try:
                     changed = {**table, launch: entries}
                     call = _frozen(case, inputs, device, changed, clock, usual)
-                except Exception:  # fits the case of its kind that was tried, but not this one
+                except Exception:  # it fits the case that was tried for its kind, but not this one
                     continue
                 if call is not None:
                     calls.append(call)
                     tried.append(entries)
             found = clock.times(calls, device)
             best, speedup = max(range(len(calls)), key=lambda i: _speedup(found, i)), 1.0
-            if best:  # the fastest of many is so by luck too: once more, alone with the default
+            if best:  # the fastest of many may be lucky: once more, alone with the default
                 again = clock.times([calls[0], calls[best]], device)
                 speedup = min(_speedup(found, best), _speedup(again, 1))
             entries = tried[best] if speedup > 1 + MARGIN else {}
@@ -325,8 +218,15 @@ def sweep(
     return findings
 
 
-def _frozen(case, inputs, device, table, clock, usual=None) -> Call | None:
-    """The call under ``table``; None where it does not give the ``usual`` result, twice over."""
+def _frozen(
+    case: Case,
+    inputs: tuple,
+    device: torch.device,
+    table: Rows,
+    clock: Clock,
+    usual: list[Tensor] | None = None,
+) -> Call | None:
+    """The call under ``table``; None unless it gives the ``usual`` result, the same one twice."""
     tuned.use(device, table)
     if usual is not None:
         found = case.call(inputs)()
@@ -337,5 +237,5 @@ def _frozen(case, inputs, device, table, clock, usual=None) -> Call | None:
 
 
 def _speedup(found: list[list[float]], i: int) -> float:
-    """Of call i over call 0: the median of the rounds' ratios, which drifting clocks leave."""
+    """Speedup of call i over call 0: the median of ratios within rounds, which ignores drift."""
     return statistics.median(a / b for a, b in zip(found[0], found[i], strict=True))

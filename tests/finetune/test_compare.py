@@ -1,10 +1,8 @@
 """`deltadiff compare` on tiny models: records, tables, going on, what cannot run, bad input."""
 
-import importlib.util
 import json
 import statistics
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -339,28 +337,3 @@ def test_a_preset_is_for_all_methods(tmp_path):
     }
     with pytest.raises(ArgumentError):
         compare.cases(given | {"preset": "none"}, tmp_path, ["lora"], 1)
-
-
-# ---------------------------------------------------------------- the tables of README
-
-
-@pytest.fixture(scope="module")
-def tables():
-    path = Path(__file__).parents[2] / "benchmarks" / "tables.py"
-    spec = importlib.util.spec_from_file_location("tables", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_table_of_readme_comes_from_the_records(done, tables, monkeypatch):
-    _, records = done
-    monkeypatch.setattr(tables, "PARTS", {"compare": tables.PARTS["compare"]})
-    text = "before <!-- compare -->old<!-- end --> after"
-    filled = tables.fill(text, records)
-    assert compare_report.markdown(records) in filled and "old" not in filled
-    assert tables.fill(filled, records) == filled
-    assert tables.fill(text, []) == "before <!-- compare -->not measured yet<!-- end --> after"
-    assert tables.fill("no mark", []) == "no mark"
-    with pytest.raises(SystemExit, match="compare"):
-        tables.fill("no mark", records)

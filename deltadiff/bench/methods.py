@@ -1,0 +1,180 @@
+"""The ways to train that `deltadiff bench model` compares, each taken out again after its turn."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import HALF_DTYPES, dtype_name
+from ..layers.swap import swap_, unswap_
+from ..optim.delta_lora import DeltaLoRA
+from .models import Batch
+from .peers import has_peft, naive_update
+
+LR, UPDATE_RATIO, ALPHA = 1e-4, 0.5, 16
+
+Step = Callable[[], object]
+Names = list[str] | str  # of the layers to adapt, for PEFT and `swap_` alike
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that all methods share.
+
+    Attributes:
+        config: a Hugging Face config file; None is Llama-2-7B's shape, or on a CPU a small one.
+        batch, sequence: texts per step, and the tokens of each.
+        r: the rank of the pairs.
+        dtype: of the model.
+        adapter_dtype: of A and B in deltadiff's layers; PEFT's variants have their own.
+        steps: how many steps are timed.
+    """
+
+    config: Path | None = None
+    batch: int = 4
+    sequence: int = 2048
+    r: int = 8
+    dtype: torch.dtype = torch.bfloat16
+    adapter_dtype: torch.dtype = torch.float32
+    steps: int = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        variant: the library, as records name it.
+        method, rounding: what it does, as records name it.
+        checkpointed: whether it is also measured with gradient checkpointing, all layers adapted.
+        attach: attach(model, names, batch, settings) puts it into a model: a context that yields
+            its training step and leaves the model as it was, but for updates of W.
+    """
+
+    variant: str
+    method: str
+    rounding: str | None
+    checkpointed: bool
+    attach: Callable[[nn.Module, Names, Batch, Settings], AbstractContextManager[Step]]
+
+    def adapter_dtype(self, settings: Settings) -> str:
+        """The name of the dtype of A and B."""
+        own = {"peft": torch.float32, "peft-bf16": settings.dtype}
+        return dtype_name(own.get(self.variant, settings.adapter_dtype))
+
+
+def methods() -> tuple[Method, ...]:
+    """The methods in the order in which they run; those of PEFT only where it is installed."""
+
+    def peft(**how) -> Callable:
+        return functools.partial(_peft, **how)
+
+    def deltadiff(**options) -> Callable:
+        return functools.partial(_deltadiff, options)
+
+    naive = peft(layer_dtype=True, naive_delta_lora=True)
+    in_place = "Delta-LoRA in place"
+    peers = (
+        Method("peft", "LoRA", None, True, peft(layer_dtype=False)),
+        Method("peft-bf16", "LoRA", None, True, peft(layer_dtype=True)),
+        Method("peft-bf16", "naive Delta-LoRA", None, True, naive),
+    )
+    ours = (
+        Method("deltadiff", "LoRA", None, True, deltadiff(update_ratio=0.0)),
+        Method("deltadiff", in_place, "remainder", True, deltadiff(rounding="remainder")),
+        Method("deltadiff", in_place, "nearest", False, deltadiff(rounding="nearest")),
+        Method("deltadiff", "Delta-LoRA factored", None, False, deltadiff(w_update="factored")),
+    )
+    return (*peers, *ours) if has_peft() else ours
+
+
+def forward_backward(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> None:
+    """The model's own loss, and its gradients down to the embeddings."""
+    batch.embeds.grad = None
+    with ExitStack() as stack:
+        if autocast:
+            stack.enter_context(torch.autocast(batch.labels.device.type, dtype=autocast))
+        loss = model(inputs_embeds=batch.embeds, labels=batch.labels, use_cache=False).loss
+    loss.backward()
+
+
+def _randomise(model: nn.Module) -> list[Tensor]:
+    """The trainable parameters, filled with noise: a product with zeros would be faster."""
+    found = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in found:
+            p.normal_(std=0.02)
+    return found
+
+
+@contextmanager
+def _deltadiff(
+    options: Mapping, model: nn.Module, names: Names, batch: Batch, settings: Settings
+) -> Iterator[Step]:
+    swap_(
+        model, r=settings.r, lora_alpha=ALPHA, target_modules=names,
+        adapter_dtype=settings.adapter_dtype,
+    )  # fmt: skip
+    try:
+        _randomise(model)
+        optimizer = DeltaLoRA(model, lr=LR, **{"update_ratio": UPDATE_RATIO, **options})
+
+        def step() -> None:
+            forward_backward(model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", 'rounding="nearest" lost')
+            yield step
+    finally:
+        unswap_(model)
+
+
+@contextmanager
+def _peft(
+    model: nn.Module,
+    names: Names,
+    batch: Batch,
+    settings: Settings,
+    *,
+    layer_dtype: bool,
+    naive_delta_lora: bool = False,
+) -> Iterator[Step]:
+    """PEFT. Its adapters are float32 under autocast, as trainers run it, or of the layers' dtype.
+
+    ``naive_delta_lora`` also updates W after each step, by the formula in plain PyTorch.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=settings.r, lora_alpha=ALPHA, target_modules=names)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=not layer_dtype)
+    try:
+        params = _randomise(wrapped)
+        optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+        half = settings.dtype in HALF_DTYPES
+        autocast = settings.dtype if half and not layer_dtype else None
+        layers = [m for m in wrapped.modules() if hasattr(m, "lora_A")] if naive_delta_lora else []
+        pairs = [(m.lora_B["default"].weight, m.lora_A["default"].weight) for m in layers]
+        weights = [m.get_base_layer().weight for m in layers]
+        scale = UPDATE_RATIO * ALPHA / settings.r
+
+        def step() -> None:
+            forward_backward(wrapped, batch, autocast)
+            old = [(b.detach().clone(), a.detach().clone()) for b, a in pairs]
+            optimizer.step()
+            with torch.no_grad():
+                naive_update(weights, pairs, old, scale)
+            optimizer.zero_grad()
+
+        yield step
+    finally:
+        wrapped.unload()
+        for name in ("peft_config", "_hf_peft_config_loaded"):  # PEFT would warn of an adapter
+            model.__dict__.pop(name, None)
+        model.requires_grad_(False)

@@ -1,0 +1,97 @@
+"""benchmarks/tables.py: what it writes between the marks, and the pages that hold the tables."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def records(tables):
+    return tables.load()
+
+
+def test_only_what_is_between_the_marks_is_written(tables, records):
+    parts = {"compare": tables.DOCUMENTS[tables.ALL]["compare"]}
+    text = "before <!-- compare -->old<!-- end --> after"
+    filled = tables.fill(text, parts, records)
+    assert filled.startswith("before <!-- compare -->\n") and filled.endswith("<!-- end --> after")
+    assert "old" not in filled and tables.fill(filled, parts, records) == filled
+    assert tables.fill(text, parts, []) == text.replace("old", "not measured yet")
+    assert tables.fill("no mark", parts, []) == "no mark"
+    with pytest.raises(SystemExit, match="compare"):
+        tables.fill("no mark", parts, records)
+
+
+def test_comparisons_are_in_the_words_of_deltadiff_compare(tables, records):
+    (path,) = tables.RESULTS.glob("compare-sst2-nvidia-h100-*.json")
+    mine = json.loads(path.read_text())
+    text = tables.compare_tables(mine)
+    assert tables.markdown(mine) in text
+    assert tables.caption(mine) in text
+
+
+def test_every_plot_and_figure_is_linked_and_there(tables):
+    for document in tables.DOCUMENTS:
+        links = [
+            line[line.index("](") + 2 : -1]
+            for line in document.read_text().splitlines()
+            if line.startswith("![")
+        ]
+        assert links and all((document.parent / link).is_file() for link in links)
+
+
+def test_the_table_of_the_front_page_is_short_and_of_one_machine(tables, records):
+    write, belongs = tables.DOCUMENTS[tables.FRONT]["summary"]
+    mine = [r for r in records if belongs(r)]
+    assert {r["gpu"] for r in mine} == {tables.SUMMARY_GPU}
+    lines = write(mine).splitlines()
+    rows = [line for line in lines if line.startswith("|")][2:]
+    assert 5 <= len(rows) <= 10 and sum(line.startswith("![") for line in lines) == 2
+    assert len(tables.FRONT.read_text().splitlines()) <= 250
+
+
+def test_a_row_of_the_front_page_comes_from_its_records(tables):
+    shape = {"M": 8192, "K": 4096, "N": 4096, "r": 16}
+    fields = {"op": "lora_linear", "mode": "forward", "graph": False, "shape": shape, "gpu": "x"}
+    fields["dtype"] = tables.SUMMARY_DTYPE
+
+    def record(variant, p50_ms, over_floor, peak_mib=512.0):
+        times = {"p50_ms": p50_ms, "over_floor": over_floor, "peak_mib": peak_mib, "note": None}
+        return {**fields, "variant": variant, **times}
+
+    frozen, ours = record("frozen", 2.0, 1.0), record("deltadiff", 2.5, 1.25, 1024.0)
+    peft = record("peft-bf16", 5.0, 2.5, 2048.0)
+    (row,) = (line for line in tables.summary([frozen, ours, peft]).splitlines() if "8192" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "a layer, forward", "8192x4096x4096 r16", "frozen 2.00", "**1.25**", "", "2.50", "", "",
+        "1.00", "2.00",
+    ]  # fmt: skip
+    assert "8192" not in tables.summary([ours, peft])  # without a floor there is no row
+
+
+def test_check_says_what_is_not_up_to_date(tables, monkeypatch, capsys, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- verify -->old<!-- end -->")
+    parts = {"verify": tables.DOCUMENTS[tables.ALL]["verify"]}
+    monkeypatch.setattr(tables, "DOCUMENTS", {page: parts})
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "stale_plots", lambda *_: [])
+    monkeypatch.setattr(tables, "write_plots", lambda *_: [])
+    assert tables.main(["--check"]) == 1
+    assert "not up to date: README.md" in capsys.readouterr().out
+    assert tables.main([]) == 0
+    assert tables.main(["--check"]) == 0
