@@ -1,14 +1,14 @@
-"""The end of an optimizer step: all that is counted on the device, in one launch.
+"""The end of an optimizer step: one launch advances everything that is counted on the device.
 
-Counts stay on the device because only the device knows whether a step was skipped, and because a
-step that is replayed from a CUDA graph has no host code.
+The counts are on the device because only the device knows whether a step was skipped, and because a
+step that is replayed from a CUDA graph runs no code on the host.
 """
 
 import triton
 import triton.language as tl
 
-from .runtime.cached_launch import launch
-from .runtime.multi_tensor import on_device
+from .runtime.cached_launch import launch_cached
+from .runtime.gpu import on_device
 
 _POINTERS = (
     "iteration_ptr", "steps_ptr", "grads_ptr", "firsts_ptr", "flags_ptr", "gates_ptr",
@@ -19,7 +19,7 @@ _POINTERS = (
 @triton.jit(
     do_not_specialize=["n_steps", "n_flags", "n_gates"], do_not_specialize_on_alignment=_POINTERS
 )
-def _advance_kernel(
+def _advance_counters_kernel(
     iteration_ptr, steps_ptr, grads_ptr, n_steps, firsts_ptr, flags_ptr, n_flags,
     gates_ptr, opened_ptr, opens_ptr, n_gates, found_inf_ptr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -46,15 +46,20 @@ def _advance_kernel(
         mask &= iteration >= tl.load(opens_ptr + offs, mask=mask, other=0)
         opened = tl.load(opened_ptr + offs, mask=mask, other=0.0)
         tl.store(gates_ptr + offs, opened, mask=mask)
-    tl.debug_barrier()  # every thread has read the old count
+    tl.debug_barrier()  # wait until every thread has read the old count
     tl.store(iteration_ptr, iteration)
 
 
-def advance_(iteration, steps, grads, firsts, flags, gates, opened, opens, found_inf) -> None:
-    """One optimizer step was done, unless ``found_inf``; see `ops.reference.advance_ref_`."""
+def advance_counters_(
+    iteration, steps, grads, firsts, flags, gates, opened, opens, found_inf
+) -> None:
+    """Count one optimizer step as done, unless ``found_inf`` is set.
+
+    `deltadiff.ops.reference.advance_ref_` describes the arguments.
+    """
     with on_device(iteration.device):
-        launch(
-            _advance_kernel, (1,), (gates.dtype, found_inf is None),
+        launch_cached(
+            _advance_counters_kernel, (1,), (gates.dtype, found_inf is None),
             iteration, steps, grads, steps.numel(), firsts, flags, firsts.numel(),
             gates, opened, opens, gates.numel(), found_inf, 1024, num_warps=4,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
-from ..kernels.runtime.async_copy import is_capturing
+from ..kernels.runtime.gpu import is_capturing
 from ..layers.lora_linear import LoraLinear
 from ..layers.pending_delta import LowRankFactors
 from ..layers.writable import check_writable

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import wide_dtype
 from ..errors import ArgumentError
-from ..kernels.runtime.async_copy import send
+from ..kernels.runtime.async_copy import copy_async
 from ..ops.dispatch import choose_path
 from ..ops.prepared import prepare_adamw_step, run_advance
 from . import address_tracker as step_watch
@@ -140,7 +140,7 @@ class DeviceStep:
         if self.seen & step_watch.GRADS or self.grads is None or capturing:
             addresses = self.step_watch.grads()
             # Never the old vector: a captured graph may be reading it.
-            self.grads = send(addresses, torch.empty_like(addresses, device=self.device))
+            self.grads = copy_async(addresses, torch.empty_like(addresses, device=self.device))
             self.parts = [(run, self.grads[run.place]) for run in self.runs]
         if grad_scale is not None:
             grad_scale = grad_scale.to(self.device, non_blocking=True)

@@ -210,10 +210,17 @@ def write(path: Path, gpu: str, rows: dict) -> None:
     """
     import triton
 
-    from ..kernels.runtime.tuned import OPS, VERSION
+    from ..kernels.launch_configs import LAUNCH_CONFIGS
+    from ..kernels.runtime.tuned import VERSION
 
     lines = [
-        json.dumps({"op": op, "key": dict(zip(OPS[op][0], key, strict=True)), "config": entries})
+        json.dumps(
+            {
+                "op": op,
+                "key": dict(zip(LAUNCH_CONFIGS[op].keys, key, strict=True)),
+                "config": entries,
+            }
+        )
         for (op, key), entries in sorted(rows.items())
     ]
     head = json.dumps({"version": VERSION, "gpu": gpu, "triton": triton.__version__})

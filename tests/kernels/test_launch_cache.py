@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from deltadiff.kernels.runtime.launch_cache import Seen, fingerprint
 
 from deltadiff import adamw_step_, delta_update_
 from deltadiff.errors import ArgumentError, ArgumentTypeError
+from deltadiff.kernels.runtime.launch_cache import Seen, fingerprint
 from deltadiff.ops import adamw_step, delta_update
 
 pytest.importorskip("deltadiff._C", exc_type=ImportError)

@@ -3,23 +3,18 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from deltadiff.kernels import delta_update
-from deltadiff.kernels.lora_linear import (
-    few_tokens as lora_linear_few,
-)
-from deltadiff.kernels.lora_linear import (
-    hopper as lora_linear_hopper,
-)
-from deltadiff.kernels.lora_linear import (
-    portable as lora_linear,
-)
-from deltadiff.kernels.runtime import tuned
-from deltadiff.kernels.runtime.tuned import Launch, TableError
 
 from deltadiff.__main__ import main
+from deltadiff.kernels import delta_update
+from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
+from deltadiff.kernels.lora_linear.hopper_config import HOPPER as DECLARED
+from deltadiff.kernels.lora_linear.hopper_config import hopper_config
+from deltadiff.kernels.runtime import tuned
+from deltadiff.kernels.runtime.tuned import Launch, TableError
 from deltadiff.ops import dispatch as paths
 from deltadiff.tuning import command as tune
 from deltadiff.tuning import sweep as tune_sweep
@@ -32,14 +27,14 @@ ARGS = (8192, 4096, 16, 132)
 KEY = (8192, 4096, 4096, 16, False)
 HOPPER = Launch("lora_linear_hopper", KEY)
 ROW = {"op": "lora_linear_hopper", "config": {"GROUP_SIZE_M": 4},
-       "key": dict(zip(tuned.OPS["lora_linear_hopper"][0], KEY, strict=True))}  # fmt: skip
-DEFAULTS = {
-    "lora_linear_down": lora_linear.down_config(64, 64, 8, 2),
-    "lora_linear_fwd": lora_linear.fwd_config(64, 64, 8, 2, "ieee", 99),
-    "lora_linear_few": lora_linear_few.few_config(64, 64, 64, 8, 99),
-    "lora_linear_wgrad": lora_linear.wgrad_config(64, 64, 8, 2),
-    "lora_linear_hopper": lora_linear_hopper.hopper_config(*ARGS),
-    "delta_update": delta_update.delta_update_config((9, 0), "nearest", 16, 2),
+       "key": dict(zip(DECLARED.keys, KEY, strict=True))}  # fmt: skip
+DEFAULT_ARGS = {
+    "lora_linear_down": (64, 64, 8, 2),
+    "lora_linear_fwd": (64, 64, 8, 2, "ieee", 99),
+    "lora_linear_few": (64, 64, 64, 8, 99),
+    "lora_linear_wgrad": (64, 64, 8, 2),
+    "lora_linear_hopper": ARGS,
+    "delta_update": ((9, 0), "nearest", 16, 2),
 }
 
 
@@ -66,21 +61,20 @@ def table(*rows, version=tuned.VERSION) -> str:
 
 
 def chosen(device, key=KEY) -> dict:
-    default = lora_linear_hopper.hopper_config
-    return tuned.config("lora_linear_hopper", device, default, ARGS, key)
+    return DECLARED.choose(device, ARGS, key)
 
 
 # ------------------------------------------------------------------------- look-up
 
 
 def test_without_a_table_it_is_the_default(files):
-    assert chosen(CPU) == chosen(GPU) == lora_linear_hopper.hopper_config(*ARGS)
+    assert chosen(CPU) == chosen(GPU) == hopper_config(*ARGS)
     assert tuned.describe(GPU) == tuned.describe(CPU) == "defaults"
 
 
 def test_row_replaces_its_entries_only(files):
     files[0].write_text(table(ROW))
-    default = lora_linear_hopper.hopper_config(*ARGS)
+    default = hopper_config(*ARGS)
     assert chosen(GPU) == default | {"GROUP_SIZE_M": 4} != default
     assert chosen(GPU, (5000, *KEY[1:])) == chosen(GPU)  # tokens up to a power of two
     for other in ((4096, *KEY[1:]), (8192, 4096, 4096, 16, True), (8192, 4096, 4096, 32, False)):
@@ -90,7 +84,7 @@ def test_row_replaces_its_entries_only(files):
 
 def test_launchers_may_change_what_they_got():
     chosen(CPU).clear()
-    assert chosen(CPU) == lora_linear_hopper.hopper_config(*ARGS)
+    assert chosen(CPU) == hopper_config(*ARGS)
 
 
 def test_the_users_row_comes_before_the_shipped_one(files):
@@ -103,11 +97,12 @@ def test_the_users_row_comes_before_the_shipped_one(files):
     assert f"2 shipped ({files[0]})" in text and f"1 user's ({files[1]})" in text
 
 
-@pytest.mark.parametrize("op", tuned.OPS)
+@pytest.mark.parametrize("op", LAUNCH_CONFIGS)
 def test_rows_are_about_entries_that_launchers_know(op):
-    entries = tuned.OPS[op][1]
-    assert set(entries) <= set(DEFAULTS[op]) and "splits" not in entries
-    for candidate in tune_sweep.CANDIDATES[op]:
+    declared = LAUNCH_CONFIGS[op]
+    entries = declared.entries
+    assert set(entries) <= set(declared.default(*DEFAULT_ARGS[op])) and "splits" not in entries
+    for candidate in declared.candidates:
         assert candidate and set(candidate) <= set(entries)
 
 
@@ -148,7 +143,7 @@ def test_what_is_no_table_is_named(tmp_path, text):
 def test_table_for_other_kernels_is_ignored(files):
     files[0].write_text(table({"op": "of another time"}, version=tuned.VERSION + 1))
     with pytest.warns(UserWarning, match=f"{files[0]} is for version .*: ignored"):
-        assert chosen(GPU) == lora_linear_hopper.hopper_config(*ARGS)
+        assert chosen(GPU) == hopper_config(*ARGS)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -165,9 +160,7 @@ def test_what_is_written_is_read(tmp_path):
         tune.write(path / "below a file", NAME, rows)
 
 
-@pytest.mark.parametrize(
-    "shipped", sorted(tuned.shipped_path("x").parent.glob("tuned-*.json")), ids=str
-)
+@pytest.mark.parametrize("shipped", sorted(tuned.shipped_path("x").parent.glob("*.json")), ids=str)
 def test_shipped_tables(shipped, recwarn):
     assert tuned.load(shipped) and not recwarn
     assert shipped == tuned.shipped_path(json.loads(shipped.read_text())["gpu"])
@@ -180,11 +173,15 @@ LINEARS = [Linear(24, 64, 48, r, torch.float16, b) for r in (4, 65) for b in (Fa
 REMAINDER = Update(4, torch.float16, "remainder", 64)
 
 
+def remainder_config() -> dict:
+    """The configuration that an update of REMAINDER has now."""
+    args = (0, 0), "remainder", 8, 2
+    return delta_update.DELTA_UPDATE.choose(CPU, args, (8, 2, "remainder"))
+
+
 def clock(seconds) -> Clock:
     """The seconds of each round are what ``seconds`` makes of an update's configuration."""
-    default, key = delta_update.delta_update_config, (8, 2, "remainder")
-    args = "delta_update", CPU, default, ((0, 0), "remainder", 8, 2), key
-    return Clock(lambda _: tuned.config(*args), lambda calls, _: list(map(seconds, calls)))
+    return Clock(lambda _: remainder_config(), lambda calls, _: list(map(seconds, calls)))
 
 
 @pytest.fixture
@@ -206,7 +203,7 @@ def test_candidates_give_the_defaults_result(case):
     assert {f.launch for f in findings} == set(tuned.asked(lambda: case.call(inputs)()))
     for f in findings:
         default = f.default.items()
-        known = [c for c in tune_sweep.CANDIDATES[f.launch.op] if not c.items() <= default]
+        known = [c for c in LAUNCH_CONFIGS[f.launch.op].candidates if not c.items() <= default]
         assert f.tried == len(known) > 0 and f.entries == {} and f.speedup == 1.0
 
 
@@ -244,25 +241,26 @@ def test_wrong_candidates_are_not_timed(monkeypatch, what):
     class Broken(plain):
         def __init__(self, weights, *rest):
             super().__init__(weights, *rest)
-            self.weights = weights
+            self.weights, self.block_k = weights, remainder_config()["BLOCK_SIZE_K"]
 
         def __call__(self, *args):
             super().__call__(*args)
-            if self.blocks[1] == 128:
+            if self.block_k == 128:
                 if what == "raises":
                     raise RuntimeError("out of resources")
                 self.weights[0][0, 0] += 1 if what == "wrong" else next(count)
 
     monkeypatch.setattr(delta_update, "DeltaUpdate", Broken)
     (finding,) = sweep(REMAINDER, CPU, clock=clock(lambda _: [1.0]))
-    left = [c for c in tune_sweep.CANDIDATES["delta_update"] if c["BLOCK_SIZE_K"] != 128]
+    left = [c for c in LAUNCH_CONFIGS["delta_update"].candidates if c["BLOCK_SIZE_K"] != 128]
     assert finding.tried == sum(not c.items() <= finding.default.items() for c in left) > 0
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_candidates_are_tried_out_in_other_processes(monkeypatch):
     good, bad = {"BLOCK_SIZE_N": 16}, {"BLOCK_SIZE_K": 16}  # of which 32 columns cannot be made
-    monkeypatch.setitem(tune_sweep.CANDIDATES, "delta_update", [good, bad])
+    declared = replace(delta_update.DELTA_UPDATE, candidates=[good, bad])
+    monkeypatch.setitem(LAUNCH_CONFIGS, "delta_update", declared)
     case = Update(4, torch.float16, "nearest", 64)
     ready, notes = tune_sweep.try_out([case], CPU, time.monotonic() + 100, workers=1)
     assert ready == {(case.kind, "delta_update", frozenset(good.items()))} and not notes
@@ -306,7 +304,7 @@ def test_default_that_wins_replaces_the_shipped_row(files, found):
     files[0].write_text(table(ROW))
     found(finding({}))
     assert main(["tune"]) == 0
-    assert chosen(GPU) == lora_linear_hopper.hopper_config(*ARGS)
+    assert chosen(GPU) == hopper_config(*ARGS)
 
 
 def test_what_one_of_two_cases_found_stays(files, found):
