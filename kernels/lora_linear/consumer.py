@@ -13,10 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..runtime.aggregate import aggregate
+from ..runtime.gluon_compat import aggregate, barrier, tma_store
 from .schedule import COLUMN_ITEM, FIRST_TILE, RANK_ITEM, async_proxy_fence
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name before Triton 3.7
 # Arguments that may be None, which is a constexpr in a kernel.
 optional = gl.tensor | gl.constexpr
 
@@ -157,7 +156,7 @@ def _tile(it, pid_m, pid_n, problem, results, pipe, steps):
     tma.store_wait(0)
     y_buf.store(acc.to(y_buf.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(results.y, [pid_m * BLOCK_SIZE_M, n0], y_buf)
+    tma_store(results.y, [pid_m * BLOCK_SIZE_M, n0], y_buf)
     return it + 1
 
 

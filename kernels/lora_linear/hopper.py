@@ -26,6 +26,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from ..runtime.gluon_compat import reinterpret
 from .consumer import Problem, Results, consume
 from .producer import Sources, produce
 from .schedule import Pipeline, Schedule
@@ -72,17 +73,20 @@ def _lora_linear_hopper_kernel(
     ROWS: gl.constexpr = 2 if q_numel >= 2 * v_numel and q_numel >= 2 * p_numel else 1
     more_v_bufs = v_bufs
     if ROWS == 2:
-        more_v_bufs = q_bufs._reinterpret(
-            dtype, [STAGES * q_numel // v_numel] + v_desc.block_type.shape, v_desc.layout
+        more_v_bufs = reinterpret(
+            q_bufs, dtype, [STAGES * q_numel // v_numel] + v_desc.block_type.shape, v_desc.layout
         )
-    p_bufs = q_bufs._reinterpret(
-        dtype, [STAGES * q_numel // p_numel] + p_desc.block_type.shape, p_desc.layout
+    p_bufs = reinterpret(
+        q_bufs, dtype, [STAGES * q_numel // p_numel] + p_desc.block_type.shape, p_desc.layout
     )
     u_bufs = p_bufs
     if COLUMNS:
         u_numel: gl.constexpr = kept_desc.block_type.shape[0] * kept_desc.block_type.shape[1]
-        u_bufs = q_bufs._reinterpret(
-            dtype, [STAGES * q_numel // u_numel] + kept_desc.block_type.shape, kept_desc.layout
+        u_bufs = reinterpret(
+            q_bufs,
+            dtype,
+            [STAGES * q_numel // u_numel] + kept_desc.block_type.shape,
+            kept_desc.layout,
         )
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)

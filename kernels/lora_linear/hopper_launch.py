@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -21,6 +20,7 @@ from .hopper import (
     _lora_linear_hopper_kernel,
 )
 from .hopper_config import HOPPER, rows_of_item
+from .pack_kernel import _pack_kernel
 from .schedule import FLAGS
 
 # ------------------------------------------------------------------------ what it takes
@@ -176,30 +176,6 @@ def _pack_call(a, packed_a, b, packed_b):
         *a.stride(), *b.stride(), packed_b.stride(0), 1024,
     )  # fmt: skip
     return call, dict(num_warps=4)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "N", "K", "R", "blocks_a", "stride_ar", "stride_ak", "stride_bn", "stride_br", "pitch"
-    ]
-)  # fmt: skip
-def _pack_kernel(
-    a_ptr, packed_a_ptr, b_ptr, packed_b_ptr, N, K, R, blocks_a,
-    stride_ar, stride_ak, stride_bn, stride_br, pitch, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Both low-rank factors in another dtype, B with rows of ``pitch`` elements."""
-    pid = tl.program_id(0)
-    if pid < blocks_a:
-        offs = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        row, column = offs // K, offs % K
-        values = tl.load(a_ptr + row * stride_ar + column * stride_ak, mask=row < R, other=0.0)
-        tl.store(packed_a_ptr + offs, values.to(packed_a_ptr.dtype.element_ty), mask=row < R)
-    else:
-        offs = (pid - blocks_a) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        row, column = offs // R, offs % R
-        values = tl.load(b_ptr + row * stride_bn + column * stride_br, mask=row < N, other=0.0)
-        packed_b_ptrs = packed_b_ptr + row * pitch + column
-        tl.store(packed_b_ptrs, values.to(packed_b_ptr.dtype.element_ty), mask=row < N)
 
 
 class _Work(NamedTuple):

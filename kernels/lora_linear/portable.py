@@ -1,17 +1,18 @@
 """LoRA linear with a gate: y = x W^T + bias + s g (x A^T) B^T, and its gradients.
 
-Backward is the same layer transposed, so three kernels serve both ways:
+The backward pass of the layer is the same layer transposed, so three kernels serve both passes:
 
     down        U = V P^T                       S = x A^T            T = dy B
     fwd         Y = V Q^T + bias + s g U P^T    y  (Q = W, P = B)    dx  (Q = W^T, P = A^T)
     wgrad       dP = (s g U)^T V                dA (U = T, V = x)    dB  (U = S, V = dy)
 
-The low-rank term is one more K step of the big product, in the same float32 accumulator. Where a
-sum is split over programs, the parts go to memory and are added in a fixed order: no atomics.
+The low-rank term is one more K step of the big product, in the same float32 accumulator. If a sum
+is split over programs, they store its parts, which are then added in a fixed order, without
+atomics.
 
-Dropout puts m x in the place of x, but not in x W^T. The keep mask m is made wherever it is needed
-and never stored: down masks x for S, wgrad masks x for dA, and fwd masks the low-rank term of dx.
-The factor 1 / (1 - p) is in s.
+Dropout replaces x by m x, except in x W^T. Kernels compute the keep mask m wherever they need it
+and never store it: down masks x for S, wgrad masks x for dA, and fwd masks the low-rank term of dx.
+The factor 1 / (1 - p) is part of s.
 """
 
 import torch

@@ -15,7 +15,10 @@ def _lora_linear_down_kernel(
     K_PER_SPLIT, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
-    """U (split, M, R) float32: U[i] = V P^T over the i-th part of K; V after dropout."""
+    """U (split, M, R) float32: U[i] = V P^T over the i-th part of K.
+
+    If there is a seed, dropout is applied to V.
+    """
     pid_m, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m0, k0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, split.to(tl.int64) * K_PER_SPLIT
     r0 = pid_r.to(tl.int64) * BLOCK_SIZE_R
@@ -42,8 +45,11 @@ def _lora_linear_fwd_kernel(
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
-    """Y (M, N) = V Q^T + bias + m * ((s g U) P^T), with U (M, R) float32; m of dropout, or 1."""
-    # Tiles in groups of rows, so that the ones that run together share their operands in L2.
+    """Y (M, N) = V Q^T + bias + m * ((s g U) P^T), with U (M, R) float32.
+
+    m is dropout's mask if there is a seed, else 1.
+    """
+    # Tiles are ordered in groups of rows, so that those that run together share operands in L2.
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N)
     pid = tl.program_id(0)
     group = pid // (GROUP_SIZE_M * blocks_n)
@@ -60,7 +66,7 @@ def _lora_linear_fwd_kernel(
     u_ptr += m0 * R
     p_ptr += n0 * stride_pn
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
-    if seed_ptr is not None:  # the mask is for the low-rank term alone, so that comes first
+    if seed_ptr is not None:  # the mask is for the low-rank term alone, so that term comes first
         acc = add_branch(
             acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
             stride_pn, stride_pr, dtype, PRECISION, INDEX, BLOCK_SIZE_R,
@@ -96,9 +102,10 @@ def _lora_linear_wgrad_kernel(
     PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
-    """dP (split, R x C by strides): dP[i] = (s g U)^T V over the i-th part of the tokens.
+    """dP (split, R, C): dP[i] = (s g U)^T V over the i-th part of the tokens.
 
-    V after dropout, where there is a seed.
+    The strides decide whether dP is stored as (R, C) or as (C, R). If there is a seed, dropout is
+    applied to V.
     """
     pid_c, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     c0, start = pid_c.to(tl.int64) * BLOCK_SIZE_C, split.to(tl.int64) * M_PER_SPLIT
@@ -132,6 +139,7 @@ def _lora_linear_wgrad_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def _sum_splits_kernel(parts_ptr, out_ptr, splits, numel, BLOCK_SIZE: tl.constexpr):
+    """out = the sum of the parts, of ``numel`` elements each."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offs < numel
     total = tl.zeros((BLOCK_SIZE,), tl.float32)

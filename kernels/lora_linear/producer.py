@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from ..runtime.aggregate import aggregate
+from ..runtime.gluon_compat import aggregate, tma_load
 from .schedule import COLUMN_ITEM, DRAWN, END, EXITS, FIRST_TILE, RANK_ITEM, async_proxy_fence
 
 
@@ -38,15 +38,13 @@ def _load_rank_item(sources, pipe, it, code, m0, steps, BACKWARD: gl.constexpr):
         k0 = k * BLOCK_SIZE_K
         bar = pipe.ready.index(i)
         mbarrier.expect(bar, pipe.ROWS * v_desc.block_type.nbytes + p_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [m0, k0], bar, pipe.v_bufs.index(i))
+        tma_load(v_desc, [m0, k0], bar, pipe.v_bufs.index(i))
         if pipe.ROWS == 2:
-            tma.async_copy_global_to_shared(
-                v_desc, [m0 + BLOCK_SIZE_M, k0], bar, pipe.more_v(i)
-            )  # fmt: skip
+            tma_load(v_desc, [m0 + BLOCK_SIZE_M, k0], bar, pipe.more_v(i))
         if BACKWARD:
-            tma.async_copy_global_to_shared(p_desc, [k0, 0], bar, pipe.p(i))
+            tma_load(p_desc, [k0, 0], bar, pipe.p(i))
         else:
-            tma.async_copy_global_to_shared(p_desc, [0, k0], bar, pipe.p(i))
+            tma_load(p_desc, [0, k0], bar, pipe.p(i))
         it += 1
     return it
 
@@ -70,11 +68,11 @@ def _load_tile(
         k0 = k * BLOCK_SIZE_K
         bar = pipe.ready.index(i)
         mbarrier.expect(bar, v_desc.block_type.nbytes + q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [m0, k0], bar, pipe.v_bufs.index(i))
+        tma_load(v_desc, [m0, k0], bar, pipe.v_bufs.index(i))
         if BACKWARD:
-            tma.async_copy_global_to_shared(q_desc, [k0, n0], bar, pipe.q_bufs.index(i))
+            tma_load(q_desc, [k0, n0], bar, pipe.q_bufs.index(i))
         else:
-            tma.async_copy_global_to_shared(q_desc, [n0, k0], bar, pipe.q_bufs.index(i))
+            tma_load(q_desc, [n0, k0], bar, pipe.q_bufs.index(i))
         it += 1
         # Memory takes a while to answer, so ask while the consumer still has full stages.
         if k == steps // 4:
@@ -89,11 +87,11 @@ def _load_tile(
         i = pipe.wait_empty(it)
         bar = pipe.ready.index(i)
         mbarrier.expect(bar, u_desc.block_type.nbytes + e_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(u_desc, [m0, r0], bar, pipe.v_bufs.index(i))
+        tma_load(u_desc, [m0, r0], bar, pipe.v_bufs.index(i))
         if BACKWARD:
-            tma.async_copy_global_to_shared(e_desc, [r0, n0], bar, pipe.q_bufs.index(i))
+            tma_load(e_desc, [r0, n0], bar, pipe.q_bufs.index(i))
         else:
-            tma.async_copy_global_to_shared(e_desc, [n0, r0], bar, pipe.q_bufs.index(i))
+            tma_load(e_desc, [n0, r0], bar, pipe.q_bufs.index(i))
         it += 1
     return it, next_t
 
@@ -117,16 +115,16 @@ def _load_column_item(
         m0 = pid_m * BLOCK_SIZE_M
         bar = pipe.ready.index(i)
         mbarrier.expect(bar, pipe.ROWS * desc.block_type.nbytes + u_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(desc, [m0, c0], bar, pipe.v_bufs.index(i))
+        tma_load(desc, [m0, c0], bar, pipe.v_bufs.index(i))
         if pipe.ROWS == 2:
-            tma.async_copy_global_to_shared(desc, [m0, c0 + BLOCK_SIZE_K], bar, pipe.more_v(i))
+            tma_load(desc, [m0, c0 + BLOCK_SIZE_K], bar, pipe.more_v(i))
         if WAIT:
             if pid_m == first:
                 done = gl.atomic_add(done_ptr, 0, sem="acquire")
                 while done < wanted:
                     done = gl.atomic_add(done_ptr, 0, sem="acquire")
                 fence = async_proxy_fence(done) * 0
-        tma.async_copy_global_to_shared(u_desc, [m0 + fence, 0], bar, pipe.u(i))
+        tma_load(u_desc, [m0 + fence, 0], bar, pipe.u(i))
         it += 1
     return it
 

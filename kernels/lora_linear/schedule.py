@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..runtime.aggregate import aggregate
+from ..runtime.gluon_compat import aggregate
 
 # A work item is sent to the consumer as one number: 65536 times its place, plus its kind. The kind
 # is RANK_ITEM; or FIRST_TILE plus the column of a tile; or COLUMN_ITEM plus the column of a column

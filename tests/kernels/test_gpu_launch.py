@@ -175,10 +175,10 @@ def record(folder: Path) -> None:
     """Print as JSON the launches of both launchers, and how often a plan was made."""
     cuda = _stand_in_cuda(folder)
     shim = _build(folder, "libtorch_cuda.so", TORCH_SOURCE)  # noqa: F841, stays loaded
-    from triton.runtime import driver
-
     from deltadiff.kernels.lora_linear import hopper_launch as hopper
     from deltadiff.kernels.lora_linear import hopper_plan as lora_linear_plan
+    from triton.runtime import driver
+
     from deltadiff.ops import dispatch as paths
 
     stand_in = _Driver()

@@ -215,7 +215,6 @@ def test_offsets_of_64_bits(path, dtype, randn, monkeypatch):
     if path.backend != "triton":
         return
     import triton.language as tl
-
     from deltadiff.kernels.lora_linear import portable as kernels
 
     given = inputs(randn, 40, 56, 48, 5, dtype, path.device, gate=(5,), bias=True)

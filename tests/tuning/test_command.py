@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from deltadiff.__main__ import main
 from deltadiff.kernels import delta_update
 from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
 from deltadiff.kernels.lora_linear.hopper_config import HOPPER as DECLARED
 from deltadiff.kernels.lora_linear.hopper_config import hopper_config
 from deltadiff.kernels.runtime import tuned
 from deltadiff.kernels.runtime.tuned import Launch, TableError
+
+from deltadiff.__main__ import main
 from deltadiff.ops import dispatch as paths
 from deltadiff.tuning import command as tune
 from deltadiff.tuning import sweep as tune_sweep
