@@ -49,6 +49,10 @@ def _adamw_step_kernel(
     aligned: tl.constexpr, p_dtype: tl.constexpr, moment_dtype: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
+    """Do one step for a block of a tensor.
+
+    With found_inf or without a gradient, nothing but delta changes, which is 0 then.
+    """
     block = tl.program_id(0)
     i = find_row(table_ptr, n, block)
     block -= tl.load(table_ptr + i).to(tl.int32)

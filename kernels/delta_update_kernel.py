@@ -163,6 +163,7 @@ def _delta_update_kernel(
     BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, TILES: tl.constexpr,
     KEPT_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Update the strip of this program."""
     # Only the stores of W use this value, so that no strip waits for it before it starts.
     apply = 1
     if apply_ptr is not None:

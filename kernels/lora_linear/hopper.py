@@ -4,7 +4,7 @@
     backward  dX = dY W + V A              V = s g (dY B)      dB = dY^T U      dA = V^T X
 
 The code has one set of names for both passes: Y = V Q^T + bias + U E^T with U = s g V P^T. In the
-backward pass V, Q, P, E, U and Y stand for dY, W^T, B^T, A^T, V and dX.
+backward pass its V, Q, P, E, U and Y are dY, W^T, B^T, A^T, the V above, and dX.
 
 In each block of threads, 8 warps multiply (`consumer.py`) while one more warp fills their shared
 memory by TMA (`producer.py`). The block draws its work items from a counter (`schedule.py`):

@@ -66,13 +66,6 @@ def combinations(**values: Iterable[int]) -> list[dict[str, int]]:
     return [dict(zip(values, product, strict=True)) for product in products]
 
 
-def launch_configs() -> dict[str, LaunchConfig]:
-    """All that kernels declare, by operation."""
-    from ..launch_configs import LAUNCH_CONFIGS  # the kernels import this file
-
-    return LAUNCH_CONFIGS
-
-
 def padded_rank(r: int) -> int:
     """The rank in the key of a row."""
     return max(16, triton.next_power_of_2(r))
@@ -194,10 +187,11 @@ def load(path: Path) -> Rows:
 
 def _checked(path: Path, place: str, row) -> tuple[Launch, dict[str, int]]:
     """A row, after everything in it was checked."""
-    known = launch_configs()
-    if not isinstance(row, dict) or row.get("op") not in known:
-        raise TableError(path, place, row, f"an op of {', '.join(known)}")
-    declared = known[row["op"]]
+    from ..launch_configs import LAUNCH_CONFIGS  # not at the top: the kernels import this file
+
+    if not isinstance(row, dict) or row.get("op") not in LAUNCH_CONFIGS:
+        raise TableError(path, place, row, f"an op of {', '.join(LAUNCH_CONFIGS)}")
+    declared = LAUNCH_CONFIGS[row["op"]]
     keys, entries = declared.keys, declared.entries
     key, config = row.get("key"), row.get("config")
     if not isinstance(key, dict) or set(key) != set(keys):

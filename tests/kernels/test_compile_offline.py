@@ -1,7 +1,7 @@
 """Every kernel compiles for every kind of GPU, without spilling and within its shared memory.
 
-Needs no GPU: the launchers run on CPU tensors over a stand-in driver, and what they would launch is
-compiled instead, with the configurations that they would use.
+This needs no GPU: the launchers run on CPU tensors over a stand-in driver. The test compiles what
+they would launch, with the configurations that they would use.
 """
 
 import concurrent.futures
@@ -18,9 +18,9 @@ import pytest
 # Shared memory that CUDA gives one block, in bytes (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability").
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# ptxas parks a few words that it needs only after the loops, to fit one more block on a
-# multiprocessor; which kernels have some changes with its version. Running out of registers looks
-# different: hundreds of bytes, moved in every turn of a loop.
+# In bytes. To fit one more block on a multiprocessor, ptxas spills a few words that a kernel needs
+# only after its loops; in which kernels it does so depends on its version. A kernel that runs out
+# of registers spills hundreds of bytes, and moves them in every turn of a loop.
 SPILL_LIMIT = 32
 
 
@@ -28,7 +28,7 @@ SPILL_LIMIT = 32
 
 
 class _StandInDriver:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that Triton asks for when it compiles."""
 
     def __init__(self, capability: int):
         from triton.backends.compiler import GPUTarget
