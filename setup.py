@@ -63,8 +63,9 @@ setup(
         *find_packages(include=["deltadiff", "deltadiff.*"]),
         "deltadiff.kernels",
         *(f"deltadiff.kernels.{name}" for name in find_packages("kernels")),
+        "deltadiff.kernels.tuned",  # tables, no code
     ],
     package_dir={"deltadiff.kernels": "kernels"},
-    package_data={"deltadiff.kernels.runtime": ["tuned-*.json"]},
+    package_data={"deltadiff.kernels.tuned": ["*.json"]},
     **options,
 )

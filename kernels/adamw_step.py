@@ -1,8 +1,9 @@
 """AdamW for many tensors in one launch, which also yields p' - p for Delta-LoRA's update.
 
-A program owns one block of one tensor. Where the blocks of each tensor start, and its pointers,
-stand in a table on the device. All that changes from step to step is read there too: the addresses
-of the gradients, the options, step counts, gradient scale and found_inf.
+A program owns one block of one tensor. A table on the device (`runtime/multi_tensor.py`) says where
+the blocks of each tensor start, and holds its addresses. Everything that changes from step to step
+is on the device too: the addresses of the gradients, the options, the step counts, the gradient
+scale and found_inf.
 """
 
 import math
@@ -11,17 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .runtime.async_copy import send
-from .runtime.cached_launch import launch
-from .runtime.launch_cache import Seen
-from .runtime.multi_tensor import TRITON_DTYPES, device_numbers, find_row, on_device
+from .runtime.async_copy import copy_async
+from .runtime.cached_launch import launch_cached
+from .runtime.gpu import on_device
+from .runtime.launch_cache import LaunchCache
+from .runtime.multi_tensor import TRITON_DTYPES, device_numbers, find_row
 
-# A row of the table: pointers of p, m, v, delta and anchor (0: none), the number of elements, and
-# the position in ``grads`` and ``steps``.
+# A row of the table: the addresses of p, m, v, delta and anchor, 0 for none; the number of
+# elements; the position in ``grads`` and ``steps``.
 P, EXP_AVG, EXP_AVG_SQ, DELTA, ANCHOR, NUMEL, INDEX, COLUMNS = (tl.constexpr(i) for i in range(8))
 
 
-# The options, float64 on the device.
+# The entries of the options, a float64 vector on the device.
 BETA1, BETA2, LOG2_BETA1, LOG2_BETA2, EPS, WEIGHT_DECAY, LR, OPTIONS = (
     tl.constexpr(i) for i in range(8)
 )
@@ -29,6 +31,7 @@ BETA1, BETA2, LOG2_BETA1, LOG2_BETA2, EPS, WEIGHT_DECAY, LR, OPTIONS = (
 
 @triton.jit
 def _vector(row, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
+    """The pointer to one of a row's vectors."""
     pointer = tl.load(row + which).to(tl.pointer_type(dtype))
     return tl.multiple_of(pointer, 16) if aligned else pointer
 
@@ -46,6 +49,10 @@ def _adamw_step_kernel(
     aligned: tl.constexpr, p_dtype: tl.constexpr, moment_dtype: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
+    """Do one step for a block of a tensor.
+
+    With found_inf or without a gradient, nothing but delta changes, which is 0 then.
+    """
     block = tl.program_id(0)
     i = find_row(table_ptr, n, block)
     block -= tl.load(table_ptr + i).to(tl.int32)
@@ -85,7 +92,7 @@ def _adamw_step_kernel(
         g = tl.div_rn(g, tl.load(grad_scale_ptr))
     p = old.to(tl.float32)
 
-    # In float64: 1 - beta^t loses no digits where t = 1 and beta is close to 1.
+    # float64, so that 1 - beta^t loses no digits if t = 1 and beta is close to 1
     lr = tl.load(lr_ptr).to(tl.float64)
     beta1, beta2 = tl.load(options_ptr + BETA1), tl.load(options_ptr + BETA2)
     t = (tl.load(steps_ptr + index) + 1).to(tl.float64)
@@ -109,12 +116,12 @@ BLOCK_SIZE = 1024
 
 
 class AdamWStep:
-    """The step of tensors that stay where they are; the table is made once.
+    """The prepared step of tensors whose addresses do not change.
 
     Args:
-        params, exp_avgs, exp_avg_sqs, deltas, anchors: as `deltadiff.adamw_step_`; the moments of
-            one dtype.
-        positions: of the tensors in ``grads`` and ``steps``; None is their order.
+        params, exp_avgs, exp_avg_sqs, deltas, anchors: as for `deltadiff.adamw_step_`. All moments
+            have one dtype.
+        positions: the places of the tensors in ``grads`` and ``steps``; None for 0, 1, ...
 
     Raises:
         ValueError: a tensor is not contiguous.
@@ -141,22 +148,26 @@ class AdamWStep:
         self.options = torch.empty(OPTIONS.value, dtype=torch.float64, device=self.device)
 
     def set_options(self, lr, beta1, beta2, eps, weight_decay) -> None:
-        """In place: a captured graph reads them at its next replay. ``lr`` may be a tensor: one
-        number on the device, float32 or float64, which is read anew in each step."""
+        """Set the options. A captured graph reads them at its next replay.
+
+        ``lr`` may be a tensor: one number on the device, float32 or float64, which every step reads
+        anew.
+        """
         given = isinstance(lr, torch.Tensor)
         logs = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
         numbers = beta1, beta2, *logs, eps, weight_decay, 0.0 if given else lr
-        send(torch.tensor(numbers, dtype=torch.float64), self.options)
+        copy_async(torch.tensor(numbers, dtype=torch.float64), self.options)
         self.lr = lr if given else self.options[LR.value :]
 
     def __call__(self, grads, aligned, steps, anchor_now, grad_scale, found_inf) -> None:
-        """One step, with the options last set.
+        """Do one step, with the options that were set last.
 
         Args:
-            grads: int64, the addresses of contiguous gradients like the params, 0 for none.
-            aligned: whether these are multiples of 16.
-            steps: float32, steps done; not raised.
-            anchor_now, grad_scale, found_inf: one number each, or None.
+            grads: int64, the addresses of the gradients, 0 for none. Each gradient is contiguous
+                and has the dtype of its parameter.
+            aligned: whether these addresses are multiples of 16.
+            steps: float32, the number of steps done, which is not changed.
+            anchor_now, grad_scale, found_inf: one number each on the device, or None.
         """
         if not self.blocks:
             return
@@ -166,26 +177,26 @@ class AdamWStep:
             grad_scale is None, found_inf is None,
         )  # fmt: skip
         with on_device(self.device):
-            launch(
+            launch_cached(
                 _adamw_step_kernel, (self.blocks,), key,
                 self.table, self.rows, grads, steps, self.lr, self.options,
                 anchor_now, grad_scale, found_inf, aligned, *self.dtypes, BLOCK_SIZE,
                 num_warps=8,
-                enable_fp_fusion=False,  # which products fuse would depend on ``aligned``
+                enable_fp_fusion=False,  # otherwise ``aligned`` decides which products fuse
             )  # fmt: skip
 
 
-_prepared = Seen()
+_prepared = LaunchCache()
 
 
 def adamw_step_(
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
     deltas, anchors, anchor_now, grad_scale, found_inf, key=None,
 ):  # fmt: skip
-    """One step for every tensor that has a gradient, in place; ``steps`` are not raised.
+    """Do one step in place for every tensor that has a gradient; ``steps`` are not changed.
 
-    See `deltadiff.adamw_step_` for the arguments. ``key``: the fingerprint of all tensors but the
-    gradients; the launch of a key is prepared once.
+    `deltadiff.adamw_step_` describes the arguments. ``key`` is a fingerprint of all tensors but the
+    gradients: the launches for a key are prepared once. None prepares them anew.
 
     Raises:
         ValueError: a tensor other than a gradient is not contiguous. Nothing was changed.
@@ -198,7 +209,7 @@ def adamw_step_(
     column = device_numbers(addresses, torch.int64, steps.device)
 
     def prepare() -> list[AdamWStep]:
-        """One launch for each dtype of moments, so usually one."""
+        """One launch for each dtype of moments; usually there is only one."""
         found, tensors = [], (params, exp_avgs, exp_avg_sqs, deltas, anchors)
         for dtype in dict.fromkeys(m.dtype for m in exp_avgs):
             mine = [i for i, m in enumerate(exp_avgs) if m.dtype == dtype]

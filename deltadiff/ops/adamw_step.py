@@ -10,14 +10,14 @@ from torch.autograd.graph import increment_version
 
 from ..checks import DTYPES, check_betas, check_number, check_tensor, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
-from ..kernels.runtime.launch_cache import Seen, fingerprint
+from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
 from .dispatch import choose_path
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` never names it
     from ..kernels import adamw_step as triton_adamw_step
 
-_checked = Seen()  # what the checks of `adamw_step_` returned
+_checked = LaunchCache()  # what the checks of `adamw_step_` returned
 
 
 def check_adamw_options(lr, betas, eps, weight_decay) -> tuple[float, ...]:

@@ -20,14 +20,14 @@ from ..checks import (
     wide_dtype,
 )
 from ..errors import ArgumentError, ArgumentTypeError
-from ..kernels.runtime.launch_cache import Seen, fingerprint
+from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
 from .dispatch import choose_path
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` never names it
     from ..kernels import delta_update as triton_delta_update
 
-_checked = Seen()  # what the checks of `delta_update_` returned
+_checked = LaunchCache()  # what the checks of `delta_update_` returned
 
 
 def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -> str:

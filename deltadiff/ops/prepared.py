@@ -14,7 +14,7 @@ from . import reference
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` never names it
     from ..kernels.adamw_step import AdamWStep
     from ..kernels.delta_update import DeltaUpdate
-    from ..kernels.step_counters import advance_
+    from ..kernels.step_counters import advance_counters_
 
 
 class _AdamWList:
@@ -86,5 +86,5 @@ def prepare_delta_update(backend: str, *args):
 
 def run_advance(backend: str, *args) -> None:
     """The end of an optimizer step: what it counts; see `reference.advance_ref_`."""
-    run = advance_ if backend == "triton" else reference.advance_ref_
+    run = advance_counters_ if backend == "triton" else reference.advance_ref_
     run(*args)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..kernels.runtime.async_copy import send
+from ..kernels.runtime.async_copy import copy_async
 from ..ops.dispatch import choose_path
 from ..ops.prepared import prepare_adamw_step, run_advance
 from .address_tracker import ALIGNED, GRADS, track_addresses
@@ -124,7 +124,7 @@ class DeviceStep:
         if self.seen & GRADS or self._grads is None or capturing:
             addresses = self.tracker.grads()
             # A new vector each time, because a captured graph may be reading the old one.
-            self._grads = send(addresses, torch.empty_like(addresses, device=self.device))
+            self._grads = copy_async(addresses, torch.empty_like(addresses, device=self.device))
             parts = [self._grads[place] for _, place in self.places]
             self._launches = list(zip(self.runs, parts, strict=True))
         if grad_scale is not None:

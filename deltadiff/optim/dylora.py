@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..checks import check_int, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
-from ..kernels.runtime.async_copy import is_capturing, send
+from ..kernels.runtime.async_copy import copy_async
+from ..kernels.runtime.gpu import is_capturing
 from ..layers.lora_linear import LoraLinear, swapped_layers
 from ..layers.report import SwapReport, swap_report
 from .fused_adamw import FusedAdamW
@@ -156,7 +157,7 @@ class DyLoRA(FusedAdamW):
             gate, trained = values.view(2, -1)
             gate[:b] = self._r / b if self.scale == "alpha/b" else 1.0
             trained[b - 1 if self.frozen else 0 : b] = 1.0
-            send(values, rows)
+            copy_async(values, rows)
 
     def _step(self) -> None:
         stacks = self._stacks

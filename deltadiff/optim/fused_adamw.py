@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..checks import wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
-from ..kernels.runtime.async_copy import is_capturing
+from ..kernels.runtime.gpu import is_capturing
 from .address_tracker import ANY, MOVED
 from .device_step import AdamWRun, DeviceStep, found_infs
 from .param_groups import (

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..bench.clocks import graphed, sample, synchronize
 from ..bench.records import failure
+from ..kernels.launch_configs import LAUNCH_CONFIGS
 from ..kernels.runtime import tuned
 from ..kernels.runtime.tuned import Launch, Rows
 from .cases import Call, Case
@@ -26,41 +27,6 @@ ROUNDS, CALLS = 7, 5
 WORKERS = 8  # each holds a CUDA context
 
 Entries = dict[str, int]
-
-
-def _grid(**lists: Iterable[int]) -> list[Entries]:
-    """Every combination of the entries' values."""
-    combined: list[Entries] = [{}]
-    for name, values in lists.items():
-        combined = [{**entries, name: value} for entries in combined for value in values]
-    return combined
-
-
-# What does not fit the GPU or the rank is left out when it is tried.
-CANDIDATES = {
-    "lora_linear_hopper": [
-        {"BLOCK_SIZE_N": width, "STAGES": stages, "GROUP_SIZE_M": rows}
-        for width, stages in ((256, 3), (128, 5), (128, 4))
-        for rows in (4, 8, 16, 32)
-    ],
-    "lora_linear_fwd": [
-        {"BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "num_warps": warps, "num_stages": stages}
-        for n, k, warps, stages in (
-            (32, 128, 4, 4), (64, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (128, 32, 4, 4),
-            (128, 64, 8, 3), (128, 64, 8, 4), (256, 32, 8, 4), (256, 64, 8, 3),
-        )
-    ],
-    "lora_linear_down": _grid(BLOCK_SIZE_M=(16, 32, 64), num_warps=(4, 8), num_stages=(3, 4)),
-    "lora_linear_few": _grid(
-        BLOCK_SIZE_N=(32, 64, 128), BLOCK_SIZE_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4)
-    ),
-    "lora_linear_wgrad": _grid(BLOCK_SIZE_C=(64, 128), num_warps=(4, 8), num_stages=(3, 4)),
-    "delta_update": [
-        {"BLOCK_SIZE_N": n, "BLOCK_SIZE_K": k, "TILES": 1024 // k, "num_stages": stages}
-        for n, k in ((32, 64), (64, 64), (32, 128), (64, 128))
-        for stages in (2, 3, 4)
-    ],
-}  # fmt: skip
 
 
 # ------------------------------------------------------------------------- compile
@@ -110,7 +76,7 @@ def try_out(
                 notes.append(f"{case}: {failure(error)}")
                 continue
             for op, launch in {launch.op: launch for launch in launches}.items():
-                for entries in CANDIDATES[op]:
+                for entries in LAUNCH_CONFIGS[op].candidates:
                     job = pool.apply_async(_run_once, (case, device, {launch: entries}))
                     trials.append((_trial(case, op, entries), job))
         for trial, job in trials:
@@ -190,7 +156,7 @@ def sweep(
         usual = case.call(inputs)()
         for launch, default in tuned.asked(lambda: case.call(inputs)()).items():
             calls, tried = [_frozen(case, inputs, device, table, clock)], [{}]
-            for entries in CANDIDATES[launch.op]:
+            for entries in LAUNCH_CONFIGS[launch.op].candidates:
                 known = good is None or _trial(case, launch.op, entries) in good
                 if not known or entries.items() <= default.items():
                     continue

@@ -8,6 +8,7 @@ import triton
 
 from ..errors import ArgumentError
 from ..files import write_text
+from ..kernels.launch_configs import LAUNCH_CONFIGS
 from ..kernels.runtime import tuned
 from ..kernels.runtime.tuned import Rows
 from .sweep import Finding
@@ -58,11 +59,10 @@ def write(path: Path, gpu: str, rows: Rows) -> None:
     Raises:
         ArgumentError: the file cannot be written.
     """
-    keys = {op: tuned.OPS[op][0] for op, _ in rows}
-    lines = [
-        json.dumps({"op": op, "key": dict(zip(keys[op], key, strict=True)), "config": entries})
-        for (op, key), entries in sorted(rows.items())
-    ]
+    lines = []
+    for (op, key), entries in sorted(rows.items()):
+        named = dict(zip(LAUNCH_CONFIGS[op].keys, key, strict=True))
+        lines.append(json.dumps({"op": op, "key": named, "config": entries}))
     head = json.dumps({"version": tuned.VERSION, "gpu": gpu, "triton": triton.__version__})
     text = f'{head[:-1]}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"  # one row per line
     try:

@@ -1,17 +1,18 @@
-"""`lora_linear` for few tokens, where reading W is what takes the time.
+"""`lora_linear` for few tokens, where most of the time goes into reading W.
 
     Y = V Q^T + bias + s g U P^T,    U = V D^T        (Q = W, D = A, P = B; or their transposes)
 
-A program multiplies its rows by D itself, beside the columns of Q: that spares a launch and a wait.
-To keep the whole GPU reading, K is split; as all is linear in V, each part adds its own low-rank
-term. The parts are added in a fixed order.
+Each program multiplies its rows by D itself, beside its columns of Q: this saves a launch and the
+wait for it. K is split into parts so that the whole GPU reads; since everything is linear in V,
+each part adds its own low-rank term. The parts are added in a fixed order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..runtime import tuned
+from ..runtime.tuned import LaunchConfig, combinations
+from .portable_config import PROGRAMS
 
 MOST_TOKENS = 511
 
@@ -19,10 +20,7 @@ MOST_TOKENS = 511
 MAX_RANK = 64
 
 
-PROGRAMS = 256  # as for the other kernels: the same on every GPU, so that results are
-
-
-@triton.jit(do_not_specialize=["M"])  # that K_PER_SPLIT is a multiple of 16 it must know
+@triton.jit(do_not_specialize=["M"])  # Triton does specialise on K_PER_SPLIT % 16 == 0
 def _lora_linear_few_kernel(
     v_ptr, q_ptr, d_ptr, p_ptr, gate_ptr, bias_ptr, y_ptr, u_ptr,
     scaling, M, N, K, R, K_PER_SPLIT,
@@ -31,7 +29,7 @@ def _lora_linear_few_kernel(
     EVEN_K: tl.constexpr, INDEX: tl.constexpr, BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Y (split, M, N) and U (split, M, R) float32: the terms of each part of K."""
+    """Y (split, M, N) and U (split, M, R) float32: what each part of K contributes."""
     pid_n, pid_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m0, n0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, pid_n.to(tl.int64) * BLOCK_SIZE_N
     offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
@@ -87,7 +85,7 @@ def _few_sum_kernel(
     y_parts_ptr, y_ptr, y_numel, u_parts_ptr, u_ptr, u_numel, splits, y_blocks,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the parts of Y and of U."""
+    """Add up the parts of Y in the first ``y_blocks`` programs, those of U in the others."""
     pid = tl.program_id(0)
     if pid < y_blocks:
         offs = pid.to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -107,7 +105,10 @@ def _few_sum_kernel(
 
 
 def few_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
-    """Blocks, warps and the number of parts; ``shared``: KiB that a block can have."""
+    """Blocks, warps, stages and the number of parts that K is split into.
+
+    ``shared`` is the KiB of shared memory that a block can have.
+    """
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64
     block_n = 64 if M <= 64 else 128
     rank = max(16, triton.next_power_of_2(R))
@@ -119,6 +120,17 @@ def few_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
         num_warps=4 if block_n == 64 and rank < 64 else 8,
         num_stages=4 if shared >= 163 else 2,
     )  # fmt: skip
+
+
+FEW = LaunchConfig(
+    op="lora_linear_few",
+    default=few_config,
+    keys=("M", "N", "K", "rank", "transposed"),
+    entries=("BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps", "num_stages"),
+    candidates=combinations(
+        BLOCK_SIZE_N=(32, 64, 128), BLOCK_SIZE_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4)
+    ),
+)
 
 
 def takes(v, N: int, R: int) -> bool:
@@ -137,7 +149,7 @@ def few_linear(v, q, d, p, scaling, gate, bias, u, index, shared):
     """Y (M, N) = V Q^T + bias + s g U P^T in V's dtype; U (M, R) = V D^T goes to ``u``, float32."""
     (m, k), n, r = v.shape, q.shape[0], p.shape[1]
     key = m, n, k, r, q.stride(1) != 1
-    config = tuned.config("lora_linear_few", v.device, few_config, (m, n, k, r, shared), key)
+    config = FEW.choose(v.device, (m, n, k, r, shared), key)
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)

@@ -5,14 +5,11 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..runtime import tuned
-from ..runtime.async_copy import current_stream, is_capturing
-from ..runtime.cached_launch import launch
-from ..runtime.multi_tensor import on_device
+from ..runtime.cached_launch import launch_cached
+from ..runtime.gpu import current_stream, is_capturing, on_device
 from . import portable
 from .hopper import (
     COLUMN_ITEMS_RANK,
@@ -21,10 +18,10 @@ from .hopper import (
     MOST_TOKENS,
     NUM_WARPS,
     _lora_linear_hopper_kernel,
-    _rows,
-    hopper_config,
 )
-from .producer import FLAGS
+from .hopper_config import HOPPER, rows_of_item
+from .pack_kernel import _pack_kernel
+from .schedule import FLAGS
 
 # ------------------------------------------------------------------------ what it takes
 
@@ -80,7 +77,7 @@ def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
         sync = _sync(x.device, work.flags)
         tensors = x, weight, a, b, u, s, u, x, y, _dense(gate), _dense(bias)
         call, options = _call(work, *tensors, sync, scaling, r)
-        launch(*call, **options)
+        launch_cached(*call, **options)
     return y, kept
 
 
@@ -107,7 +104,7 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
         sync = _sync(dy.device, work.flags)
         tensors = dy, weight, b, a, v, t, u, x, dx, _dense(gate), None
         call, options = _call(work, *tensors, sync, scaling, r, da, db, parts)
-        launch(*call, **options)
+        launch_cached(*call, **options)
         if r > COLUMN_ITEMS_RANK:
             da = _product(v[:, :r].T, x, lora_A.dtype) if need_A else None
             db = _product(dy.T, u[:, :r], lora_B.dtype) if need_B else None
@@ -156,7 +153,7 @@ def _packed(a, b, dtype):
     shape_a, shape_b = _packed_shapes(a, b)
     packed_a, packed_b = a.new_empty(shape_a, dtype=dtype), b.new_empty(shape_b, dtype=dtype)
     call, options = _pack_call(a, packed_a, b, packed_b)
-    launch(*call, **options)
+    launch_cached(*call, **options)
     return packed_a, packed_b[:, : a.shape[0]]
 
 
@@ -181,30 +178,6 @@ def _pack_call(a, packed_a, b, packed_b):
     return call, dict(num_warps=4)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "N", "K", "R", "blocks_a", "stride_ar", "stride_ak", "stride_bn", "stride_br", "pitch"
-    ]
-)  # fmt: skip
-def _pack_kernel(
-    a_ptr, packed_a_ptr, b_ptr, packed_b_ptr, N, K, R, blocks_a,
-    stride_ar, stride_ak, stride_bn, stride_br, pitch, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Both low-rank factors in another dtype, B with rows of ``pitch`` elements."""
-    pid = tl.program_id(0)
-    if pid < blocks_a:
-        offs = pid * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        row, column = offs // K, offs % K
-        values = tl.load(a_ptr + row * stride_ar + column * stride_ak, mask=row < R, other=0.0)
-        tl.store(packed_a_ptr + offs, values.to(packed_a_ptr.dtype.element_ty), mask=row < R)
-    else:
-        offs = (pid - blocks_a) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        row, column = offs // R, offs % R
-        values = tl.load(b_ptr + row * stride_bn + column * stride_br, mask=row < N, other=0.0)
-        packed_b_ptrs = packed_b_ptr + row * pitch + column
-        tl.store(packed_b_ptrs, values.to(packed_b_ptr.dtype.element_ty), mask=row < N)
-
-
 class _Work(NamedTuple):
     """One pass: (M, C) times (C, N), divided among blocks."""
 
@@ -220,14 +193,13 @@ class _Work(NamedTuple):
     def of(cls, device, m, n, c, r, needs) -> "_Work":
         """``needs``: whether dA and dB are asked for; None is the forward pass."""
         rank, multiprocessors = _padded_rank(r), _multiprocessors(device)
-        config = tuned.config(
-            "lora_linear_hopper", device, hopper_config, (m, n, rank, multiprocessors),
-            (m, n, c, rank, needs is not None),
+        config = HOPPER.choose(
+            device, (m, n, rank, multiprocessors), (m, n, c, rank, needs is not None)
         )  # fmt: skip
         block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
         group = config["GROUP_SIZE_M"]
         blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
-        rows = _rows(block_n, rank)
+        rows = rows_of_item(block_n, rank)
         columns_a = columns_b = 0
         if needs and rank <= COLUMN_ITEMS_RANK:
             columns_a, columns_b = (
@@ -254,7 +226,7 @@ def _call(
     work, v, weight, down, up, u, s, kept, x, y, gate, bias, sync, scaling, r,
     da=None, db=None, parts=None,
 ):  # fmt: skip
-    """What `launch` and `write_down` take: (kernel, grid, key, *arguments) and options."""
+    """What `launch_cached` and `write_down` take: (kernel, grid, key, *arguments) and options."""
     config, rank, backward = work.config, work.rank, work.backward
     block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
     q_block, p_block = (

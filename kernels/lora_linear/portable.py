@@ -1,219 +1,33 @@
 """LoRA linear with a gate: y = x W^T + bias + s g (x A^T) B^T, and its gradients.
 
-Backward is the same layer transposed, so three kernels serve both ways:
+The backward pass of the layer is the same layer transposed, so three kernels serve both passes:
 
     down        U = V P^T                       S = x A^T            T = dy B
     fwd         Y = V Q^T + bias + s g U P^T    y  (Q = W, P = B)    dx  (Q = W^T, P = A^T)
     wgrad       dP = (s g U)^T V                dA (U = T, V = x)    dB  (U = S, V = dy)
 
-The low-rank term is one more K step of the big product, in the same float32 accumulator. Where a
-sum is split over programs, the parts go to memory and are added in a fixed order: no atomics.
+The low-rank term is one more K step of the big product, in the same float32 accumulator. If a sum
+is split over programs, they store its parts, which are then added in a fixed order, without
+atomics.
 
-Dropout puts m x in the place of x, but not in x W^T. The keep mask m is made wherever it is needed
-and never stored: down masks x for S, wgrad masks x for dA, and fwd masks the low-rank term of dx.
-The factor 1 / (1 - p) is in s.
+Dropout replaces x by m x, except in x W^T. Kernels compute the keep mask m wherever they need it
+and never store it: down masks x for S, wgrad masks x for dA, and fwd masks the low-rank term of dx.
+The factor 1 / (1 - p) is part of s.
 """
 
 import torch
 import triton
-import triton.language as tl
 
-from ..runtime import tuned
-from ..runtime.multi_tensor import index_type, on_device, shared_kib
-from ..runtime.philox import kept_by_dropout
+from ..runtime.gpu import on_device, shared_kib
 from . import few_tokens as few
-from .tiles import add_branch, add_product, scaled_rank_tile
-
-# Programs that fill a GPU about twice over. A constant, so that sums are split, and results
-# rounded, the same way on every GPU.
-PROGRAMS = 256
-
-
-@triton.jit(do_not_specialize=["M"])
-def _lora_linear_down_kernel(
-    v_ptr, p_ptr, u_ptr, seed_ptr,
-    dropout, M, K, R,
-    stride_vm, stride_vk, stride_pr, stride_pk,
-    K_PER_SPLIT, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-):  # fmt: skip
-    """U (split, M, R) float32: U[i] = V P^T over the i-th part of K; V after dropout."""
-    pid_m, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m0, k0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, split.to(tl.int64) * K_PER_SPLIT
-    r0 = pid_r.to(tl.int64) * BLOCK_SIZE_R
-    offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
-    offs_r = tl.arange(0, BLOCK_SIZE_R).to(INDEX)
-    mask_m, mask_r = offs_m < M - m0, offs_r < R - r0
-    acc = add_product(
-        tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), tl.float32),
-        v_ptr + m0 * stride_vm, p_ptr + r0 * stride_pr, stride_vm, stride_vk, stride_pr, stride_pk,
-        offs_m, offs_r, mask_m, mask_r, k0, tl.minimum(K, k0 + K_PER_SPLIT), K,
-        seed_ptr, dropout, m0 + offs_m, EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
-    )  # fmt: skip
-    u_ptr += (split.to(tl.int64) * M + m0) * R + r0
-    u_offs = offs_m[:, None] * R + offs_r[None, :]
-    tl.store(u_ptr + u_offs, acc, mask=mask_m[:, None] & mask_r[None, :])
-
-
-@triton.jit(do_not_specialize=["M"])
-def _lora_linear_fwd_kernel(
-    v_ptr, q_ptr, p_ptr, u_ptr, gate_ptr, bias_ptr, y_ptr, seed_ptr,
-    scaling, dropout, M, N, K, R,
-    stride_vm, stride_vk, stride_qn, stride_qk, stride_pn, stride_pr, stride_gate, stride_bias,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, GROUP_SIZE_M: tl.constexpr,
-    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
-    BLOCK_SIZE_R: tl.constexpr,
-):  # fmt: skip
-    """Y (M, N) = V Q^T + bias + m * ((s g U) P^T), with U (M, R) float32; m of dropout, or 1."""
-    # Tiles in groups of rows, so that the ones that run together share their operands in L2.
-    blocks_m, blocks_n = tl.cdiv(M, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N)
-    pid = tl.program_id(0)
-    group = pid // (GROUP_SIZE_M * blocks_n)
-    first_m = group * GROUP_SIZE_M
-    rows = tl.minimum(blocks_m - first_m, GROUP_SIZE_M)
-    pid_m = first_m + pid % (GROUP_SIZE_M * blocks_n) % rows
-    pid_n = pid % (GROUP_SIZE_M * blocks_n) // rows
-
-    m0, n0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, pid_n.to(tl.int64) * BLOCK_SIZE_N
-    offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
-    offs_n = tl.arange(0, BLOCK_SIZE_N).to(INDEX)
-    mask_m, mask_n = offs_m < M - m0, offs_n < N - n0
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    u_ptr += m0 * R
-    p_ptr += n0 * stride_pn
-    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
-    if seed_ptr is not None:  # the mask is for the low-rank term alone, so that comes first
-        acc = add_branch(
-            acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
-            stride_pn, stride_pr, dtype, PRECISION, INDEX, BLOCK_SIZE_R,
-        )  # fmt: skip
-        keep = kept_by_dropout(
-            tl.load(seed_ptr), dropout, m0 + offs_m, n0, N, BLOCK_SIZE_N
-        )  # fmt: skip
-        acc = tl.where(keep, acc, 0.0)
-    acc = add_product(
-        acc,
-        v_ptr + m0 * stride_vm, q_ptr + n0 * stride_qn, stride_vm, stride_vk, stride_qn, stride_qk,
-        offs_m, offs_n, mask_m, mask_n, tl.cast(0, tl.int64), K, K,
-        None, None, None, EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
-    )  # fmt: skip
-    if seed_ptr is None:
-        acc = add_branch(
-            acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
-            stride_pn, stride_pr, dtype, PRECISION, INDEX, BLOCK_SIZE_R,
-        )  # fmt: skip
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + (n0 + offs_n) * stride_bias, mask=mask_n, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    y_ptr += m0 * N + n0
-    y_offs = offs_m[:, None] * N + offs_n[None, :]
-    tl.store(y_ptr + y_offs, acc.to(dtype), mask=mask_m[:, None] & mask_n[None, :])
-
-
-@triton.jit(do_not_specialize=["M", "M_PER_SPLIT"])
-def _lora_linear_wgrad_kernel(
-    u_ptr, v_ptr, gate_ptr, dp_ptr, seed_ptr,
-    scaling, dropout, M, C, R, M_PER_SPLIT,
-    stride_vm, stride_vc, stride_gate, stride_dpc, stride_dpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_C: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
-):  # fmt: skip
-    """dP (split, R x C by strides): dP[i] = (s g U)^T V over the i-th part of the tokens.
-
-    V after dropout, where there is a seed.
-    """
-    pid_c, pid_r, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    c0, start = pid_c.to(tl.int64) * BLOCK_SIZE_C, split.to(tl.int64) * M_PER_SPLIT
-    end = tl.minimum(start + M_PER_SPLIT, M)
-    offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
-    offs_c = tl.arange(0, BLOCK_SIZE_C).to(INDEX)
-    offs_r = pid_r * BLOCK_SIZE_R + tl.arange(0, BLOCK_SIZE_R).to(INDEX)
-    mask_c = offs_c < C - c0
-    v_offs = offs_m[:, None] * stride_vm + offs_c[None, :] * stride_vc
-    v_ptr += start * stride_vm + c0 * stride_vc
-    u_ptr += start * R
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
-    acc = tl.zeros((BLOCK_SIZE_C, BLOCK_SIZE_R), tl.float32)
-    for m in range(start, end, BLOCK_SIZE_M):
-        mask_m = offs_m < end - m
-        v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        if seed is not None:
-            keep = kept_by_dropout(seed, dropout, m + offs_m, c0, C, BLOCK_SIZE_C)
-            v = tl.where(keep, v, 0.0)
-        u = scaled_rank_tile(
-            u_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_r, mask_m, R, v.dtype
-        )  # fmt: skip
-        acc = tl.dot(tl.trans(v), u, acc, input_precision=PRECISION)
-        v_ptr += BLOCK_SIZE_M * stride_vm
-        u_ptr += BLOCK_SIZE_M * R
-    dp_ptr += split.to(tl.int64) * C * R + c0 * stride_dpc
-    dp_offs = offs_c[:, None] * stride_dpc + offs_r[None, :] * stride_dpr
-    mask = mask_c[:, None] & (offs_r < R)[None, :]
-    tl.store(dp_ptr + dp_offs, acc.to(dp_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _sum_splits_kernel(parts_ptr, out_ptr, splits, numel, BLOCK_SIZE: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = offs < numel
-    total = tl.zeros((BLOCK_SIZE,), tl.float32)
-    part_ptrs = parts_ptr + offs
-    for _ in range(splits):
-        total += tl.load(part_ptrs, mask=mask, other=0.0)
-        part_ptrs += numel
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-# ---------------------------------------------------------------- launch configurations
-
-
-def down_config(M: int, K: int, R: int, itemsize: int) -> dict:
-    """Blocks, warps and the number of parts that K is split in."""
-    block_m = 16 if M <= 16 else 32 if M <= 1024 else 64
-    block_r = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(R)))
-    block_k = 32 if itemsize == 4 else 128 if block_r < 64 else 64
-    programs = triton.cdiv(M, block_m) * triton.cdiv(R, block_r)
-    steps = triton.cdiv(K, block_k)
-    return dict(
-        BLOCK_SIZE_M=block_m, BLOCK_SIZE_K=block_k, BLOCK_SIZE_R=block_r,
-        splits=max(1, min(PROGRAMS // max(1, programs), steps // 4, 16)),
-        num_warps=4 if block_r < 64 else 8, num_stages=3,
-    )  # fmt: skip
-
-
-def fwd_config(M: int, N: int, R: int, itemsize: int, precision: str, shared: int) -> dict:
-    """Blocks, warps and stages; ``shared``: KiB of shared memory that a block can have."""
-    if itemsize == 4 and precision == "ieee":
-        blocks = (32, 64, 16, 8, 3) if M <= 32 else (64, 64, 16, 4, 3)
-    elif itemsize == 4:
-        blocks = (32 if M <= 32 else 64, 64, 32, 4, 3)
-    elif M <= 64:
-        blocks = (16 if M <= 16 else 32 if M <= 32 else 64, 64, 64, 4, 4)
-    elif shared < 163:
-        blocks = (128, 128, 32, 8, 4)
-    elif shared < 227 or triton.cdiv(M, 128) * triton.cdiv(N, 256) < PROGRAMS // 2:
-        blocks = (128, 128, 64, 8, 3)
-    else:  # too many registers before sm_90; with few tiles, part of the GPU would be idle
-        blocks = (128, 256, 64, 8, 3)
-    block_m, block_n, block_k, warps, stages = blocks
-    return dict(
-        BLOCK_SIZE_M=block_m, BLOCK_SIZE_N=block_n, BLOCK_SIZE_K=block_k,
-        BLOCK_SIZE_R=min(32, max(16, triton.next_power_of_2(R))),
-        GROUP_SIZE_M=16, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-
-
-def wgrad_config(M: int, C: int, R: int, itemsize: int) -> dict:
-    """Blocks, warps and the number of parts that the tokens are split in."""
-    block_m, block_c = (64, 128) if itemsize == 2 else (16, 64)
-    block_r = min(64, max(16, triton.next_power_of_2(R)))
-    programs = triton.cdiv(C, block_c) * triton.cdiv(R, block_r)
-    return dict(
-        BLOCK_SIZE_M=block_m, BLOCK_SIZE_C=block_c, BLOCK_SIZE_R=block_r,
-        splits=max(1, min(PROGRAMS // programs, triton.cdiv(M, 4 * block_m), 32)),
-        num_warps=8, num_stages=3,
-    )  # fmt: skip
-
+from .portable_config import DOWN, FWD, WGRAD
+from .portable_kernels import (
+    _lora_linear_down_kernel,
+    _lora_linear_fwd_kernel,
+    _lora_linear_wgrad_kernel,
+    _sum_splits_kernel,
+)
+from .tiles import index_type
 
 # -------------------------------------------------------------------------- launchers
 
@@ -298,7 +112,7 @@ def _precision(dtype: torch.dtype) -> str:
 def _down(v, p, out=None, drop=_KEEP_ALL):
     """U (M, R) float32 = V P^T, V after dropout; in ``out`` where one is given."""
     (m, k), r = v.shape, p.shape[0]
-    config = tuned.config("lora_linear_down", v.device, down_config, (m, k, r, v.element_size()))
+    config = DOWN.choose(v.device, (m, k, r, v.element_size()))
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
@@ -323,10 +137,8 @@ def _linear(v, q, p, u, scaling, gate, bias, drop):
     (m, k), n, r = v.shape, q.shape[0], p.shape[1]
     y = v.new_empty((m, n))
     precision, size = _precision(v.dtype), v.element_size()
-    config = tuned.config(
-        "lora_linear_fwd", v.device, fwd_config, (m, n, r, size, precision, shared_kib(v.device)),
-        (m, n, k, r, size, q.stride(1) != 1),
-    )  # fmt: skip
+    args = m, n, r, size, precision, shared_kib(v.device)
+    config = FWD.choose(v.device, args, (m, n, k, r, size, q.stride(1) != 1))
     seed, dropout = drop
     if seed is not None:  # the mask has to fit in registers beside the accumulator
         config["BLOCK_SIZE_N"] = min(128, config["BLOCK_SIZE_N"])
@@ -346,7 +158,7 @@ def _wgrad(u, v, scaling, gate, out, transposed, drop=_KEEP_ALL):
     (m, c), r, (seed, dropout) = v.shape, u.shape[1], drop
     if m == 0:
         return out.zero_()
-    config = tuned.config("lora_linear_wgrad", v.device, wgrad_config, (m, c, r, v.element_size()))
+    config = WGRAD.choose(v.device, (m, c, r, v.element_size()))
     splits, block_m = config.pop("splits"), config["BLOCK_SIZE_M"]
     m_per_split = triton.cdiv(triton.cdiv(m, block_m), splits) * block_m
     splits = triton.cdiv(m, m_per_split)

@@ -1,4 +1,7 @@
-"""What a program of `lora_linear` computes on its tile: products, and the low-rank term."""
+"""What a program of `lora_linear` computes on its tile: products, and the low-rank term.
+
+V, Q, P, U, s and g are those of `portable.py`.
+"""
 
 import triton
 import triton.language as tl
@@ -8,11 +11,20 @@ from ..runtime.philox import kept_by_dropout
 SECTION = tl.constexpr(256)  # columns that a float32 product sums at a time
 
 
+def index_type(r: int, *tensors):
+    """The type of offsets within a tile: 32 bits if they suffice for these strides.
+
+    Larger offsets are added to pointers, in 64 bits.
+    """
+    largest = max(stride for t in tensors for stride in t.stride())
+    return tl.int32 if largest * (256 + r) < 2**31 else tl.int64
+
+
 @triton.jit
 def scaled_rank_tile(
     u_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_r, mask_m, R, dtype: tl.constexpr
 ):  # fmt: skip
-    """s g U for a tile of rows and ranks, rounded once to the dtype of the product."""
+    """s g U for a tile of rows and ranks, rounded once, to the dtype of the product."""
     mask_r = offs_r < R
     u = tl.load(
         u_ptr + offs_m[:, None] * R + offs_r[None, :],
@@ -31,9 +43,9 @@ def _add_section(
     seed, dropout, rows,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + V Q^T over columns start to end; the pointers are to column 0 of the tile's rows.
+    """acc + V Q^T over columns start to end; the pointers point to column 0 of the tile's rows.
 
-    With a seed (not None), V after dropout; ``rows`` int64 are its rows.
+    If ``seed`` is not None, dropout is applied to V; ``rows`` (int64) are the numbers of its rows.
     """
     v_ptr += start * stride_vk
     q_ptr += start * stride_qk
@@ -61,10 +73,10 @@ def add_product(
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + V Q^T over columns start to end, float32; V after dropout as in `_add_section`.
+    """acc + V Q^T over columns start to end, float32; with dropout of V as in `_add_section`.
 
-    float32 operands are summed in sections and these added up: the error of one long sum grows
-    with its length, and here nothing else rounds.
+    Products of float32 operands are summed in sections, and the sections are added up. The error of
+    a sum grows with its length, and nothing else rounds here.
     """
     offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
     v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
@@ -92,8 +104,8 @@ def add_branch(
     stride_pn, stride_pr,
     dtype: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
-    """acc + (s g U) P^T; the pointers are to the tile's first row and column."""
-    # One step or a few: pipelining this loop would only take shared memory from the big product's.
+    """acc + (s g U) P^T; the pointers point to the tile's first row and column."""
+    # This loop has few steps. Pipelining it would only take shared memory from the big product.
     for r in tl.range(0, R, BLOCK_SIZE_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_SIZE_R).to(INDEX)
         u = scaled_rank_tile(

@@ -1,23 +1,24 @@
-"""Launch a kernel again without Triton's look at every argument, which costs more than that."""
+"""Launches without Triton's inspection of every argument, which costs more than the launch."""
 
 import triton
 
 _compiled: dict[tuple, object] = {}
 
 
-def launch(kernel, grid: tuple[int, ...], key, *args, **options) -> None:
+def launch_cached(kernel, grid: tuple[int, ...], key, *args, **options) -> None:
     """``kernel[grid](*args, **options)``, compiled once for each ``key``.
 
     Args:
         kernel: a `triton.jit` or Gluon function.
         grid: one to three numbers.
-        key: hashable; with the kernel and the device it settles all that Triton specialises on:
-            dtypes, constexprs, options, which arguments are None, and what `triton.jit` was not
-            told to leave alone (numbers that are 1 or a multiple of 16, alignment of pointers).
-        args: of every parameter of the kernel, in order, constexprs too.
-        options: of the compiler: num_warps, num_stages, ...
+        key: hashable. Together with the kernel and the device it determines everything that Triton
+            specialises on: dtypes, constexprs, options, which arguments are None, and, unless the
+            kernel opts out of it, which numbers are 1 or a multiple of 16 and which pointers are
+            aligned.
+        args: a value for every parameter of the kernel, in order, including constexprs.
+        options: the compiler's options: num_warps, num_stages, ...
     """
-    if triton.knobs.runtime.interpret or _hooked():
+    if triton.knobs.runtime.interpret or _has_hooks():
         kernel[grid](*args, **options)
         return
     driver = triton.runtime.driver.active
@@ -33,8 +34,8 @@ def launch(kernel, grid: tuple[int, ...], key, *args, **options) -> None:
     )  # fmt: skip
 
 
-def _hooked() -> bool:
-    """Whether someone, a profiler for one, wants to be told of launches."""
+def _has_hooks() -> bool:
+    """Whether someone, such as a profiler, has asked Triton to report launches."""
     runtime = triton.knobs.runtime
     hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
     return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -1,5 +1,8 @@
-"""Lists of tensors that came before: they are checked once, and their launch prepared once, for as
-long as the tensors stay where they are."""
+"""What was made for the last few lists of tensors: their checks, and their prepared launches.
+
+A list that comes again is not checked and prepared again, as long as its tensors stay at the same
+addresses with the same shapes.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
@@ -8,16 +11,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .async_copy import current_stream, is_capturing
+from .gpu import current_stream, is_capturing
 
 T = TypeVar("T")
 
 
 def fingerprint(tensors: Iterable[Tensor | None]) -> tuple | None:
-    """128 bits made of addresses, dtypes, devices, shapes and strides, and the stream.
+    """The current stream, and 128 bits that tell lists of tensors apart.
 
-    None where there is no telling: C++ is not built, an entry is no plain tensor, or a CUDA graph
-    is captured, whose launches need tables that no one else writes.
+    The bits depend on the addresses, dtypes, devices, shapes and strides. The fingerprint is None,
+    which fits no list, if the C++ extension is not built; if an entry is not a plain tensor,
+    parameter or None; or during the capture of a CUDA graph, whose launches need tables of their
+    own.
     """
     tensors = list(tensors)
     made = getattr(torch.ops.deltadiff, "fingerprint", None)
@@ -31,21 +36,24 @@ def fingerprint(tensors: Iterable[Tensor | None]) -> tuple | None:
     return current_stream(device), *made(tensors)
 
 
-class Seen:
-    """What was made for the last few keys."""
+class LaunchCache:
+    """Keeps what was made for the CAPACITY keys that were used last."""
 
-    MOST = 32
+    CAPACITY = 32
 
     def __init__(self):
         self._made: OrderedDict[Hashable, object] = OrderedDict()
 
     def get(self, key: Hashable | None, make: Callable[[], T]) -> T:
-        """What ``make`` returned for this key; made anew for None. What raises is not kept."""
+        """What ``make`` returned for this key.
+
+        It is called for a new key, and always for None. If it raises, nothing is kept.
+        """
         if key is None:
             return make()
         if key not in self._made:
             self._made[key] = make()
-            if len(self._made) > self.MOST:
+            if len(self._made) > self.CAPACITY:
                 self._made.popitem(last=False)
         self._made.move_to_end(key)
         return self._made[key]

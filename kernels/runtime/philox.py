@@ -1,7 +1,7 @@
 """Random bits from a counter, Philox4x32-7, and the dropout mask that is made of them.
 
-Bit for bit those of `deltadiff.ops.reference`: a function of a seed and of an element's place, so
-that they do not depend on blocks, and are made again where they are needed again.
+They are bit for bit those of `deltadiff.ops.reference`. They depend on a seed and on the place of
+an element alone, not on block sizes, so a kernel that needs them again makes them again.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 def random_words(block, seed, step, index):
     """The four random words of each block of eight elements.
 
-    With products of 64 bits, which are one instruction each; `tl.philox` takes two.
+    This computes each product in 64 bits, which is one instruction; `tl.philox` takes two.
     """
     zero = tl.zeros(block.shape, tl.uint32)
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
@@ -29,7 +29,7 @@ def random_words(block, seed, step, index):
 
 @triton.jit
 def bits_of_blocks(first_block, seed, step, index, BLOCKS: tl.constexpr):
-    """16 bits an element for rows made of whole blocks: each Philox call serves eight elements."""
+    """16 bits for each element of rows that consist of whole blocks: one Philox call a block."""
     blocks = first_block[:, None] + tl.arange(0, BLOCKS)[None, :]
     w0, w1, w2, w3 = random_words(blocks, seed, step, index)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last two axes read w0, w1, w2, w3
@@ -39,7 +39,7 @@ def bits_of_blocks(first_block, seed, step, index, BLOCKS: tl.constexpr):
 
 @triton.jit
 def bits_of_elements(element, seed, step, index):
-    """16 bits an element wherever blocks begin: one Philox call each."""
+    """16 bits for each element, wherever its block begins: one Philox call an element."""
     w0, w1, w2, w3 = random_words(element >> 3, seed, step, index)
     place = (element & 7).to(tl.int32)
     word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
@@ -49,10 +49,11 @@ def bits_of_elements(element, seed, step, index):
 
 @triton.jit
 def kept_by_dropout(seed, dropout, rows, column, width, COLUMNS: tl.constexpr):
-    """Which elements of a tile stay: each with probability 1 - ``dropout``.
+    """Which elements of a tile dropout keeps; it keeps each with probability 1 - ``dropout``.
 
-    The tile: ``rows`` (int64), and COLUMNS columns from ``column`` on, both multiples of 8, of a
-    matrix ``width`` wide. A row of it is cut into blocks of eight elements, the last may be short.
+    The tile has the given ``rows`` (int64), and COLUMNS columns from ``column`` on, both multiples
+    of 8, of a matrix that is ``width`` columns wide. Each row of the matrix consists of blocks of
+    eight elements; the last block may be shorter.
     """
     first_block = rows * tl.cdiv(width, 8) + column // 8
     bits = bits_of_blocks(first_block, seed, 0, 0, COLUMNS // 8)

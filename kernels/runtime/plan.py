@@ -1,12 +1,12 @@
 """Launches written down as numbers, so that C++ can issue them again with other tensors.
 
-A plan is made without the tensors: a `Place` stands for each. `csrc/gpu_launch.h` reads the numbers
-in this order: header; then for each launch function, grid, threads, bytes of shared memory, number
-of parameters; for each of these its kind and
+A plan is made without the tensors; a `Place` stands for each of them. `csrc/gpu_launch.h` reads the
+numbers of one launch in this order: function, grid, threads, bytes of shared memory, number of
+parameters. For each parameter follow its kind and
 
     POINTER       slot, offset in bytes
     INT32, INT64  value
-    SCALING       nothing: the one float32 that is given with the tensors
+    SCALING       nothing: the value is the one float32 that comes with the tensors
     DESCRIPTOR    slot, offset in bytes, type, bytes of an element, swizzle, block (2), shape (2),
                   strides (2)
 """
@@ -26,33 +26,38 @@ TENSOR_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 
 
 class CannotPlanError(RuntimeError):
-    """A kernel wants to be launched in a way that plans have no numbers for."""
+    """A kernel needs a kind of launch that the numbers of a plan cannot express."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Of a tensor that is not there yet: what Triton's compiler and TMA descriptors look at."""
+    """Stands for a tensor: has all that Triton's compiler and TMA descriptors ask a tensor for.
+
+    The address comes later, from ``slot`` of the addresses that C++ is given.
+    """
 
     slot: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    offset: int = 0  # in bytes from the address in the slot
-    misalignment: int = 0  # that address modulo 16
+    offset: int = 0  # bytes from the address in the slot
+    misalignment: int = 0  # the address in the slot, modulo 16
 
     @classmethod
     def of(cls, slot: int, t: torch.Tensor | None) -> "Place | None":
+        """The place of a tensor like ``t``; None for None."""
         if t is None:
             return None
         return cls(slot, t.dtype, tuple(t.shape), t.stride(), 0, t.data_ptr() % 16)
 
     @classmethod
     def dense(cls, slot: int, dtype: torch.dtype, shape: tuple, offset: int = 0) -> "Place":
+        """The place of a contiguous tensor."""
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return cls(slot, dtype, tuple(shape), strides, offset)
 
     def data_ptr(self) -> int:
-        """As far as it is known: the address modulo 16."""
+        """The address modulo 16, which is all that is known of it."""
         return (self.offset + self.misalignment) % 16
 
     def stride(self, dim: int | None = None):
@@ -63,7 +68,7 @@ class Place:
 
 
 class Workspace:
-    """Memory for the launches of one plan, all in one slot."""
+    """The memory that the launches of a plan need, as one tensor in one slot."""
 
     ALIGNMENT = 256
 
@@ -71,6 +76,7 @@ class Workspace:
         self.slot, self.nbytes = slot, 0
 
     def empty(self, shape: tuple, dtype: torch.dtype) -> Place:
+        """The place of a new contiguous tensor within this memory."""
         place = Place.dense(self.slot, dtype, shape, self.nbytes)
         blocks = -(-place.numel() * dtype.itemsize // self.ALIGNMENT)
         self.nbytes += blocks * self.ALIGNMENT
@@ -78,13 +84,14 @@ class Workspace:
 
 
 def write_down(kernel, grid: tuple[int, ...], *args, **options) -> list[int]:
-    """The numbers of the launch ``kernel[grid](*args, **options)``, with places for tensors.
+    """The numbers of the launch ``kernel[grid](*args, **options)``, in which places are tensors.
 
     Raises:
-        CannotPlanError: clusters, scratch memory of Triton's own, or types that are not above.
+        CannotPlanError: the kernel uses clusters or scratch memory, or has a parameter of a kind
+            that is not in the list above.
     """
     compiled = kernel.warmup(*args, grid=grid, **options)
-    _ = compiled.run  # loads it: the function has no address before
+    _ = compiled.run  # this loads the kernel; before, its function has no address
     metadata = compiled.metadata
     warps, ctas, shared = compiled.packed_metadata
     extras = (

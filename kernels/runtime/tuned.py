@@ -1,80 +1,88 @@
-"""Launch configurations: the default of each operation, and tables of what is faster on a GPU.
+"""Launch configurations: each tunable kernel's default, and tables of faster ones for a GPU.
 
-A row of a table stands in for some entries of the default. It is found by the operation and by what
-the launch is about: sizes as they are, tokens (M) up to a power of two, ranks as a kernel pads
-them. What has no row, or no table, gets the default.
+A launch configuration is a dict of block sizes, warps and stages. Beside its default, a kernel
+declares a `LaunchConfig`; `kernels/launch_configs.py` lists all of them. A row of a table replaces
+some entries of the default. It is found by the operation and by the launch's key, in which the
+number of tokens (M) is rounded up to a power of two and the rank is padded. A launch without a row
+gets the default.
 
-There is a table for each GPU by name. First comes the user's, which `deltadiff tune` writes, then
-the one that is shipped beside this file.
+There may be two tables for a GPU, found by its name: the one that is shipped in `kernels/tuned`,
+and the user's, which `deltadiff tune` writes and whose rows come first.
 """
 
 import functools
+import itertools
 import json
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 
-VERSION = 2  # of the kernels: raised with changes that make older rows worthless
-
-
-# Of each operation: what a launch is about, and the entries that a row may stand in for. The
-# number of parts that a sum is split in is none of them: results would differ between GPUs.
-OPS = {
-    "lora_linear_down": (
-        ("M", "K", "rank", "itemsize"),
-        ("BLOCK_SIZE_M", "num_warps", "num_stages"),
-    ),
-    "lora_linear_fwd": (
-        ("M", "N", "K", "rank", "itemsize", "transposed"),
-        ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages"),
-    ),
-    "lora_linear_few": (
-        ("M", "N", "K", "rank", "transposed"),
-        ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps", "num_stages"),
-    ),
-    "lora_linear_wgrad": (
-        ("M", "K", "rank", "itemsize"),
-        ("BLOCK_SIZE_C", "num_warps", "num_stages"),
-    ),
-    "lora_linear_hopper": (
-        ("M", "N", "K", "rank", "backward"),
-        ("BLOCK_SIZE_N", "STAGES", "GROUP_SIZE_M"),
-    ),
-    "delta_update": (
-        ("rank", "itemsize", "rounding"),
-        ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "TILES", "num_warps", "num_stages"),
-    ),
-}  # fmt: skip
+VERSION = 2  # raised when a change of the kernels makes older rows worthless
 
 
 POWERS_OF_TWO = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "BLOCK_SIZE_C", "num_warps")
 
 
+@dataclass(frozen=True, eq=False)
+class LaunchConfig:
+    """What can be tuned about one kernel.
+
+    Args:
+        op: the kernel's name in tables.
+        default: a pure function that returns the default configuration.
+        keys: names of the values that a row is found by.
+        entries: names of the entries that a row may replace. The number of parts that a sum is
+            split into is never among them: results would differ between GPUs.
+        candidates: configurations that `deltadiff tune` tries. One that does not fit the GPU or the
+            rank is skipped when it is tried.
+    """
+
+    op: str
+    default: Callable[..., dict]
+    keys: tuple[str, ...]
+    entries: tuple[str, ...]
+    candidates: Sequence[dict[str, int]]
+
+    def choose(self, device: torch.device, args: tuple, key: tuple | None = None) -> dict:
+        """The configuration for one launch on ``device``, which the caller may change.
+
+        Args:
+            args: arguments of ``default``.
+            key: values for ``keys``, in order; None if they are ``args``.
+        """
+        return _choose(self, device, args, args if key is None else key).copy()
+
+
+def combinations(**values: Iterable[int]) -> list[dict[str, int]]:
+    """Candidates: every combination of the entries' values."""
+    products = itertools.product(*values.values())
+    return [dict(zip(values, product, strict=True)) for product in products]
+
+
 def padded_rank(r: int) -> int:
-    """As rows have it."""
+    """The rank in the key of a row."""
     return max(16, triton.next_power_of_2(r))
 
 
 class Launch(NamedTuple):
-    """What rows are found by: an operation, and values for its keys in `OPS`, in order."""
+    """What a row is found by: an operation, and the values of its keys in order."""
 
     op: str
     key: tuple
 
     @classmethod
-    def of(cls, op: str, key: tuple) -> "Launch":
-        """Of exact values: with tokens and ranks as rows have them."""
+    def of(cls, config: LaunchConfig, key: tuple) -> "Launch":
+        """The launch whose exact values are ``key``: M and rank are rounded up as in rows."""
         rounded = {"M": triton.next_power_of_2, "rank": padded_rank}
-        names = OPS[op][0]
-        return cls(
-            op, tuple(rounded.get(n, lambda v: v)(v) for n, v in zip(names, key, strict=True))
-        )
+        values = zip(config.keys, key, strict=True)
+        return cls(config.op, tuple(rounded.get(name, lambda v: v)(v) for name, v in values))
 
 
 Rows = dict[Launch, dict[str, int]]
@@ -95,33 +103,15 @@ _tables: dict[torch.device, Rows] = {}
 _asked: dict[Launch, dict] = {}
 
 
-def config(
-    op: str,
-    device: torch.device,
-    default: Callable[..., dict],
-    args: tuple,
-    key: tuple | None = None,
-) -> dict:
-    """A configuration for one launch.
-
-    Args:
-        op: one of `OPS`.
-        device: where.
-        default: a pure function of ``args``.
-        key: values for the keys of ``op``, in order; None is ``args``.
-    """
-    return _config(op, device, default, args, args if key is None else key).copy()
-
-
 @functools.lru_cache(maxsize=4096)
-def _config(op, device, default, args, key) -> dict:
-    launch = Launch.of(op, key)
-    _asked[launch] = {**default(*args), **rows(device).get(launch, {})}
+def _choose(config: LaunchConfig, device, args, key) -> dict:
+    launch = Launch.of(config, key)
+    _asked[launch] = {**config.default(*args), **rows(device).get(launch, {})}
     return _asked[launch]
 
 
 def rows(device: torch.device) -> Rows:
-    """The rows in use on a device."""
+    """The rows that launches on a device use."""
     if device not in _tables:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         _tables[device] = {**load(shipped_path(name)), **load(user_path(name))} if name else {}
@@ -129,23 +119,23 @@ def rows(device: torch.device) -> Rows:
 
 
 def use(device: torch.device, table: Rows | None) -> None:
-    """From now on these rows alone; None is those of the files again."""
+    """Use these rows alone from now on; None goes back to those of the files."""
     _tables.pop(device, None)
     if table is not None:
         _tables[device] = table
-    _config.cache_clear()
+    _choose.cache_clear()
 
 
 def asked(call: Callable[[], object]) -> dict[Launch, dict]:
-    """The configurations that a call asks for."""
-    _config.cache_clear()
+    """The launches that a call makes, each with its configuration."""
+    _choose.cache_clear()
     _asked.clear()
     call()
     return dict(_asked)
 
 
 def describe(device: torch.device) -> str:
-    """The rows in use on a device, in words: how many, and from which files."""
+    """How many rows a device uses and from which files, in words."""
     if device.type != "cuda":
         return "defaults"
     name = torch.cuda.get_device_name(device)
@@ -159,22 +149,23 @@ def describe(device: torch.device) -> str:
 
 
 def slug(gpu: str) -> str:
-    """A GPU's name as part of a file's."""
+    """A GPU's name in the form that file names have."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def shipped_path(gpu: str) -> Path:
-    return Path(__file__).with_name(f"tuned-{slug(gpu)}.json")
+    return Path(__file__).parents[1] / "tuned" / f"{slug(gpu)}.json"
 
 
 def user_path(gpu: str) -> Path:
-    """In the platform's folder for what can be made again."""
+    """Where the user's table lies: in the cache folder, as it can be made again."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache, "deltadiff", "tuned", f"{slug(gpu)}.json")
 
 
 def load(path: Path) -> Rows:
-    """The rows of a file; none where there is no file, or one for other kernels (this warns).
+    """The rows of a file. There are none without a file, or if its version is not that of these
+    kernels; the latter warns.
 
     Raises:
         TableError: not a table, or a row with unknown names or impossible values.
@@ -195,17 +186,20 @@ def load(path: Path) -> Rows:
 
 
 def _checked(path: Path, place: str, row) -> tuple[Launch, dict[str, int]]:
-    """A row as it was read, once everything in it is known to be right."""
-    if not isinstance(row, dict) or row.get("op") not in OPS:
-        raise TableError(path, place, row, f"an op of {', '.join(OPS)}")
-    keys, entries = OPS[row["op"]]
+    """A row, after everything in it was checked."""
+    from ..launch_configs import LAUNCH_CONFIGS  # not at the top: the kernels import this file
+
+    if not isinstance(row, dict) or row.get("op") not in LAUNCH_CONFIGS:
+        raise TableError(path, place, row, f"an op of {', '.join(LAUNCH_CONFIGS)}")
+    declared = LAUNCH_CONFIGS[row["op"]]
+    keys, entries = declared.keys, declared.entries
     key, config = row.get("key"), row.get("config")
     if not isinstance(key, dict) or set(key) != set(keys):
         raise TableError(path, place, f"key {key}", f"values for {', '.join(keys)}")
     if not all(isinstance(key[k], str if k == "rounding" else int) for k in keys):
         raise TableError(path, place, f"key {key}", "numbers, true, false, a rounding by name")
     values = tuple(key[k] for k in keys)
-    launch = Launch.of(row["op"], values)
+    launch = Launch.of(declared, values)
     if launch.key != values:
         raise TableError(path, place, f"key {key}", "M and rank powers of two, rank at least 16")
     if not isinstance(config, dict) or not set(config) <= set(entries):

@@ -1,7 +1,7 @@
 """Every kernel compiles for every kind of GPU, without spilling and within its shared memory.
 
-Needs no GPU: the launchers run on CPU tensors over a stand-in driver, and what they would launch is
-compiled instead, with the configurations that they would use.
+This needs no GPU: the launchers run on CPU tensors over a stand-in driver. The test compiles what
+they would launch, with the configurations that they would use.
 """
 
 import concurrent.futures
@@ -18,9 +18,9 @@ import pytest
 # Shared memory that CUDA gives one block, in bytes (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability").
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# ptxas parks a few words that it needs only after the loops, to fit one more block on a
-# multiprocessor; which kernels have some changes with its version. Running out of registers looks
-# different: hundreds of bytes, moved in every turn of a loop.
+# In bytes. To fit one more block on a multiprocessor, ptxas spills a few words that a kernel needs
+# only after its loops; in which kernels it does so depends on its version. A kernel that runs out
+# of registers spills hundreds of bytes, and moves them in every turn of a loop.
 SPILL_LIMIT = 32
 
 
@@ -28,7 +28,7 @@ SPILL_LIMIT = 32
 
 
 class _StandInDriver:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that Triton asks for when it compiles."""
 
     def __init__(self, capability: int):
         from triton.backends.compiler import GPUTarget
@@ -65,16 +65,14 @@ def compile_all(capability: int):
     """Print one JSON line for each kernel that the launchers ask for."""
     import torch
     import triton.language as tl
-    from deltadiff.kernels import adamw_step, delta_update
-    from deltadiff.kernels import step_counters as advance
-    from deltadiff.kernels.lora_linear import hopper_launch as lora_linear_hopper
-    from deltadiff.kernels.lora_linear import portable as lora_linear
-    from deltadiff.kernels.runtime import multi_tensor as tables
+    from deltadiff.kernels import adamw_step, delta_update, step_counters
+    from deltadiff.kernels.lora_linear import hopper_launch, portable
+    from deltadiff.kernels.runtime import gpu
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     driver.set_active(_StandInDriver(capability))
-    tables.capability = delta_update.capability = lambda device: divmod(capability, 10)
+    gpu.capability = lambda device: divmod(capability, 10)
     run, case = JITFunction.run, ""
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -86,7 +84,7 @@ def compile_all(capability: int):
     JITFunction.run = compile_only
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
-    def lora(m, dtype, adapter_dtype, r, gate, tf32=False, kernels=lora_linear, **dropout):
+    def lora(m, dtype, adapter_dtype, r, gate, tf32=False, kernels=portable, **dropout):
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         x, weight, dy = (torch.empty(s, dtype=dtype) for s in ((m, 1024), (512, 1024), (m, 512)))
         a, b = (torch.empty(s, dtype=adapter_dtype) for s in ((r, 1024), (512, r)))
@@ -122,13 +120,13 @@ def compile_all(capability: int):
         case = f"dropout, {dtype} adapters {adapter_dtype}{' tf32' * tf32}, {m} tokens, r {r}"
         lora(m, dtype, adapter_dtype, r, None, tf32, dropout=0.1, seed=seed)
 
-    index, lora_linear.index_type = lora_linear.index_type, lambda *_: tl.int64
+    index, portable.index_type = portable.index_type, lambda *_: tl.int64
     case = "strides beyond 32 bits"
     lora(4096, bf16, bf16, 16, None)
-    lora_linear.index_type = index
+    portable.index_type = index
 
     if capability == 90:
-        lora_linear_hopper._multiprocessors = lambda device: 132
+        hopper_launch._multiprocessors = lambda device: 132
         for m, dtype, adapter_dtype, r, entries in (
             (512, bf16, bf16, 1, 0),  # narrow tiles
             (512, fp16, fp32, 32, 32),
@@ -139,7 +137,7 @@ def compile_all(capability: int):
         ):
             case = f"hopper, {dtype} adapters {adapter_dtype}, {m} tokens, r {r}, gate {entries}"
             gate = torch.empty(entries) if entries else None
-            lora(m, dtype, adapter_dtype, r, gate, kernels=lora_linear_hopper)
+            lora(m, dtype, adapter_dtype, r, gate, kernels=hopper_launch)
 
     step = torch.empty((), dtype=torch.int64)
     for dtype, roundings in (
@@ -168,7 +166,7 @@ def compile_all(capability: int):
     flags, count = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.int64)
     for found_inf in (None, one):
         case = f"found_inf {found_inf}"
-        advance.advance_(step, one, count, count, flags, one, one, count, found_inf)
+        step_counters.advance_counters_(step, one, count, count, flags, one, one, count, found_inf)
 
 
 # ----------------------------------------------------------------------- the tests
@@ -198,7 +196,7 @@ def test_kernels_compile_without_spills(compiled, capability):
     assert {k["kernel"] for k in kernels} == hopper | {
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
         "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
-        "delta_update_kernel", "adamw_step_kernel", "advance_kernel",
+        "delta_update_kernel", "adamw_step_kernel", "advance_counters_kernel",
     }  # fmt: skip
     assert [k for k in kernels if k["spilled"] > SPILL_LIMIT or k["registers"] == 255] == []
     assert [k for k in kernels if k["shared"] > SHARED_LIMITS[capability]] == []

@@ -1,6 +1,7 @@
 """The sm_90 backend of `lora_linear`: its schedule on any machine, its results on an H100."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from deltadiff.ops import dispatch as paths
 from deltadiff.ops.reference import lora_linear_ref
 
 hopper = pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
-hopper_load = pytest.importorskip("deltadiff.kernels.lora_linear.producer")
+schedule = pytest.importorskip("deltadiff.kernels.lora_linear.schedule")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("group, rows_per_split", [(8, 8), (16, 4), (4, 1)])
 def test_work_is_drawn_once_and_after_what_it_waits_for(group, rows_per_split, rows):
     rank_item, first_tile, column_item = (
-        getattr(hopper_load, name).value for name in ("RANK_ITEM", "FIRST_TILE", "COLUMN_ITEM")
+        getattr(schedule, name).value for name in ("RANK_ITEM", "FIRST_TILE", "COLUMN_ITEM")
     )
     for blocks_m in (*range(1, 3 * group + 2), 5 * group, 8 * group + 1):
         for blocks_n, columns in ((1, 0), (1, 2), (3, 5), (16, 4)):
@@ -33,8 +34,12 @@ def test_work_is_drawn_once_and_after_what_it_waits_for(group, rows_per_split, r
             tiles = [(m, first_tile + n) for m in range(blocks_m) for n in range(blocks_n)]
             splits = range(-(-blocks_m // rows_per_split))
             ends = [(i, column_item + c) for i in splits for c in range(columns)]
+            sizes = SimpleNamespace(
+                blocks_m=blocks_m, blocks_n=blocks_n, columns=columns,
+                rows_per_split=rows_per_split, GROUP_SIZE_M=group, ROWS=rows,
+            )  # fmt: skip
             work = [
-                hopper_load.work_of.fn(t, blocks_m, blocks_n, columns, rows_per_split, group, rows)
+                schedule.Schedule.work_item.fn(sizes, t)
                 for t in range(len(items) + len(tiles) + len(ends))
             ]
             case = f"{blocks_m} x {blocks_n}, {columns} columns"

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from deltadiff.kernels import delta_update
-from deltadiff.kernels.lora_linear import few_tokens, portable
-from deltadiff.kernels.lora_linear.hopper import hopper_config
+from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
+from deltadiff.kernels.lora_linear.hopper_config import hopper_config
 from deltadiff.kernels.runtime import tuned
 from deltadiff.kernels.runtime.tuned import TableError
 from launch_tables import (
@@ -20,15 +19,13 @@ from launch_tables import (
     table,
 )
 
-from deltadiff.tuning.sweep import CANDIDATES
-
-DEFAULTS = {
-    "lora_linear_down": portable.down_config(64, 64, 8, 2),
-    "lora_linear_fwd": portable.fwd_config(64, 64, 8, 2, "ieee", 99),
-    "lora_linear_few": few_tokens.few_config(64, 64, 64, 8, 99),
-    "lora_linear_wgrad": portable.wgrad_config(64, 64, 8, 2),
-    "lora_linear_hopper": hopper_config(*ARGS),
-    "delta_update": delta_update.delta_update_config((9, 0), "nearest", 16, 2),
+DEFAULT_ARGS = {
+    "lora_linear_down": (64, 64, 8, 2),
+    "lora_linear_fwd": (64, 64, 8, 2, "ieee", 99),
+    "lora_linear_few": (64, 64, 64, 8, 99),
+    "lora_linear_wgrad": (64, 64, 8, 2),
+    "lora_linear_hopper": ARGS,
+    "delta_update": ((9, 0), "nearest", 16, 2),
 }
 
 
@@ -71,11 +68,12 @@ def test_the_users_row_comes_before_the_shipped_one(files):
     assert f"2 shipped ({files[0]})" in text and f"1 user's ({files[1]})" in text
 
 
-@pytest.mark.parametrize("op", tuned.OPS)
+@pytest.mark.parametrize("op", LAUNCH_CONFIGS)
 def test_rows_are_about_entries_that_launchers_know(op):
-    entries = tuned.OPS[op][1]
-    assert set(entries) <= set(DEFAULTS[op]) and "splits" not in entries
-    for candidate in CANDIDATES[op]:
+    declared = LAUNCH_CONFIGS[op]
+    entries = declared.entries
+    assert set(entries) <= set(declared.default(*DEFAULT_ARGS[op])) and "splits" not in entries
+    for candidate in declared.candidates:
         assert candidate and set(candidate) <= set(entries)
 
 
@@ -119,9 +117,7 @@ def test_table_for_other_kernels_is_ignored(files):
         assert chosen(GPU) == hopper_config(*ARGS)
 
 
-@pytest.mark.parametrize(
-    "shipped", sorted(tuned.shipped_path("x").parent.glob("tuned-*.json")), ids=str
-)
+@pytest.mark.parametrize("shipped", sorted(tuned.shipped_path("x").parent.glob("*.json")), ids=str)
 def test_shipped_tables(shipped, recwarn):
     assert tuned.load(shipped) and not recwarn
     assert shipped == tuned.shipped_path(json.loads(shipped.read_text())["gpu"])

@@ -97,15 +97,15 @@ def test_mask_does_not_depend_on_blocks(path, randint, monkeypatch):
     expected = outputs(lora_linear_ref, *given, **options)
     for m, k in ((16, 16), (32, 64), (64, 32), (64, 64)):
         if path.backend == "triton":
-            from deltadiff.kernels.lora_linear import portable as kernels
+            from deltadiff.kernels.runtime.tuned import LaunchConfig
 
-            def config(op, *_, m=m, k=k):
+            def choose(config, *_, m=m, k=k):
                 sizes = {"M": m, "N": k, "K": k, "C": k, "R": 16}
-                names = {"down": "MKR", "fwd": "MNKR", "wgrad": "MCR"}[op.rpartition("_")[2]]
+                names = {"down": "MKR", "fwd": "MNKR", "wgrad": "MCR"}[config.op.rpartition("_")[2]]
                 found = {f"BLOCK_SIZE_{name}": sizes[name] for name in names}
                 return found | ({"GROUP_SIZE_M": 2} if "N" in names else {"splits": 3})
 
-            monkeypatch.setattr(kernels.tuned, "config", config)
+            monkeypatch.setattr(LaunchConfig, "choose", choose)
         found = outputs(lora_linear, *given, **options, backend=path.backend)
         for name, value in expected.items():
             assert torch.equal(found[name], value), name

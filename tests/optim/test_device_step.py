@@ -53,11 +53,11 @@ def interpreted(monkeypatch):
     launched = []
     for module in (adamw_step, delta_update, step_counters):
 
-        def counting(kernel, *args, real=module.launch, **options):
+        def counting(kernel, *args, real=module.launch_cached, **options):
             launched.append(kernel.fn.__name__)
             real(kernel, *args, **options)
 
-        monkeypatch.setattr(module, "launch", counting)
+        monkeypatch.setattr(module, "launch_cached", counting)
     return launched
 
 
@@ -65,7 +65,7 @@ def interpreted(monkeypatch):
 def test_a_step_is_three_launches(interpreted, w_update):
     model = make_model()
     optimizer = DeltaLoRA(model, start_step=1, w_update=w_update)
-    expected = ["_adamw_step_kernel", "_delta_update_kernel", "_advance_kernel"]
+    expected = ["_adamw_step_kernel", "_delta_update_kernel", "_advance_counters_kernel"]
     if w_update == "factored":
         del expected[1]
     for t in range(5):
@@ -117,12 +117,12 @@ def test_tables_are_made_once_and_gradients_may_be_anywhere(interpreted, monkeyp
         prepared.append(args)
         return real(*args)
 
-    def sending(values, target, real=device_step.send):
+    def sending(values, target, real=device_step.copy_async):
         sent.append(values)
         return real(values, target)
 
     monkeypatch.setattr(device_step, "prepare_adamw_step", preparing)
-    monkeypatch.setattr(device_step, "send", sending)
+    monkeypatch.setattr(device_step, "copy_async", sending)
     optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=1.0)
     step(model, optimizer, 0)
     assert len(prepared) == len(sent) == 1

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from deltadiff.kernels.lora_linear.hopper import hopper_config
+from deltadiff.kernels.lora_linear.hopper_config import HOPPER as DECLARED
 from deltadiff.kernels.runtime import tuned
 from deltadiff.kernels.runtime.tuned import Launch
 
@@ -14,7 +14,7 @@ ARGS = (8192, 4096, 16, 132)
 KEY = (8192, 4096, 4096, 16, False)
 HOPPER = Launch("lora_linear_hopper", KEY)
 ROW = {"op": "lora_linear_hopper", "config": {"GROUP_SIZE_M": 4},
-       "key": dict(zip(tuned.OPS["lora_linear_hopper"][0], KEY, strict=True))}  # fmt: skip
+       "key": dict(zip(DECLARED.keys, KEY, strict=True))}  # fmt: skip
 
 
 def move_tables(tmp_path: Path, monkeypatch) -> tuple[Path, Path]:
@@ -40,4 +40,4 @@ def table(*rows, version=tuned.VERSION) -> str:
 
 def chosen(device, key=KEY) -> dict:
     """The configuration of a launch under the tables in use."""
-    return tuned.config("lora_linear_hopper", device, hopper_config, ARGS, key)
+    return DECLARED.choose(device, ARGS, key)

@@ -1,10 +1,12 @@
 """The sweep: candidates are compiled, compared with the default and timed beside it."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from deltadiff.kernels import delta_update
+from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
 from deltadiff.kernels.runtime import tuned
 from launch_tables import CPU, read_files_again
 
@@ -12,18 +14,22 @@ from deltadiff.ops.dispatch import Dispatch
 from deltadiff.tuning import cases, command
 from deltadiff.tuning import sweep as tuning_sweep
 from deltadiff.tuning.cases import Linear, Update
-from deltadiff.tuning.sweep import CANDIDATES, Clock, sweep
+from deltadiff.tuning.sweep import Clock, sweep
 
 # Layers of rank 65 take the kernels for many tokens.
 LINEARS = [Linear(24, 64, 48, r, torch.float16, b) for r in (4, 65) for b in (False, True)]
 REMAINDER = Update(4, torch.float16, "remainder", 64)
 
 
+def remainder_config() -> dict:
+    """The configuration that an update of REMAINDER has now."""
+    args = (0, 0), "remainder", 8, 2
+    return delta_update.DELTA_UPDATE.choose(CPU, args, (8, 2, "remainder"))
+
+
 def clock(seconds) -> Clock:
     """The seconds of each round are what ``seconds`` makes of an update's configuration."""
-    default, key = delta_update.delta_update_config, (8, 2, "remainder")
-    args = "delta_update", CPU, default, ((0, 0), "remainder", 8, 2), key
-    return Clock(lambda _: tuned.config(*args), lambda calls, _: list(map(seconds, calls)))
+    return Clock(lambda _: remainder_config(), lambda calls, _: list(map(seconds, calls)))
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def test_candidates_give_the_defaults_result(case):
     assert {f.launch for f in findings} == set(tuned.asked(lambda: case.call(inputs)()))
     for f in findings:
         default = f.default.items()
-        known = [c for c in CANDIDATES[f.launch.op] if not c.items() <= default]
+        known = [c for c in LAUNCH_CONFIGS[f.launch.op].candidates if not c.items() <= default]
         assert f.tried == len(known) > 0 and f.entries == {} and f.speedup == 1.0
 
 
@@ -83,18 +89,18 @@ def test_wrong_candidates_are_not_timed(monkeypatch, what):
     class Broken(plain):
         def __init__(self, weights, *rest):
             super().__init__(weights, *rest)
-            self.weights = weights
+            self.weights, self.block_k = weights, remainder_config()["BLOCK_SIZE_K"]
 
         def __call__(self, *args):
             super().__call__(*args)
-            if self.blocks[1] == 128:
+            if self.block_k == 128:
                 if what == "raises":
                     raise RuntimeError("out of resources")
                 self.weights[0][0, 0] += 1 if what == "wrong" else next(count)
 
     monkeypatch.setattr(delta_update, "DeltaUpdate", Broken)
     (finding,) = sweep(REMAINDER, CPU, clock=clock(lambda _: [1.0]))
-    left = [c for c in CANDIDATES["delta_update"] if c["BLOCK_SIZE_K"] != 128]
+    left = [c for c in LAUNCH_CONFIGS["delta_update"].candidates if c["BLOCK_SIZE_K"] != 128]
     assert finding.tried == sum(not c.items() <= finding.default.items() for c in left) > 0
 
 
@@ -104,7 +110,8 @@ def test_candidates_are_tried_out_in_other_processes(monkeypatch):
         {"BLOCK_SIZE_N": 16},
         {"BLOCK_SIZE_K": 16},
     )  # 32 columns are not a multiple of blocks of 16 tiles
-    monkeypatch.setitem(CANDIDATES, "delta_update", [good, bad])
+    declared = replace(delta_update.DELTA_UPDATE, candidates=[good, bad])
+    monkeypatch.setitem(LAUNCH_CONFIGS, "delta_update", declared)
     case = Update(4, torch.float16, "nearest", 64)
     ready, notes = tuning_sweep.try_out([case], CPU, time.monotonic() + 100, workers=1)
     assert ready == {(case.kind, "delta_update", frozenset(good.items()))} and not notes
