@@ -1,7 +1,7 @@
 """`StepWatch`: where the tensors of an optimizer step lie, and what moved since the last look.
 
 Kernels read pointers from tables on the device. Whether a table is still right has to be asked in
-every step, of hundreds of tensors: `csrc/step_watch.cpp` does it in a tenth of the time.
+every step, of hundreds of tensors: `csrc/address_tracker.cpp` does it in a tenth of the time.
 """
 
 import torch
@@ -58,5 +58,5 @@ class StepWatch:
 def step_watch(params: list[Tensor], weights: list[Tensor]):
     """A `StepWatch`, the one in C++ where it was built."""
     if why_unavailable("cpp", torch.device("cpu"), torch.float32) is None:
-        return torch.classes.deltadiff.StepWatch(params, weights)
+        return torch.classes.deltadiff.AddressTracker(params, weights)
     return StepWatch(params, weights)

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..checks import wide_dtype
 from ..errors import ArgumentError
 from ..kernels.runtime.async_copy import send
+from ..ops.adamw_step import prepare_adamw_step
 from ..ops.dispatch import choose_path
-from ..ops.prepared import prepare_adamw_step, run_advance
+from ..ops.step_counters import run_advance
 from . import address_tracker as step_watch
 
 NEVER = 2**62

@@ -14,9 +14,8 @@ from ..checks import DTYPES, HALF_DTYPES
 from ..errors import ArgumentError, SwapError
 from ..layers.lora_linear import LoraLinear
 from ..layers.pending_delta import LowRankFactors, PendingDelta
-from ..ops.delta_update import delta_update_
+from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
-from ..ops.prepared import prepare_delta_update
 
 MOST_FOLDED = 8  # products of earlier update ratios that are kept, for saving
 

@@ -26,16 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .consumer import multiply
 from .producer import load
 
-MAX_RANK = 256
-
-
 COLUMN_ITEMS_RANK = 64  # up to which dA and dB are column items
-
-
-LEAST_TOKENS = 256  # with fewer, the portable kernels are faster
-
-
-MOST_TOKENS = 128 * 0x7FFF  # a place in the order of work has 15 bits
 
 
 NUM_WARPS = 8  # that multiply
