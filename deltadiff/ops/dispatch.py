@@ -170,8 +170,7 @@ def _why_not_few_tokens(layer: Layer) -> str | None:
     return None
 
 
-# In order of preference: the first one that takes a call runs it. The last kernel of each backend
-# but "hopper" takes every call; calls that "hopper" does not take go to those of "triton".
+# For each backend in order of preference: its first kernel that takes a call runs it.
 KERNELS = (
     Kernel(
         "hopper", "hopper", _why_not_hopper, _why_hopper_only_if_asked,
@@ -184,6 +183,10 @@ KERNELS = (
     Kernel("cpp", "cpp", gate_reads_x=True),
     Kernel("reference", "reference"),
 )  # fmt: skip
+
+
+# Where the calls go that no kernel of a backend takes. Every other backend has a kernel for all calls.
+FALLBACKS = {"hopper": "triton"}
 
 
 class Run(NamedTuple):
@@ -200,8 +203,12 @@ def runs_of(backend: str, layer: Layer) -> tuple[Run, ...]:
     The number of tokens alone chooses among them, so that the backward pass finds what the forward
     pass kept, wherever x and W lie by then.
     """
-    first = next(i for i, kernel in enumerate(KERNELS) if kernel.backend == backend)
-    takers = [kernel for kernel in KERNELS[first:] if kernel.why_not(layer) is None]
+    takers = [
+        kernel
+        for name in (backend, FALLBACKS.get(backend))
+        for kernel in KERNELS
+        if kernel.backend == name and kernel.why_not(layer) is None
+    ]
     bounds = {bound for kernel in takers for bound in (kernel.tokens.start, kernel.tokens.stop)}
     found: list[Run] = []
     for start in sorted(bounds - {ANY_NUMBER.stop}):

@@ -20,11 +20,9 @@ from torch import Tensor
 from ..bench.timing import failure, graphed, sample
 from ..checks import dtype_name
 from ..kernels import delta_update
-from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
-from ..kernels.lora_linear import portable as lora_linear
 from ..kernels.runtime import tuned
 from ..kernels.runtime.tuned import Launch, Rows
-from ..ops.dispatch import choose_path
+from ..ops.dispatch import LAUNCHERS, Layer, choose_path, kernel_at, runs_of
 
 MARGIN = 0.02  # a candidate that is faster by less could be one by chance
 
@@ -106,7 +104,7 @@ class Linear:
     @property
     def kind(self) -> tuple:
         """Cases of one kind have kernels in common, whatever their sizes."""
-        few = min(self.m, lora_linear_hopper.LEAST_TOKENS)
+        few = min(self.m, 256)  # up to here, the default blocks depend on the number of tokens
         return Linear, few, self.r, self.dtype, self.backward
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -129,8 +127,11 @@ class Linear:
         return lambda: [kernels.lora_linear_fwd(*inputs, SCALING, None, None)[0]]
 
     def _kernels(self, device: torch.device):
-        backend = choose_path(device, self.dtype, layer=(self.n, self.k, self.r)).backend
-        return lora_linear_hopper if backend == "hopper" else lora_linear
+        """The launchers of the kernel that runs this case; on the CPU, of the Triton kernel."""
+        layer = self.n, self.k, self.r
+        chosen = choose_path(device, self.dtype, layer=layer).backend
+        backend = "hopper" if chosen == "hopper" else "triton"
+        return LAUNCHERS[kernel_at(runs_of(backend, Layer(*layer, self.dtype)), self.m).name]
 
     def agree(self, found: list[Tensor], usual: list[Tensor]) -> bool:
         """To one rounding of the dtype: sums may be in another order."""

@@ -67,7 +67,7 @@ def compile_all(capability: int):
     import triton.language as tl
     from deltadiff.kernels import adamw_step, delta_update
     from deltadiff.kernels import step_counters as advance
-    from deltadiff.kernels.lora_linear import hopper_launch as lora_linear_hopper
+    from deltadiff.kernels.lora_linear import few_tokens, hopper_launch
     from deltadiff.kernels.lora_linear import portable as lora_linear
     from deltadiff.kernels.runtime import multi_tensor as tables
     from triton.runtime import driver
@@ -108,7 +108,8 @@ def compile_all(capability: int):
     for m, r in ((1, 8), (32, 8), (64, 64), (300, 16), (64, 128), (4096, 128)):
         for dtype in (bf16, fp32):
             case = f"{dtype} adapters float32, {m} tokens, r {r}"
-            lora(m, dtype, fp32, r, None)
+            few = dtype == bf16 and m < 512 and r <= 64
+            lora(m, dtype, fp32, r, None, kernels=few_tokens if few else lora_linear)
 
     seed = torch.empty((), dtype=torch.int64)
     for dtype, adapter_dtype, m, r, tf32 in (
@@ -128,7 +129,7 @@ def compile_all(capability: int):
     lora_linear.index_type = index
 
     if capability == 90:
-        lora_linear_hopper._multiprocessors = lambda device: 132
+        hopper_launch._multiprocessors = lambda device: 132
         for m, dtype, adapter_dtype, r, entries in (
             (512, bf16, bf16, 1, 0),  # narrow tiles
             (512, fp16, fp32, 32, 32),
@@ -139,7 +140,7 @@ def compile_all(capability: int):
         ):
             case = f"hopper, {dtype} adapters {adapter_dtype}, {m} tokens, r {r}, gate {entries}"
             gate = torch.empty(entries) if entries else None
-            lora(m, dtype, adapter_dtype, r, gate, kernels=lora_linear_hopper)
+            lora(m, dtype, adapter_dtype, r, gate, kernels=hopper_launch)
 
     step = torch.empty((), dtype=torch.int64)
     for dtype, roundings in (

@@ -7,8 +7,7 @@ import torch
 from lora_linear_calls import doubles, kept_by, outputs
 
 from deltadiff import lora_linear
-from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
-from deltadiff.ops import dispatch as paths
+from deltadiff.errors import ArgumentError, ArgumentTypeError
 from deltadiff.ops import reference
 from deltadiff.ops.reference import dropout_mask_ref, lora_linear_ref
 
@@ -277,22 +276,6 @@ def test_bad_input_is_named(change, argument, kind):
         lora_linear(**arguments | change)
     assert raised.value.argument == argument
     assert raised.value.accepted and raised.value.given
-
-
-def test_sm_90_takes_the_portable_kernels(monkeypatch):
-    pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    paths.choose_path.cache_clear()
-    try:
-        asked = torch.device("cuda:0"), BF16
-        layer = 4096, 4096, 16
-        assert paths.choose_path(*asked, None, layer).backend == "hopper"
-        path = paths.choose_path(*asked, None, layer, True)
-        assert path.backend == "triton" and "the sm_90 kernel has no dropout" in path.reason
-        with pytest.raises(BackendUnavailableError, match="the sm_90 kernel has no dropout"):
-            paths.choose_path(*asked, "hopper", layer, True)
-    finally:
-        paths.choose_path.cache_clear()
 
 
 # ----------------------------------------------------------------------------- GPU
