@@ -185,7 +185,8 @@ KERNELS = (
 )  # fmt: skip
 
 
-# Where the calls go that no kernel of a backend takes. Every other backend has a kernel for all calls.
+# The backend whose kernels run the calls that none of a backend's own takes. Every other backend has
+# a kernel that takes all calls.
 FALLBACKS = {"hopper": "triton"}
 
 
