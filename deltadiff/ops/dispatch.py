@@ -143,6 +143,16 @@ class Kernel:
         """The name of the backend, and of the kernel where the backend has several."""
         return self.name if self.name == self.backend else f"{self.backend} {self.name}"
 
+    def objection(self, layer: Layer, tokens: int) -> str | None:
+        """None for a call that the kernel takes, else the reason in words."""
+        if reason := self.why_not(layer):
+            return reason
+        if tokens < self.tokens.start:
+            return f"{self.label} takes {self.tokens.start:,} tokens or more"
+        if tokens >= self.tokens.stop:
+            return f"{self.label} takes up to {self.tokens.stop - 1:,} tokens"
+        return None
+
 
 def _why_not_hopper(layer: Layer) -> str | None:
     if layer.dropout:
@@ -170,12 +180,12 @@ def _why_not_few_tokens(layer: Layer) -> str | None:
     return None
 
 
-# For each backend in order of preference: its first kernel that takes a call runs it.
+# In order of preference: the first kernel of a backend without an objection to a call runs it.
 KERNELS = (
     Kernel(
         "hopper", "hopper", _why_not_hopper, _why_hopper_only_if_asked,
-        # With fewer tokens the kernels of "triton" are faster. Its work is drawn from a list in
-        # which a block of 128 tokens has a number of 15 bits.
+        # With fewer tokens the kernels of "triton" are faster. Blocks of 128 tokens are numbered in
+        # 15 bits.
         tokens=range(256, 128 * 0x7FFF + 1),
     ),
     Kernel("few_tokens", "triton", _why_not_few_tokens, tokens=range(512)),
@@ -185,16 +195,20 @@ KERNELS = (
 )  # fmt: skip
 
 
-# The backend whose kernels run the calls that none of a backend's own takes. Every other backend has
-# a kernel that takes all calls.
+# The backend whose kernels run the calls that none of a backend's own takes. Every other backend
+# has a kernel that takes all calls.
 FALLBACKS = {"hopper": "triton"}
 
 
 class Run(NamedTuple):
-    """A kernel, and the numbers of tokens at which it runs the calls of a layer."""
+    """A kernel, the numbers of tokens at which it runs the calls of a layer, and why.
+
+    The reason says why no preferred kernel runs them; it is empty where no kernel is preferred.
+    """
 
     tokens: range
     kernel: Kernel
+    reason: str
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,21 +218,22 @@ def runs_of(backend: str, layer: Layer) -> tuple[Run, ...]:
     The number of tokens alone chooses among them, so that the backward pass finds what the forward
     pass kept, wherever x and W lie by then.
     """
-    takers = [
-        kernel
-        for name in (backend, FALLBACKS.get(backend))
-        for kernel in KERNELS
-        if kernel.backend == name and kernel.why_not(layer) is None
-    ]
-    bounds = {bound for kernel in takers for bound in (kernel.tokens.start, kernel.tokens.stop)}
+    names = backend, FALLBACKS.get(backend)
+    candidates = [kernel for name in names for kernel in KERNELS if kernel.backend == name]
+    bounds = {bound for kernel in candidates for bound in (kernel.tokens.start, kernel.tokens.stop)}
     found: list[Run] = []
     for start in sorted(bounds - {ANY_NUMBER.stop}):
-        kernel = next(kernel for kernel in takers if start in kernel.tokens)
+        objections = []
+        for kernel in candidates:
+            objection = kernel.objection(layer, start)
+            if objection is None:
+                break
+            objections.append(objection)
         if found and found[-1].kernel is kernel:
             continue
         if found:
-            found[-1] = Run(range(found[-1].tokens.start, start), found[-1].kernel)
-        found.append(Run(range(start, ANY_NUMBER.stop), kernel))
+            found[-1] = found[-1]._replace(tokens=range(found[-1].tokens.start, start))
+        found.append(Run(range(start, ANY_NUMBER.stop), kernel, "; ".join(objections)))
     return tuple(found)
 
 

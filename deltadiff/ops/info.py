@@ -45,7 +45,12 @@ def _runs(devices: list[str]) -> list[dict]:
         for dtype in DTYPES:
             chosen = choose_path(torch.device(name), dtype, None, LAYER)
             kernels = [
-                {"kernel": run.kernel.name, "backend": run.kernel.backend, "from": run.tokens.start}
+                {
+                    "from_tokens": run.tokens.start,
+                    "kernel": run.kernel.name,
+                    "backend": run.kernel.backend,
+                    "reason": run.reason,
+                }
                 for run in chosen.runs
             ]
             entry = {"device": name, "dtype": dtype_name(dtype), "layer": list(LAYER)}

@@ -1,7 +1,7 @@
 """Launches from C++ are the same as those of Triton's own launcher, bit for bit.
 
-This needs no GPU: a stand-in for libcuda records what it is given, CPU tensors lend their addresses,
-and the compiled kernel says how large its parameters are.
+This needs no GPU: a stand-in for libcuda records what it is given, CPU tensors lend their
+addresses, and the compiled kernel says how large its parameters are.
 """
 
 import ctypes

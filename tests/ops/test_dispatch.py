@@ -123,6 +123,11 @@ def test_the_number_of_tokens_chooses_on_sm_90(on_capability):
     assert kernels_at(chosen, 256, 8192, 128 * 0x7FFF) == ["hopper"] * 3
     assert kernels_at(chosen, 128 * 0x7FFF + 1) == ["portable"]
     assert chosen.at(255).backend == "triton" and chosen.at(256).backend == "hopper"
+    few, _, many = chosen.runs
+    assert few.reason == "hopper takes 256 tokens or more"
+    assert many.reason == (
+        "hopper takes up to 4,194,176 tokens; triton few_tokens takes up to 511 tokens"
+    )
     assert chosen.in_words() == (
         "triton few_tokens (up to 255 tokens), hopper (256 to 4,194,176 tokens), "
         "triton portable (more)"
