@@ -18,7 +18,7 @@ from ..checks import (
 )
 from ..errors import ArgumentTypeError
 from . import reference
-from .dispatch import CPP_MISSING, LAUNCHERS, Layer, choose_path, keeps_x, kernel_at, runs_of
+from .dispatch import CPP_MISSING, LAUNCHERS, choose_path, keeps_x, kernel_at, runs_of
 
 with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
     from ..kernels.lora_linear import hopper_launch, hopper_plan
@@ -45,16 +45,15 @@ def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
 # ------------------------------------------------------------ the two passes, launched from Python
 
 
-def _kernel_of(tokens, weight, lora_A, dropout, backend):
+def _kernel_of(tokens, weight, r, dropout, backend):
     """The kernel that runs a call for which ``backend`` was chosen."""
-    (n, k), r = weight.shape, lora_A.shape[0]
-    return kernel_at(runs_of(backend, Layer(n, k, r, weight.dtype, dropout)), tokens)
+    return kernel_at(runs_of(backend, (*weight.shape, r, weight.dtype, dropout)), tokens)
 
 
 def _launch_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend):
     """(y, kept) of the kernel that runs this call; x (M, K)."""
     m, r = x.shape[0], lora_A.shape[0]
-    kernel = _kernel_of(m, weight, lora_A, seed is not None, backend)
+    kernel = _kernel_of(m, weight, r, seed is not None, backend)
     kept = None
     if kernel.backend != backend:  # the shape follows from the backend: torch.compile knows no M
         kept = x.new_empty(_kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
@@ -67,7 +66,7 @@ def _launch_bwd(
     dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, dropout, seed, backend
 ):  # fmt: skip
     """(dx, dA, dB, dgate) of the kernel that ran the forward pass; dy (M, N)."""
-    kernel = _kernel_of(dy.shape[0], weight, lora_A, seed is not None, backend)
+    kernel = _kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
     mask = {} if seed is None else {"dropout": dropout, "seed": seed}
     launch = LAUNCHERS[kernel.name].lora_linear_bwd
     return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
@@ -128,7 +127,7 @@ if not CPP_MISSING:
 
         C++ asks once for each kind of call for which backend "hopper" was chosen.
         """
-        if _kernel_of(x.shape[0], weight, lora_A, False, "hopper").name != "hopper":
+        if _kernel_of(x.shape[0], weight, lora_A.shape[0], False, "hopper").name != "hopper":
             return []
         try:
             return hopper_plan.lora_linear_plan(x, weight, lora_A, lora_B, *rest)
@@ -159,8 +158,8 @@ def _lora_linear_path(
 ):  # fmt: skip
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
     backend = choose_path(device, dtype, asked, layer, *how).backend
-    interpreted = device.type == "cpu" and backend == "triton"
-    return backend, not (CPP_MISSING or interpreted or backend == "reference")
+    reached = backend == "cpp" or (backend != "reference" and device.type == "cuda")
+    return backend, reached and not CPP_MISSING
 
 
 def lora_linear(

@@ -277,7 +277,9 @@ def adamw_step_list_ref_(
 # -------------------------------------------------------------------- counters
 
 
-def advance_ref_(iteration, steps, grads, firsts, flags, gates, opened, opens, found_inf) -> None:
+def advance_ref_(
+    iteration, steps, grads, firsts, flags, rank_scales, new_scales, changes, found_inf
+) -> None:  # fmt: skip
     """Count one optimizer step in place, unless ``found_inf`` is not 0.
 
     Args:
@@ -285,12 +287,12 @@ def advance_ref_(iteration, steps, grads, firsts, flags, gates, opened, opens, f
         steps: (n,) float32, raised by one where ``grads`` (n,) int64 is not 0.
         firsts: (g,) int64, K + 1 of each param group.
         flags: (g, 2) int32, t > K and t == K + 1 for the coming iteration.
-        gates: (m,) float32 or float64, Delta-LoRA's factors on the ranks; they become ``opened``
-            from iteration ``opens`` (int64) on.
+        rank_scales: (m,) float32 or float64, Delta-LoRA's factors on the ranks; each becomes its
+            entry of ``new_scales`` from its iteration in ``changes`` (int64) on.
     """
     done = 1 if found_inf is None else (found_inf.view(()) == 0).to(torch.int64)
     iteration += done
     steps += done * (grads != 0)
     flags[:, 0] = iteration >= firsts
     flags[:, 1] = iteration == firsts
-    gates.copy_(torch.where(iteration >= opens, opened, gates))
+    rank_scales.copy_(torch.where(iteration >= changes, new_scales, rank_scales))

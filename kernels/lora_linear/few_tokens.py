@@ -125,9 +125,11 @@ def few_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
 
 def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, kept=None):
     """(y, kept): as `portable.lora_linear_fwd`, without dropout."""
-    kept = new_kept(x, lora_A) if kept is None else kept
-    with on_device(x.device):
+    if kept is None:
+        s = kept = new_kept(x, lora_A)
+    else:
         s = rank_part(kept, lora_A.shape[0])
+    with on_device(x.device):
         y = _few_linear(x, weight, lora_A, lora_B, scaling, gate, bias, s)
     return y, kept
 

@@ -228,9 +228,12 @@ def lora_linear_fwd(
         kept: a float32 matrix of M rows, with room for S at its start; None makes an (M, R) one.
         seed: 0-dim int64, the seed of dropout's mask; None is no dropout.
     """
-    kept = new_kept(x, lora_A) if kept is None else kept
+    if kept is None:
+        s = kept = new_kept(x, lora_A)
+    else:
+        s = rank_part(kept, lora_A.shape[0])
     with on_device(x.device):
-        s = _down(x, lora_A, rank_part(kept, lora_A.shape[0]), (seed, dropout))
+        _down(x, lora_A, s, (seed, dropout))
         y = _linear(x, weight, lora_B, s, scaling, gate, bias, _KEEP_ALL)
     return y, kept
 
