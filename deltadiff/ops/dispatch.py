@@ -25,7 +25,8 @@ from ..errors import ArgumentError, BackendUnavailableError
 
 BACKENDS = ("hopper", "triton", "cpp", "reference")
 
-# The modules that launch the kernels of lora_linear from Python, by the name of the kernel.
+# The modules that launch the kernels of lora_linear from Python, by the name of the kernel. Each
+# has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments.
 LAUNCHERS: dict[str, ModuleType] = {}
 
 try:
@@ -303,13 +304,18 @@ def choose_path(
     dropout: bool = False,
     transposed: bool = False,
 ) -> Dispatch:
-    """The backend for tensors of ``dtype`` on ``device``; ``backend`` asks for one by name.
+    """Choose what runs an operation on tensors of ``dtype`` on ``device``.
 
     Args:
+        backend: asks for one by name; None chooses one.
         layer: (out_features, in_features, r) for `lora_linear`, which has a kernel of its own for
             most layers on sm_90; None for the other operations.
         dropout: whether the layer has dropout, which that kernel lacks.
         transposed: whether W is stored (in, out), like GPT-2's; that kernel would copy it.
+
+    Returns:
+        The backend, the reason for it and, for a layer, which kernels run at which number of
+        tokens.
 
     Raises:
         BackendUnavailableError: ``backend`` was asked for and cannot run here.

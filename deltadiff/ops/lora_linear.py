@@ -26,6 +26,7 @@ with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatc
 
 
 def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
+    """Raise where the arguments of `lora_linear` do not fit each other."""
     check_matrix("weight", weight)
     check_matrix("lora_A", lora_A)
     check_number("scaling", scaling)
@@ -55,7 +56,7 @@ def _launch_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, b
     m, r = x.shape[0], lora_A.shape[0]
     kernel = _kernel_of(m, weight, r, seed is not None, backend)
     kept = None
-    if kernel.backend != backend:  # the shape follows from the backend: torch.compile knows no M
+    if kernel.backend != backend:  # it keeps less, but the backend's calls all keep one shape
         kept = x.new_empty(_kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
     mask = {} if seed is None else {"dropout": dropout, "seed": seed}  # some kernels have none
     launch = LAUNCHERS[kernel.name].lora_linear_fwd
@@ -73,7 +74,11 @@ def _launch_bwd(
 
 
 def _kept_shape(backend: str, m, r, gated: bool):
-    """Shape of what the forward pass keeps: one for all numbers of tokens, so for all kernels."""
+    """Shape of what the forward pass keeps.
+
+    It depends on the backend but not on the kernel, so that torch.compile has one shape for every
+    number of tokens.
+    """
     return hopper_launch.kept_shape(m, r, gated) if backend == "hopper" else (m, r)
 
 
