@@ -1,5 +1,5 @@
-// adamw_step_: AdamW for a whole list of tensors in one parallel region, in place, that also yields
-// p' - p and, where asked, the p that was. The counts of steps are the caller's to raise.
+// adamw_step_: AdamW for a whole list of tensors in place, in one parallel region. It also writes
+// p' - p and, where asked, the value of p before the step. The caller raises the step counts.
 
 #include <algorithm>
 #include <cmath>
@@ -15,17 +15,19 @@ namespace {
 
 enum class KernelOption { wide_moments, moments_like_params };  // wide: float32
 
-// The numbers that one tensor's step needs; corrections taken in float64, as PyTorch does.
+// The numbers that one tensor's step needs. The bias corrections are computed in float64, as
+// PyTorch does.
 struct Step {
   float grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_correction2, eps;
   float decay, step_size;
 };
 
-// Elements [begin, begin + count) of a tensor. Pointers are to the start of the tensor.
+// Elements [begin, begin + count) of a tensor. The pointers are those of the tensor's first
+// element.
 struct Chunk {
   void *param, *exp_avg, *exp_avg_sq;
   const void* grad;
-  float* delta;  // null: not wanted; likewise the anchor
+  float* delta;  // null where it is not wanted, like the anchor
   void* anchor;
   int64_t begin, count;
 };
@@ -36,14 +38,14 @@ using Kernel = void (*)(const Chunk&, const Step&);
 }  // namespace deltadiff
 
 #define DELTADIFF_KERNEL "adamw_step_kernel.h"
-#include "each_isa.h"
+#include "cpu_dispatch.h"
 
 namespace deltadiff {
 namespace {
 
 constexpr int64_t kChunk = 8192;
 
-// Tensors are walked as flat memory; one that is not contiguous is worked on as a copy.
+// A tensor as flat memory. Of a tensor that is not contiguous a copy is updated and written back.
 class Flat {
  public:
   explicit Flat(const at::Tensor& t) : original_(t), flat_(t.contiguous()) {}

@@ -1,4 +1,5 @@
-// One AdamW step on a run of elements. Included by each_isa.h, once for each instruction set.
+// One AdamW step on consecutive elements. cpu_dispatch.h compiles this file once for each
+// instruction set.
 
 template <class Param, class Moment>
 DELTADIFF_INLINE void update_elements(
@@ -14,7 +15,7 @@ DELTADIFF_INLINE void update_elements(
   Param::write(p, old * step.decay - step.step_size * mean / denominator);
   Moment::write(m, mean);
   Moment::write(v, square);
-  if (delta) store(delta, Param::read(p) - old);  // what was stored, rounding included
+  if (delta) store(delta, Param::read(p) - old);  // with p' as it was rounded
   if (anchor) Param::write(anchor, old);
 }
 

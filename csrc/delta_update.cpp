@@ -1,8 +1,8 @@
 // delta_update_: the Delta-LoRA update of a whole list of weights, in place.
 //
-// The work is one range of units over all weights; a unit is some rows of one strip of columns. A
-// thread lays out the strip of [A'; dA] once for the units it walks through, so that the innermost
-// loop reads it in order from cache. No element depends on how the range was divided.
+// The work is one range of units over all weights. A unit is some rows of one strip of columns. A
+// thread lays out the strip of [A'; dA] once for all of its units, so that the innermost loop reads
+// it in order from cache. The results do not depend on how the range is divided among threads.
 
 #include <algorithm>
 #include <vector>
@@ -28,7 +28,7 @@ struct Block {
   const float* lora_B;    // (rows, rank), A' and B' are the values after the optimizer's step
   const float* delta_B;
   const float* right;     // [A'; dA] as (column tile, 2 rank, kTile)
-  float* left;            // room for (2 rank, kRows)
+  float* left;            // workspace of (2 rank, kRows)
   int64_t rank;
   float scale;
   uint64_t seed;
@@ -46,15 +46,15 @@ struct Kernel {
 }  // namespace deltadiff
 
 #define DELTADIFF_KERNEL "delta_update_kernel.h"
-#include "each_isa.h"
+#include "cpu_dispatch.h"
 
 namespace deltadiff {
 namespace {
 
-constexpr int64_t kStripBytes = 256 << 10;  // of [A'; dA]: stays in the second-level cache
+constexpr int64_t kStripBytes = 256 << 10;  // a strip of [A'; dA] stays in the second-level cache
 constexpr int64_t kUnitElements = 64 << 10;
 
-// One weight: what its blocks have in common, and how it is divided.
+// One weight: what its blocks have in common, and how the weight is divided into blocks.
 struct Job {
   Block block;
   at::Tensor lora_A, delta_A, lora_B, delta_B;  // float32, contiguous

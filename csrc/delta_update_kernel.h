@@ -1,14 +1,15 @@
-// W += scale (dB A' + (B' - dB) dA) on a block of rows: one read and one write of each element.
-// Included by each_isa.h, once for each instruction set.
+// W += scale (dB A' + (B' - dB) dA) on a block of rows, with one read and one write of each
+// element. cpu_dispatch.h compiles this file once for each instruction set.
 
 #include "philox.h"
 
 constexpr int kVectors = 2;
 constexpr int kTile = kVectors * kLanes;  // columns whose sums are held in registers...
 constexpr int kRows = kLanes == 16 ? 8 : 4;  // ...for this many rows
-constexpr int kPanel = 512;  // columns whose random bits are made at a time
+constexpr int kPanel = 512;  // number of columns whose random bits are made at a time
 
-// ---- How an element is kept: its float32 value comes from, and goes to, weight and remainder.
+// ---- Storage of an element: `read` and `write` take its float32 value from, and put it into,
+// ---- the weight and, where there is one, the remainder.
 
 template <class Storage>
 struct Nearest {
@@ -36,7 +37,7 @@ struct Remainder<BFloat16> {
   }
   DELTADIFF_INLINE void write(f32v wide, Weight* w, Low* low, const uint16_t*) {
     const u32v bits = (u32v)wide;
-    // the carry must not turn a NaN into a number
+    // A carry must not turn a NaN into a number.
     const u32v high = wide == wide ? (bits + 0x8000) >> 16 : bits >> 16;
     store(w, narrow(high));
     store(low, narrow(wide == wide ? bits - (high << 16) : u32v{}));
@@ -68,7 +69,8 @@ struct Stochastic<BFloat16> {
   static constexpr bool kRandom = true, kRemainder = false;
   DELTADIFF_INLINE f32v read(const Weight* w, const Low*) { return BFloat16::read(w); }
   DELTADIFF_INLINE void write(f32v wide, Weight* w, Low*, const uint16_t* random) {
-    // infinity stays what it is by itself; a NaN that arithmetic made has its top bit set
+    // Infinity is not changed by the addition. A NaN is left alone; arithmetic sets its top bit, so
+    // it is still a NaN when its low half is cut off.
     const u32v added = wide == wide ? widen(load<u16v>(random)) : u32v{};
     store(w, narrow(((u32v)wide + added) >> 16));
   }
@@ -107,7 +109,8 @@ DELTADIFF_INLINE void update_elements(
   }
 }
 
-// Where a tile does not lie as whole vectors (the end of a row, strided): the same on a copy.
+// Updates a copy of the elements, for a tile that does not consist of whole vectors: the end of a
+// row, or strided elements.
 template <class Format>
 __attribute__((noinline)) static void update_copied(
     typename Format::Weight* w, typename Format::Low* low, int64_t w_stride, int64_t low_stride,

@@ -7,14 +7,14 @@
 namespace deltadiff {
 namespace {
 
-// Of a part of a matrix. Strides count elements.
+// Some rows of a part of a matrix. Strides count elements.
 struct Rows {
   void* data;
   int64_t stride, begin, end, columns;
-  uint64_t first;  // place of its first element, in a matrix...
-  int64_t pitch;   // ...of as many columns
+  int64_t pitch;   // columns of the whole matrix, rounded up to a multiple of 8
+  uint64_t first;  // row-major index of the part's first element in a matrix of `pitch` columns
   uint64_t seed;
-  uint32_t least;
+  uint32_t least;  // an element stays where its random bits are at least this
 };
 
 using Kernel = void (*)(const Rows&);
@@ -23,7 +23,7 @@ using Kernel = void (*)(const Rows&);
 }  // namespace deltadiff
 
 #define DELTADIFF_KERNEL "dropout_kernel.h"
-#include "each_isa.h"
+#include "cpu_dispatch.h"
 
 namespace deltadiff {
 

@@ -1,10 +1,10 @@
-// Dropout in place on some rows. Included by each_isa.h, once for each instruction set.
+// Dropout in place on some rows. cpu_dispatch.h compiles this file once for each instruction set.
 
 #include "philox.h"
 
 template <class Item>
 static void drop(const Rows& job) {
-  constexpr int64_t kPanel = 512;  // columns whose random bits are made at a time
+  constexpr int64_t kPanel = 512;  // number of columns whose random bits are made at a time
   uint16_t random[kPanel + 8 * kLanes];
   for (int64_t row = job.begin; row < job.end; ++row) {
     Item* const items = (Item*)job.data + row * job.stride;

@@ -1,4 +1,4 @@
-// A number that tells lists of tensors apart by all that a launch over them depends on.
+// fingerprint: a hash of all that a launch over a list of tensors depends on.
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -8,7 +8,7 @@
 namespace deltadiff {
 namespace {
 
-// Two hashes that mix differently: 128 bits together.
+// Two hashes that mix differently, 128 bits together.
 class Hash {
  public:
   void add(int64_t value) {

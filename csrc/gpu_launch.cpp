@@ -9,8 +9,8 @@
 namespace deltadiff {
 namespace {
 
-// What is used of the CUDA driver API (CUDA Driver API reference, "Execution Control", "Tensor Map
-// Object Management"): these names and numbers are part of its stable ABI.
+// The part of the CUDA driver API that is used here (CUDA Driver API reference, "Execution Control"
+// and "Tensor Map Object Management"). These names and numbers are part of its stable ABI.
 using CUresult = int;
 
 struct CUlaunchConfig {
@@ -46,7 +46,7 @@ struct Driver {
 
 Driver find_driver() {
   Driver driver = {};
-  // PyTorch loads its libraries for itself alone, and lets go of none.
+  // PyTorch loads its libraries without making their symbols global, and never unloads them.
   void* cuda = dlopen("libcuda.so.1", RTLD_LAZY);
   void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   const auto find = [&](void* library, const char* name, auto& function) {
@@ -79,7 +79,7 @@ void check(CUresult result, const char* call) {
 }
 
 void encode(CUtensorMap& map, const TensorMapShape& matrix, char* address) {
-  // Inner dimension first; its stride is 1 and not told.
+  // The inner dimension comes first. Its stride is 1 and is not passed.
   const uint64_t shape[] = {uint64_t(matrix.shape[1]), uint64_t(matrix.shape[0])};
   const uint64_t stride = matrix.strides[0] * matrix.itemsize;
   const uint32_t box[] = {matrix.block[1], matrix.block[0]};
@@ -91,9 +91,9 @@ void encode(CUtensorMap& map, const TensorMapShape& matrix, char* address) {
       "cuTensorMapEncodeTiled");
 }
 
-constexpr size_t kDescriptors = 16, kValues = 128;  // most that a launch can have
+constexpr size_t kDescriptors = 16, kValues = 128;  // the most that a launch can have
 
-// Values of a kernel's parameters, and the list of their addresses, which is what CUDA takes.
+// The values of a kernel's parameters, and the array of their addresses that CUDA wants.
 class Arguments {
  public:
   template <typename T>
@@ -103,7 +103,7 @@ class Arguments {
     ++count_;
   }
 
-  // A kernel takes a descriptor, then shape and strides of the tensor behind it.
+  // A kernel takes a descriptor, followed by the shape and strides of its tensor.
   void add(const TensorMapShape& matrix, char* address) {
     CUtensorMap& map = maps_[map_count_++];
     encode(map, matrix, address);
@@ -171,7 +171,7 @@ std::vector<GpuLaunch> read_launches(int64_t count, c10::IntArrayRef numbers) {
     launch.function = reinterpret_cast<void*>(reader.next());
     for (unsigned* number : {&launch.grid, &launch.threads, &launch.shared_bytes})
       *number = reader.next();
-    size_t descriptors = 0, values = 2;  // two are Triton's own
+    size_t descriptors = 0, values = 2;  // two belong to Triton
     for (int64_t left = reader.next(); left > 0; --left) {
       launch.parameters.push_back(read_parameter(reader));
       const bool is_descriptor = launch.parameters.back().kind == ParameterKind::descriptor;
@@ -234,7 +234,7 @@ void launch(const GpuLaunch& what, c10::ArrayRef<char*> slots, float scaling, vo
         break;
     }
   }
-  // Scratch memory of Triton's own, of which a kernel with a plan has none.
+  // Triton's own scratch memory. A kernel with a plan uses none.
   arguments.add<void*>(nullptr);
   arguments.add<void*>(nullptr);
   const CUlaunchConfig config = {

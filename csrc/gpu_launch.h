@@ -1,7 +1,8 @@
-// Launches of kernels that Triton compiled, without Python. What is launched, and with which
-// parameters, Python says once, in numbers (kernels/plan.py); the addresses are new each time.
+// Launches kernels that Triton compiled, without Python. Python writes down once, as numbers, what
+// is launched and with which parameters (kernels/runtime/plan.py); the addresses are new in each
+// launch.
 //
-// To build this takes neither CUDA's headers nor its libraries: the driver is found at run time.
+// Building this needs neither CUDA's headers nor its libraries: the driver is found at run time.
 #pragma once
 
 #include <array>
@@ -23,7 +24,7 @@ struct TensorMapShape {
 
 struct Parameter {
   ParameterKind kind;
-  int64_t slot = 0, offset = 0;  // of a pointer or descriptor: number of the tensor, bytes in it
+  int64_t slot = 0, offset = 0;  // pointer, descriptor: number of the tensor, offset in bytes
   int64_t value = 0;
   TensorMapShape map = {};
 };
@@ -34,22 +35,22 @@ struct GpuLaunch {
   std::vector<Parameter> parameters;
 };
 
-// The `count` launches written in `numbers`.
+// Reads the `count` launches that are written in `numbers`.
 std::vector<GpuLaunch> read_launches(int64_t count, c10::IntArrayRef numbers);
 
-// Whether libcuda and PyTorch's streams can be reached; false warns once, with the reason.
+// Whether libcuda and PyTorch's streams can be reached. If not, it warns once with the reason.
 bool can_launch();
 
-// Gives this thread the context of `device` if it has none: PyTorch leaves it without one as long
-// as it finds all it needs in caches.
+// Gives this thread the context of `device` if it has none. PyTorch sets one only when it calls the
+// driver, which it does not do as long as its caches hold all that it needs.
 void ensure_context(int device);
 
-// CUDA's handle of the current stream of a device.
+// The CUDA handle of PyTorch's current stream on a device.
 void* current_stream(int device);
 
 bool is_capturing(void* stream);
 
-// `slots` are the tensors' addresses. Throws what the driver says of an error.
+// `slots` holds the addresses of the tensors. Throws the driver's message if the launch fails.
 void launch(const GpuLaunch& what, c10::ArrayRef<char*> slots, float scaling, void* stream);
 
 }  // namespace deltadiff

@@ -1,4 +1,4 @@
-// Registers torch.ops.deltadiff.*: schemas, kernels, and the shapes that torch.compile needs.
+// Registers torch.ops.deltadiff.*: schemas, kernels, and the shapes of outputs for torch.compile.
 
 #include <Python.h>
 
@@ -27,7 +27,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_meta(
   return {dx, dA, dB, dgate};
 }
 
-// The in-place operations return nothing, so that there is no shape to tell.
+// The in-place operations return nothing, so they have no output shapes.
 void delta_update_meta_(
     at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
     at::ArrayRef<double>, std::string_view, at::TensorList, int64_t, const at::Tensor&,
@@ -54,8 +54,8 @@ TORCH_LIBRARY(deltadiff, m) {
       "Tensor S, float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed, "
       "str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
-  // The passes on a GPU launched from Python, and what it would launch, for C++ to do so: see
-  // csrc/lora_linear_cuda.cpp. deltadiff/ops.py has these three.
+  // csrc/lora_linear_cuda.cpp calls these three, which deltadiff/ops/lora_linear.py implements: the
+  // two passes launched from Python, and the launches of a pass written down for C++.
   m.def(
       "lora_linear_fwd_python(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
       "float scaling, Tensor? gate, Tensor? bias, float dropout, Tensor? seed, str backend) "
@@ -91,7 +91,7 @@ TORCH_LIBRARY_IMPL(deltadiff, CUDA, m) {
   m.impl("lora_linear_bwd", lora_linear_bwd_cuda);
 }
 
-// These two are the passes of lora_linear; through them alone no gradient can flow.
+// These two are the passes of lora_linear, which is differentiable. They themselves are not.
 TORCH_LIBRARY_IMPL(deltadiff, Autograd, m) {
   m.impl("lora_linear_fwd", torch::autograd::autogradNotImplementedFallback());
   m.impl("lora_linear_bwd", torch::autograd::autogradNotImplementedFallback());
@@ -105,8 +105,8 @@ TORCH_LIBRARY_IMPL(deltadiff, Meta, m) {
 
 }  // namespace deltadiff
 
-// `from deltadiff import _C` loads this library, which registers the operations; there is no more
-// to the module.
+// Importing deltadiff._C loads this library, which registers the operations. The Python module
+// itself is empty.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   return PyModule_Create(&module);

@@ -1,10 +1,10 @@
 // lora_linear: y = x W^T + bias + s g (x A^T) B^T, forward and backward.
 //
-// Every product is one of ATen's (oneDNN or MKL underneath). The low-rank products are added into
-// the large one as they are computed, which spares eager's passes over y and dx.
+// ATen computes every product (with oneDNN or MKL). The low-rank products are added into the large
+// one as they are computed, which saves the passes over y and dx that eager PyTorch makes.
 //
-// Dropout is for the low-rank branch alone. What it leaves of x is made a block at a time and again
-// in the backward pass; the factor 1 / (1 - p) is in `scaling`.
+// Dropout acts on the low-rank branch alone. x after dropout is made a block at a time, and made
+// again in the backward pass. The factor 1 / (1 - p) is in `scaling`.
 
 #include <algorithm>
 
@@ -20,19 +20,20 @@
 namespace deltadiff {
 namespace {
 
-// A matrix that a GEMM reads where it lies; otherwise every product would copy it anew.
+// The matrix, copied if a GEMM cannot read it where it lies: otherwise every product would copy it.
 at::Tensor readable(const at::Tensor& t) {
   const bool by_rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
   const bool by_columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
   return by_rows || by_columns ? t : t.contiguous();
 }
 
-// t g, with one entry of g for each of t's columns (or for all)
+// t g, with one entry of g for each column of t, or one for all columns
 at::Tensor gated(const at::Tensor& t, const OptionalTensor& gate) {
   return gate ? t.mul(gate->to(t.scalar_type())) : t;
 }
 
-// a @ b. For one row transposed, as autograd takes it: MKL sums a single row less exactly.
+// a @ b. A product of one row is computed transposed, as autograd does: MKL sums a single row less
+// exactly.
 at::Tensor times(const at::Tensor& a, const at::Tensor& b) {
   return a.size(0) == 1 ? at::mm(b.t(), a.t()).t() : at::mm(a, b);
 }
@@ -43,9 +44,9 @@ at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scale) {
   return at::addmm_out(out, out, a, b, /*beta=*/0, /*alpha=*/scale);
 }
 
-constexpr int64_t kBlock = 1 << 20;  // elements of x after dropout that are there at a time
+constexpr int64_t kBlock = 1 << 20;  // elements of x after dropout that exist at the same time
 
-// S = d(x) A^T, some rows at a time.
+// S = d(x) A^T, computed some rows at a time.
 at::Tensor down(const at::Tensor& x, const at::Tensor& A, const Dropout& dropout) {
   if (!dropout) return at::mm(x, A.t());
   at::Tensor S = at::empty({x.size(0), A.size(0)}, x.options());
@@ -57,7 +58,7 @@ at::Tensor down(const at::Tensor& x, const at::Tensor& A, const Dropout& dropout
   return S;
 }
 
-// scale * (G^T d(x)), some columns at a time.
+// scale * (G^T d(x)), computed some columns at a time.
 at::Tensor down_gradient(
     const at::Tensor& G, const at::Tensor& x, double scale, const Dropout& dropout) {
   if (!dropout) return scaled_mm(G.t(), readable(x), scale);
@@ -71,8 +72,9 @@ at::Tensor down_gradient(
   return dA;
 }
 
-// s * sum over tokens of T * S, an entry for each of the r columns. Terms of both signs cancel in
-// these few numbers, so they are computed in the next wider dtype, some rows at a time.
+// s * sum over tokens of T * S, one entry for each of the r columns. Terms of both signs cancel in
+// these few numbers, so T and S are computed again from x in the next wider dtype, some rows at a
+// time.
 at::Tensor column_sums(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& lora_A, const at::Tensor& lora_B,
     double scaling, const Dropout& dropout) {
@@ -110,13 +112,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     const OptionalTensor& gate, std::array<bool, 4> needs, double dropout,
     const OptionalTensor& seed, std::string_view) {
   const PlainTensors plain;
+  TORCH_CHECK(x || !(needs[1] || (needs[3] && gate)), "lora_linear_bwd: x was not kept");
   const Dropout drops(dropout, seed, weight.size(1));
   const auto dtype = weight.scalar_type();
   const auto [need_x, need_A, need_B, need_gate] = needs;
   const at::Tensor dy_rows = readable(dy);
   at::Tensor dx, dA, dB, dgate, T;
   if (need_x || need_A) T = times(dy_rows, lora_B.to(dtype));
-  if (need_x && drops) {  // before what the mask is not for
+  if (need_x && drops) {  // the mask applies to the low-rank term alone, so that comes first
     dx = scaled_mm(gated(T, gate), lora_A.to(dtype), scaling);
     drops.drop_(dx);
     dx.addmm_(dy_rows, weight);
@@ -125,7 +128,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     dx.addmm_(gated(T, gate), lora_A.to(dtype), /*beta=*/1, /*alpha=*/scaling);
   }
   if (need_A) dA = down_gradient(gated(T, gate), *x, scaling, drops).to(lora_A.scalar_type());
-  if (need_B) {  // transposed, which is the faster product; laid out and cast in one pass
+  if (need_B) {  // computed transposed, which is faster; then laid out and cast in one pass
     const at::Tensor dBt = scaled_mm(gated(S, gate).t(), dy_rows, scaling);
     dB = at::empty(lora_B.sizes(), lora_B.options()).copy_(dBt.t());
   }

@@ -1,5 +1,5 @@
-// lora_linear with its gradients, on any device: what computes are lora_linear_fwd and
-// lora_linear_bwd, which the dispatcher finds. In C++, so that a layer costs the host little.
+// lora_linear with its gradients, on any device. PyTorch's dispatcher finds lora_linear_fwd and
+// lora_linear_bwd, which compute. This is in C++ so that a layer costs the host little time.
 
 #include <cmath>
 
@@ -33,7 +33,7 @@ at::Tensor rows(const at::Tensor& t, const c10::SymInt& columns) {
   return t.dim() == 2 ? t : t.reshape_symint({-1, columns});
 }
 
-// A matrix with the rows of t, in t's leading shape.
+// A matrix that has as many rows as t, viewed in t's leading shape.
 at::Tensor in_shape_of(const at::Tensor& t, const at::Tensor& matrix) {
   if (t.dim() == 2) return matrix;
   c10::SymDimVector shape(t.sym_sizes().begin(), t.sym_sizes().end());
@@ -55,6 +55,13 @@ std::tuple<at::Tensor, at::Tensor> forward_pass(
 
 bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 
+// Whether the backward pass reads x: for dA and, in a backend whose entry in
+// deltadiff/ops/dispatch.py says so (`gate_reads_x`), for the gate's gradient. `keeps_x` there is
+// the same function.
+bool keeps_x(std::string_view backend, bool need_A, bool need_gate) {
+  return need_A || (need_gate && backend == "cpp");
+}
+
 class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> {
  public:
   static at::Tensor forward(
@@ -64,8 +71,7 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
       const OptionalTensor& seed, std::string_view backend) {
     auto [y, S] =
         forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend);
-    // Where A is frozen, as in a step on the gates, no gradient reads x again: it need not stay.
-    const bool keep_x = lora_A.requires_grad() || (x.is_cpu() && needs_grad(gate));
+    const bool keep_x = keeps_x(backend, lora_A.requires_grad(), needs_grad(gate));
     const at::Tensor none;
     ctx->save_for_backward(
         {keep_x ? x : none, weight, lora_A, lora_B, gate.value_or(none), S, seed.value_or(none)});
@@ -77,10 +83,10 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    // First, with autograd on: activation checkpointing may compute them again here.
+    // This comes first, with autograd on: activation checkpointing may recompute the tensors here.
     const auto saved = ctx->get_saved_variables();
-    // Where the gradients are to have gradients (create_graph), autograd meets lora_linear_bwd,
-    // which has none, and a second backward pass says so.
+    // With create_graph, autograd records lora_linear_bwd, which is not differentiable, so that a
+    // second backward pass raises an error.
     std::optional<at::AutoDispatchBelowADInplaceOrView> no_autograd;
     if (!at::GradMode::is_enabled()) no_autograd.emplace();
 
@@ -91,7 +97,7 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
     const OptionalTensor gate = given(saved[4]), seed = given(saved[6]);
     OptionalTensor x = given(saved[0]);
     if (x) x = rows(*x, weight.sym_size(1));
-    // Edges are counted without the arguments that were not given.
+    // The index counts only the tensors that were given.
     const bool need_gate = gate && ctx->needs_input_grad(4);
     const bool need_bias =
         ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(gate ? 5 : 4);
@@ -117,7 +123,7 @@ bool is_vector(const at::Tensor& t, const c10::SymInt& entries) {
   return t.dim() == 1 && t.sym_size(0) == entries;
 }
 
-// deltadiff/checks.py finds out which argument does not fit, and says it.
+// Where something does not fit, deltadiff/ops/lora_linear.py finds out which argument it is.
 bool fits(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
@@ -159,7 +165,7 @@ at::Tensor lora_linear(
   const bool differentiable = at::GradMode::is_enabled() &&
       (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad() || needs_grad(gate) ||
        needs_grad(bias));
-  if (!differentiable)  // spares the host autograd's bookkeeping
+  if (!differentiable)  // saves the host autograd's bookkeeping
     return std::get<0>(
         forward_pass(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend));
   return LoraLinearFunction::apply(

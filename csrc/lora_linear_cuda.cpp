@@ -1,6 +1,7 @@
-// lora_linear on a GPU: launches the kernels of backend "hopper" as plans say that Python made, one
-// for each kind of call. Whatever has no plan goes to the launchers in Python: the other backend,
-// calls that this kernel does not take, and what is captured in a graph.
+// lora_linear on a GPU. For backend "hopper" this launches the sm_90 kernel by plans, which Python
+// makes once for each kind of call. Everything without a plan goes to the launchers in Python: the
+// other backend, calls for which deltadiff/ops/dispatch.py names another kernel, and calls that are
+// captured in a CUDA graph.
 
 #include <map>
 #include <memory>
@@ -19,13 +20,13 @@ namespace {
 
 using at::Tensor;
 
-// What a launch reads and writes; the same in kernels/lora_linear_plan.py.
+// The tensors that a launch reads and writes. kernels/lora_linear/hopper_plan.py has the same list.
 enum Slot { X, WEIGHT, LORA_A, LORA_B, GATE, BIAS, DY, US, VT, Y, DA, DB, MEMORY, SYNC, SLOTS };
 
 struct Plan {
   int64_t kept_width, memory_bytes, sync_entries;
   bool factor_gradients;  // whether the launches make dA and dB
-  std::vector<GpuLaunch> launches;  // none: Python launches
+  std::vector<GpuLaunch> launches;  // empty where Python launches
 };
 
 std::vector<int64_t> make_plan(
@@ -40,12 +41,12 @@ std::vector<int64_t> make_plan(
 
 // ------------------------------------------------------------------------ plans, by key
 
-// Device and which gradients are asked for; then of each input dtype and alignment, sizes and
-// strides: all that a plan depends on.
+// All that a plan depends on: the device, which gradients are asked for, and of each input the
+// dtype, alignment, sizes and strides.
 constexpr size_t kInputs = DY + 1;
 using Key = std::array<int64_t, 2 + 5 * kInputs>;
 
-struct Inputs : std::array<const Tensor*, kInputs> {  // null: not given
+struct Inputs : std::array<const Tensor*, kInputs> {  // null where an input is not given
   bool need_A = false, need_B = false;
 };
 
@@ -90,7 +91,7 @@ class Plans {
       const auto found = plans_.find(key);
       if (found != plans_.end()) return found->second;
     }
-    auto plan = make(inputs);  // not under the lock: Python may be waiting for it
+    auto plan = make(inputs);  // without the lock, which a thread that holds the GIL may wait for
     const std::lock_guard<std::mutex> lock(mutex_);
     if (plans_.size() >= kMost) plans_.clear();
     return plans_[key] = std::move(plan);
@@ -118,10 +119,10 @@ class Plans {
   std::unordered_map<Key, std::shared_ptr<const Plan>, KeyHash> plans_;
 };
 
-// Zeros, which every launch leaves as zeros; the launches of one stream share them.
+// Zeros, which every launch leaves as zeros again, so the launches of one stream share them.
 Tensor sync_of(const Tensor& x, void* stream, int64_t entries) {
   static std::mutex mutex;
-  // Never freed: when the process ends, CUDA may have gone before.
+  // Never freed: at the end of the process, CUDA may be gone already.
   static auto& syncs = *new std::map<std::pair<int, void*>, Tensor>;
   const std::lock_guard<std::mutex> lock(mutex);
   Tensor& sync = syncs[{x.get_device(), stream}];
@@ -137,7 +138,7 @@ struct Call {
   void* stream;
 };
 
-// A call with a plan, or none: Python launches.
+// The call with its plan, or nothing where Python must launch.
 std::optional<Call> find_call(const Inputs& inputs, std::string_view backend) {
   if (backend != "hopper" || !can_launch()) return std::nullopt;
   const auto device = inputs[X]->get_device();
@@ -169,20 +170,22 @@ void run(
     launch(what, slots, static_cast<float>(scaling), call.stream);
 }
 
-// A gate of several entries, and a bias, are read as dense vectors.
+// The kernel reads a gate of several entries, and a bias, as dense vectors.
 OptionalTensor dense(const OptionalTensor& vector) {
   return vector ? OptionalTensor(vector->contiguous()) : std::nullopt;
 }
 
 const Tensor* given(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
-// As TMA takes it: rows side by side or apart, none upon another, each at a multiple of 16 bytes.
+// The matrix, copied if TMA cannot read it: rows must not overlap, and each must begin at a
+// multiple of 16 bytes.
 Tensor for_tma(const Tensor& t) {
   const bool dense = t.stride(1) == 1 && t.stride(0) >= t.size(1) && t.stride(0) % 8 == 0;
   return dense && misalignment(t) == 0 ? t : t.clone(at::MemoryFormat::Contiguous);
 }
 
-// U (V), and with a gate S (T) after it: kernels/lora_linear_hopper.py
+// U of the forward pass, or V of the backward pass, in what a pass keeps; with a gate, S or T lies
+// after it. `kept_shape` in kernels/lora_linear/hopper_launch.py describes the layout.
 Tensor product_part(const Tensor& kept, int64_t m, int64_t r, at::ScalarType dtype) {
   const int64_t pitch = (r + 7) / 8 * 8;
   return kept.view({-1}).slice(0, 0, m * pitch / 2).view(dtype).view({m, pitch}).slice(1, 0, r);
@@ -196,7 +199,8 @@ Tensor product(const Tensor& p, const Tensor& q, at::ScalarType dtype) {
   return at::mm(p, q, at::kFloat).to(dtype);
 }
 
-// s sum_m T S, for each rank or in all: as in kernels/lora_linear.py
+// s sum_m T S, for each rank or summed over ranks: `gate_gradient` in
+// kernels/lora_linear/portable.py
 Tensor gate_gradient(const Tensor& T, const Tensor& S, double scaling, const Tensor& gate) {
   const Tensor products = T.to(at::kDouble) * S.to(at::kDouble);
   const Tensor sum = gate.numel() > 1 ? products.sum(0) : products.sum();
@@ -238,9 +242,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_bwd_cuda(
   const PlainTensors plain;
   const c10::DeviceGuard guard(dy.device());
   const OptionalTensor g = dense(gate);
-  // The others are stored tensors, which fit; a gradient is often one row, or number, expanded.
+  // Stored tensors usually fit TMA, but a gradient is often one row, or one number, expanded.
   const Tensor rows = backend == "hopper" ? for_tma(dy) : dy;
-  // Where x was not kept, dx stands in for it: no launch reads it then.
+  // Where x was not kept, no launch reads it, and dx takes its place.
   Tensor dx = x ? Tensor() : at::empty({dy.size(0), weight.size(1)}, dy.options());
   const Inputs inputs = {
       {x ? &*x : &dx, &weight, &lora_A, &lora_B, given(g), nullptr, &rows}, needs[1], needs[2]};

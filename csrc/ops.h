@@ -1,4 +1,4 @@
-// The operations in C++. What each computes is written down in deltadiff/reference.py.
+// The operations in C++. deltadiff/ops/reference.py defines what each of them computes.
 #pragma once
 
 #include <array>
@@ -16,17 +16,17 @@ namespace deltadiff {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalTensorList = c10::List<OptionalTensor>;
 
-// On any device, differentiable; `backend` names the kernels of lora_linear_fwd and lora_linear_bwd
-// where a device has more than one. `dropout`: the share of x that the low-rank branch does not
-// see, a multiple of 1/65536, with a 0-dim int64 `seed` where it is not 0; `scaling` makes up for
-// what is left out.
+// lora_linear runs on any device and is differentiable. `backend` is what deltadiff/ops/dispatch.py
+// chose for the layer. `dropout` is the share of x that the low-rank branch does not see, a
+// multiple of 1/65536; where it is not 0 there is a 0-dim int64 `seed`, and `scaling` holds the
+// factor 1 / (1 - p).
 at::Tensor lora_linear(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
     const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
     std::string_view backend);
 
-// On GPUs.
+// The passes on GPUs.
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd_cuda(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
@@ -39,15 +39,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_cuda(
     const OptionalTensor& gate, std::array<bool, 4> needs, double dropout,
     const OptionalTensor& seed, std::string_view backend);
 
-// The rest runs on the CPU.
+// What follows runs on the CPU.
 std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lora_A,
     const at::Tensor& lora_B, double scaling, const OptionalTensor& gate,
     const OptionalTensor& bias, double dropout, const OptionalTensor& seed,
     std::string_view backend);
 
-// What `needs` (x, A, B, gate) leaves out comes back undefined, which Python sees as None. `x` is
-// for dA and, unlike on GPUs, the gate's gradient; without them it may be left out.
+// Gradients that `needs` (x, A, B, gate) does not ask for come back undefined, which Python sees as
+// None. dA and, unlike on GPUs, the gate's gradient need `x`; without them it may be left out.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
     const at::Tensor& dy, const OptionalTensor& x, const at::Tensor& weight,
     const at::Tensor& lora_A, const at::Tensor& lora_B, const at::Tensor& S, double scaling,
@@ -67,8 +67,8 @@ void adamw_step_(
     const OptionalTensorList& anchors, const OptionalTensor& anchor_now,
     const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
 
-// The caller decided on dtypes and computes gradients: inside an operation neither autocast nor
-// autograd has a say.
+// Turns autocast and autograd off inside an operation: its caller has chosen the dtypes and
+// computes the gradients.
 struct PlainTensors {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKeySet(

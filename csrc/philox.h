@@ -1,17 +1,18 @@
-// Random bits: Philox4x32-7 with counter (element / 8, step, index) and key seed. Included by the
-// kernels that each_isa.h includes, after simd.h; no include guard, no includes.
+// Random bits: Philox4x32-7 with counter (element / 8, step, index) and key seed. The kernels that
+// cpu_dispatch.h compiles include this file after simd.h; it has no include guard and no includes.
 
-// Puts the bits of elements [first, first + count) at out + the returned offset, first % 8. There
-// must be room for 8 * kLanes more.
+// Writes the bits of elements [first, first + count) from out + (first % 8) on, and returns that
+// offset. `out` must have room for 8 * kLanes more elements.
 static int random_bits(
     uint16_t* out, uint64_t seed, uint32_t step, uint32_t index, uint64_t first, int64_t count) {
-  constexpr int kBlocks = kLanes / 2;  // a word for each 64 bits; their high halves are noise
+  constexpr int kBlocks = kLanes / 2;  // each 64-bit lane holds a word; its high half is noise
   u64v keys[7][2], lane;
   for (int round = 0; round < 7; ++round) {
     keys[round][0] = u64v{} + ((uint32_t)seed + round * 0x9E3779B9u);
     keys[round][1] = u64v{} + ((uint32_t)(seed >> 32) + round * 0xBB67AE85u);
   }
-  for (int i = 0; i < kBlocks; ++i) lane[i] = i % 2 * (kBlocks / 2) + i / 2;  // as store_pairs
+  // The order in which store_pairs writes.
+  for (int i = 0; i < kBlocks; ++i) lane[i] = i % 2 * (kBlocks / 2) + i / 2;
   const u64v factor0 = u64v{} + 0xD2511F53, factor1 = u64v{} + 0xCD9E8D57;
   const int offset = (int)(first % 8);
   u64v block = lane + first / 8;

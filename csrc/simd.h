@@ -1,5 +1,6 @@
-// One vector register of float32 and what the kernels do with it. Included by each_isa.h inside a
-// namespace, once for each instruction set; no include guard, no includes.
+// One vector register of float32, and what the kernels do with it. cpu_dispatch.h includes this
+// file inside a namespace, once for each instruction set, so it has no include guard and no
+// includes.
 
 #if defined(DELTADIFF_AVX512)
 constexpr int kLanes = 16;
@@ -84,7 +85,7 @@ DELTADIFF_INLINE u64v multiply_low(u64v a, u64v b) {
 #endif
 }
 
-// The high halves, moved to the low ones; what is then in the high ones does not matter.
+// Moves the high halves to the low ones. What is then in the high halves does not matter.
 DELTADIFF_INLINE u64v high_halves(u64v v) {
 #if defined(DELTADIFF_AVX512)
   return (u64v)_mm512_shuffle_epi32((__m512i)v, _MM_PERM_CDAB);
@@ -109,7 +110,7 @@ DELTADIFF_INLINE void store_pairs(uint64_t* out, u64v a, u64v b) {
 #endif
 }
 
-// How a dtype is kept in memory. 16-bit floats are handled as their bits.
+// How each dtype lies in memory. 16-bit floats are handled as their bits.
 
 struct Float32 {
   using Item = float;

@@ -1,4 +1,7 @@
-"""Checks of arguments, all before anything is changed. Each error names the argument."""
+"""Checks of arguments, and the one table of dtypes and roundings.
+
+Callers check every argument before they change anything. Each error names the argument.
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +15,19 @@ from .errors import ArgumentError, ArgumentTypeError
 
 # The dtypes of weights and activations, in the order in which tables show them.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# The 16-bit ones, each with the dtype of the remainder that is kept beside such a weight.
+# The 16-bit dtypes, each with the dtype of the remainder that is kept beside such a weight.
 REMAINDER_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
 HALF_DTYPES = tuple(REMAINDER_DTYPES)
-# What a command line calls the dtypes that models are trained in; float64 is for checking.
+# The dtypes that models are trained in, by the names that command lines take. float64 is left out:
+# it is for checking.
 NAMED_DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES if d != torch.float64}
-# What may happen to the bits of an update that a 16-bit weight cannot hold, the default last.
+# What an update does with bits that a 16-bit weight cannot hold; the default comes last.
 ROUNDINGS = ("nearest", "stochastic", "remainder")
-NO_ROUNDING = "none"  # of a wider weight, which holds them all
+NO_ROUNDING = "none"  # for a wider weight, which holds all bits
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name without "torch." before it."""
+    """The name of a dtype without "torch." before it."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -38,6 +42,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_tensor(
     name: str, t: Tensor, shape: tuple, device: torch.device, dtypes: Sequence[torch.dtype]
 ) -> None:
+    """Raise where ``t`` is not a plain tensor of this shape, device and one of these dtypes."""
     if not isinstance(t, Tensor):
         raise ArgumentTypeError(name, type(t).__name__, "a torch.Tensor")
     if hasattr(t, "device_mesh"):
@@ -51,6 +56,7 @@ def check_tensor(
 
 
 def check_number(name: str, value: object, least: float = -math.inf) -> float:
+    """``value`` as a float; raises where it is not a finite number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", "a float")
     if not math.isfinite(value) or value < least:
@@ -61,6 +67,7 @@ def check_number(name: str, value: object, least: float = -math.inf) -> float:
 
 
 def check_int(name: str, value: object, least: int) -> int:
+    """``value``; raises where it is not an int of at least ``least``."""
     accepted = f"an int >= {least}"
     if not isinstance(value, int) or isinstance(value, bool):
         raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", accepted)
@@ -70,6 +77,7 @@ def check_int(name: str, value: object, least: int) -> int:
 
 
 def check_betas(betas: object) -> tuple[float, float]:
+    """AdamW's betas as floats; raises where they are not two numbers in [0, 1)."""
     accepted = "two floats in [0, 1)"
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ArgumentTypeError("betas", repr(betas), accepted)
@@ -80,6 +88,7 @@ def check_betas(betas: object) -> tuple[float, float]:
 
 
 def check_matrix(name: str, t: Tensor) -> None:
+    """Raise where ``t`` is not a matrix with entries, in one of `DTYPES`."""
     if not isinstance(t, Tensor):
         raise ArgumentTypeError(name, type(t).__name__, "a torch.Tensor")
     if t.dtype not in DTYPES:
@@ -93,6 +102,7 @@ def check_matrix(name: str, t: Tensor) -> None:
 
 
 def check_dropout(name: str, p: object) -> float:
+    """``p`` as a float; raises where it is not a probability below 1."""
     accepted = "a probability >= 0 and < 1"
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         raise ArgumentTypeError(name, f"{p!r} ({type(p).__name__})", accepted)
@@ -102,7 +112,7 @@ def check_dropout(name: str, p: object) -> float:
 
 
 def check_seed(seed: object, device: torch.device) -> Tensor:
-    """The 0-dim int64 tensor on ``device`` that ``seed`` is, or stands for."""
+    """``seed`` as a 0-dim int64 tensor on ``device``; raises where it is not a seed."""
     if isinstance(seed, Tensor):
         check_tensor("seed", seed, (), device, (torch.int64,))
         return seed

@@ -1,4 +1,4 @@
-"""Devices: which are there, what they are, and what else a figure depends on."""
+"""Devices: which there are, what they are, and on what else a measured figure depends."""
 
 import gc
 import os
@@ -14,7 +14,7 @@ from .errors import ArgumentError
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the last case or variant held."""
+    """Free what nobody refers to any more, on the host and on ``device``."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -24,8 +24,8 @@ PACKAGES = ("triton", "transformers", "peft", "safetensors")
 
 
 def environment(device: torch.device) -> dict:
-    """What a figure depends on beside the settings, flat, for a record of it."""
-    versions = _versions()
+    """What a measured figure depends on beside its settings, as one flat dict for its record."""
+    versions = package_versions()
     return {
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "driver": versions["NVIDIA driver"] if device.type == "cuda" else None,
@@ -36,7 +36,7 @@ def environment(device: torch.device) -> dict:
 
 
 def commit() -> str | None:
-    """Of the source that runs, with "+" where it was changed since; None where git has none."""
+    """The git commit of the running source, with "+" if files differ from it; None without git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -46,7 +46,8 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if state.stdout else "") if head.returncode == 0 else None
 
 
-def _versions() -> dict[str, str | None]:
+def package_versions() -> dict[str, str | None]:
+    """Versions by name, of all that the kernels run on; None for what is not installed."""
     versions: dict[str, str | None] = {
         "deltadiff": metadata.version("deltadiff"),
         "python": platform.python_version(),
@@ -74,7 +75,8 @@ def _driver() -> str | None:
     return answer.stdout.partition("\n")[0].strip() or None
 
 
-def _devices() -> list[dict]:
+def list_devices() -> list[dict]:
+    """The CPU, then each GPU: name, capability, memory and number of threads or processors."""
     cpu = {
         "device": "cpu",
         "name": _cpu_name(),
@@ -107,12 +109,12 @@ def _cpu_name() -> str:
 
 
 def default_device() -> str:
-    """The name of a GPU if there is one, else of the CPU."""
+    """ "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """The device that a name stands for, with its index; raises where there is none."""
+    """The device of that name, with its index; ArgumentError if there is none here."""
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     found = "cuda:0" if str(device) == "cuda" else str(device)
     if found not in there:

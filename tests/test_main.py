@@ -92,7 +92,7 @@ def test_info_as_json(capsys):
 def test_info_tells_what_a_backend_is_chosen_for(monkeypatch):
     pytest.importorskip("triton")
     gpu = {"device": "cuda:0", "name": "", "capability": "", "memory_gib": 0, "threads": 0}
-    monkeypatch.setattr(info, "_devices", lambda: [gpu])
+    monkeypatch.setattr(info, "list_devices", lambda: [gpu])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     choose_path.cache_clear()
     table = info.format_info(info.collect()).splitlines()[-len(BACKENDS) :]

@@ -96,8 +96,8 @@ class LoraLinear(nn.Linear):
         return base_format(self.weight).quantised
 
     @property
-    def path(self) -> Dispatch:
-        """Which backend this layer takes in training, and why."""
+    def dispatch(self) -> Dispatch:
+        """Which backend, and which kernels of it, run this layer in training, and why."""
         if self.quantised:
             return Dispatch(
                 "reference", f"{self.weight.dtype} weight: the base layer's own product"

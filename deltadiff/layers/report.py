@@ -1,4 +1,4 @@
-"""`swap_report`: which kernel each swapped layer runs on, and why."""
+"""`swap_report`: which kernels run each swapped layer, and why."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,15 @@ from .lora_linear import lora_layers
 
 @dataclass(frozen=True)
 class SwapRow:
-    """One swapped module: its name, weight shape (out, in), rank, and the path it takes and why.
+    """One swapped module.
 
-    ``shares``: the group of layers that train one pair between them; empty for a pair of its own.
+    Attributes:
+        module: its name in the model.
+        shape: of its weight, (out, in).
+        path, reason: the backend that was chosen for it, and why.
+        shares: the name of the group of layers that train one pair together; empty for a layer
+            with a pair of its own.
+        kernels: which kernels run it at which number of tokens, in words.
     """
 
     module: str
@@ -21,11 +27,12 @@ class SwapRow:
     path: str
     reason: str
     shares: str = ""
+    kernels: str = ""
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_` did; prints as a table."""
+    """What `swap_` did. It prints as a table."""
 
     rows: tuple[SwapRow, ...]
     trainable: int
@@ -33,10 +40,10 @@ class SwapReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        cells = [["module", "out x in", "r", "path", "reason"]]
+        cells = [["module", "out x in", "r", "runs on", "reason"]]
         for row in self.rows:
             shape = f"{row.shape[0]} x {row.shape[1]}"
-            cells.append([row.module, shape, str(row.r), row.path, row.reason])
+            cells.append([row.module, shape, str(row.r), row.kernels or row.path, row.reason])
         if any(row.shares for row in self.rows):
             shares = ["shares its pair in", *(row.shares for row in self.rows)]
             for line, group in zip(cells, shares, strict=True):
@@ -50,12 +57,13 @@ class SwapReport:
 
 
 def swap_report(model: nn.Module) -> SwapReport:
-    """The path that each swapped layer of ``model`` takes now, and why."""
+    """Which kernels run each swapped layer of ``model`` now, and why."""
     rows = []
     for name, layer in lora_layers(model).items():
         shape = (layer.out_features, layer.in_features)
-        path, group = layer.path, layer.share_group or ""
-        rows.append(SwapRow(name, shape, layer.r, path.backend, path.reason, group))
+        chosen, group = layer.dispatch, layer.share_group or ""
+        row = chosen.backend, chosen.reason, group, chosen.in_words()
+        rows.append(SwapRow(name, shape, layer.r, *row))
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters))

@@ -1,8 +1,8 @@
-"""`adamw_step_`: one AdamW step for many tensors, which yields p' - p."""
+"""`adamw_step_`: one AdamW step for many tensors, which also yields p' - p."""
 
 import contextlib
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,13 +14,14 @@ from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
 from .dispatch import choose_path
 
-with contextlib.suppress(ImportError):  # without Triton, `choose_path` never names it
+with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import adamw_step as triton_adamw_step
 
-_checked = LaunchCache()  # what the checks of `adamw_step_` returned
+_checked = LaunchCache()  # the lists of tensors that `adamw_step_` has checked
 
 
 def check_adamw_options(lr, betas, eps, weight_decay) -> tuple[float, ...]:
+    """(lr, beta1, beta2, eps, weight_decay) as floats; raises where one is not acceptable."""
     return (
         check_number("lr", lr, 0),
         *check_betas(betas),
@@ -32,6 +33,7 @@ def check_adamw_options(lr, betas, eps, weight_decay) -> tuple[float, ...]:
 def check_adamw_step(
     params, grads, exp_avgs, exp_avg_sqs, steps, deltas, anchors, anchor_now, grad_scale, found_inf
 ) -> None:  # fmt: skip
+    """Raise where the tensors of `adamw_step_` do not fit each other."""
     n = len(params)
     lists = {
         "grads": grads,
@@ -84,9 +86,6 @@ def check_adamw_step(
             )
 
 
-# --------------------------------------------------------------------- adamw_step
-
-
 def adamw_step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -105,30 +104,32 @@ def adamw_step_(
     found_inf: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """One AdamW step for many tensors in one launch, in place, as `torch.optim.AdamW` does it.
+    """One AdamW step for many tensors, in one launch and in place, as `torch.optim.AdamW` does it.
 
-    Also yields what the Delta-LoRA update needs (Algorithm 1): p' - p, without a second copy of p.
+    It also writes p' - p, which the Delta-LoRA update needs (Algorithm 1), without a second copy
+    of p.
 
     Args:
-        params: contiguous tensors of one device and one dtype (float32, bfloat16, float16; float64
-            goes to the reference).
-        grads: like params.
-        exp_avgs, exp_avg_sqs: the moments, the shape of params; float32 or the dtype of params.
-        steps: (n,) float32 on the device, steps done by each tensor; raised by one.
-        lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
-        deltas: receive p' - p, float32 (float64 for float64 params); None entries are left out.
-        anchors: receive p, the values before the step, where ``anchor_now`` is not zero; the dtype
-            of params; None entries are left out.
-        anchor_now: 0-dim tensor on the device; None is "not now".
-        grad_scale: 0-dim or (1,) float32 on the device: gradients are divided by it
+        params: n contiguous tensors of one device and one dtype (float32, bfloat16, float16;
+            float64 goes to the reference).
+        grads: tensors like params.
+        exp_avgs, exp_avg_sqs: the moments, shaped like params; float32 or the dtype of params.
+        steps: (n,) float32 on the device, the steps that each tensor has done; raised by one.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        deltas: tensors that receive p' - p, float32 (float64 for float64 params), or None for each
+            tensor of which it is not wanted.
+        anchors: tensors in the dtype of params that receive p, the values before the step, where
+            ``anchor_now`` is not zero; or None, like deltas.
+        anchor_now: 0-dim tensor on the device; None stands for zero.
+        grad_scale: 0-dim or (1,) float32 on the device, by which the gradients are divided
             (`torch.amp.GradScaler`).
-        found_inf: 0-dim or (1,) float32 on the device: where not zero, the step changes nothing
-            except that ``deltas`` are set to zero.
-        backend: None chooses (see `choose_path`); a name asks for one.
+        found_inf: 0-dim or (1,) float32 on the device. Where it is not zero, the step sets
+            ``deltas`` to zero and changes nothing else.
+        backend: None chooses one (see `choose_path`); a name asks for that one.
 
     Raises:
-        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths that do not fit;
-            nothing was changed.
+        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit; nothing
+            was changed.
         BackendUnavailableError: ``backend`` cannot run here.
     """
     n = len(params)
@@ -146,20 +147,62 @@ def adamw_step_(
     )
     if n:
         backend = choose_path(lists[0][0].device, lists[0][0].dtype, backend).backend
-        run_adamw_step(backend, *lists, steps, *options, *outputs, *flags, key=key)
+        increment_version(lists[0])
+        args = *lists, steps, *options, *outputs, *flags
+        if backend == "triton":
+            triton_adamw_step.adamw_step_(*args, key)  # prepares the launch once for each key
+        else:
+            _list_step(backend)(*args)
         steps += 1 if found_inf is None else found_inf.view(()) == 0
 
 
-def run_adamw_step(backend: str, *args, key: Hashable | None = None) -> None:
-    """`adamw_step_` without its checks, for callers that checked once.
+def _list_step(backend: str) -> Callable:
+    """The step of the backends that take lists of tensors; ``steps`` are not raised."""
+    return torch.ops.deltadiff.adamw_step_ if backend == "cpp" else reference.adamw_step_list_ref_
 
-    ``steps`` are not raised; a gradient may be None. ``key`` stands for all tensors but the
-    gradients; what is prepared for it is used again.
+
+# --------------------------------------------------------------------------- the prepared form
+
+
+def prepare_adamw_step(backend: str, params, exp_avgs, exp_avg_sqs, deltas, anchors):
+    """`adamw_step_` of tensors that stay where they are, prepared once for many steps.
+
+    It checks nothing, and ``backend`` must be there. What changes from step to step (options,
+    counts, addresses of gradients) it reads from the device, where the backend can.
+
+    Returns:
+        An object with the methods of `kernels.adamw_step.AdamWStep`.
     """
-    increment_version(args[0])
+    state = exp_avgs, exp_avg_sqs, deltas, anchors
     if backend == "triton":
-        triton_adamw_step.adamw_step_(*args, key)
-    elif backend == "cpp":
-        torch.ops.deltadiff.adamw_step_(*args)
-    else:
-        reference.adamw_step_list_ref_(*args)
+        return triton_adamw_step.AdamWStep(params, *state)
+    return _AdamWList(backend, params, *state)
+
+
+class _AdamWList:
+    """`kernels.adamw_step.AdamWStep` for the backends that take lists of tensors."""
+
+    def __init__(self, backend, params, *state):
+        self.backend, self.params, self.state = backend, params, state
+        self.numbers = None
+
+    def set_options(self, lr, *options) -> None:
+        if not self.params[0].is_cuda:
+            self.lr, self.options = lr, options
+            return
+        numbers = 0.0 if isinstance(lr, Tensor) else lr, *options
+        values = torch.tensor(numbers, dtype=torch.float64)
+        if self.numbers is None:
+            self.numbers = values.to(self.params[0].device)  # from now on in place: see AdamWStep
+        else:
+            self.numbers.copy_(values.pin_memory(), non_blocking=True)
+        own_lr, *self.options = self.numbers.unbind()
+        self.lr = lr if isinstance(lr, Tensor) else own_lr
+
+    def __call__(self, grads, aligned, steps, anchor_now, grad_scale, found_inf) -> None:
+        lr = self.lr.item() if isinstance(self.lr, Tensor) and not self.lr.is_cuda else self.lr
+        exp_avgs, exp_avg_sqs, deltas, anchors = self.state
+        _list_step(self.backend)(
+            self.params, [p.grad for p in self.params], exp_avgs, exp_avg_sqs, steps,
+            lr, *self.options, deltas, anchors, anchor_now, grad_scale, found_inf,
+        )  # fmt: skip

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +24,14 @@ from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
 from .dispatch import choose_path
 
-with contextlib.suppress(ImportError):  # without Triton, `choose_path` never names it
+with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import delta_update as triton_delta_update
 
-_checked = LaunchCache()  # what the checks of `delta_update_` returned
+_checked = LaunchCache()  # the rounding of each call that `delta_update_` has checked
 
 
 def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -> str:
+    """The rounding of W; raises where the arguments of `delta_update_` do not fit each other."""
     names = ("weight", "lora_A", "lora_B", "delta_A", "delta_B", "scale", "remainder")
     n = len(lists[0])
     for name, values in zip(names, (*lists, scales, remainders or lists[0]), strict=True):
@@ -81,9 +82,6 @@ def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -
     return rounding
 
 
-# ------------------------------------------------------------------- delta_update
-
-
 def _as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
@@ -105,35 +103,37 @@ def delta_update_(
 ) -> Tensor | Sequence[Tensor]:
     """W += scale (dB A' + B dA) in place: the Delta-LoRA update (Algorithm 1).
 
-    Equal to scale (B'A' - BA), in one pass over W with float32 accumulation and no temporary of its
-    size. Give one weight, or lists of equal length (one dtype, one device, any shapes) for one
-    launch over all of them.
+    This equals scale (B'A' - BA). It takes one pass over W, with float32 accumulation and no
+    temporary of W's size. Lists of equal length (one dtype, one device, any shapes) are updated in
+    one launch.
 
     Args:
         weight: (N, K) float32, bfloat16, float16 (float64 goes to the reference).
         lora_A, lora_B: A' (r, K) and B' (N, r), the values after the optimizer step; the dtype of
             W or float32.
-        delta_A, delta_B: A' - A and B' - B as `adamw_step_` yields them; float32 (float64 with a
-            float64 W).
-            Where a factor is not finite, what it adds to becomes NaN or infinite.
-        scale: ``update_ratio * scaling``, one number or one a weight.
-        rounding: for a 16-bit W (a wider one needs none, and it is ignored there):
-            "remainder" keeps the bits that W cannot hold in ``remainder``: float32 arithmetic;
-            "stochastic" is unbiased, its bits a function of seed, step, position in the list and
-            element;
+        delta_A, delta_B: A' - A and B' - B as `adamw_step_` writes them; float32 (float64 with a
+            float64 W). Where a factor is not finite, the elements of W that it contributes to
+            become NaN or infinite.
+        scale: ``update_ratio * scaling``, one number or one for each weight.
+        rounding: how a 16-bit W is rounded; a wider W needs none and ignores it.
+            "remainder" keeps the bits that W cannot hold in ``remainder``, as if W were float32.
+            "stochastic" is unbiased; its random bits are a function of seed, step, position in the
+            list and place of the element.
             "nearest" loses every change below half a unit in the last place.
-            None is "remainder" where one is given; else a 16-bit W is refused.
-        remainder: like W; int16 for bfloat16, float16 for float16; zeros at the start.
-        seed, step: of the random bits; ``step`` an int or a 0-dim int64 tensor on the device.
-        apply: 0-dim tensor on the device; where it is zero nothing is changed (no host read).
-        backend: None chooses (see `choose_path`); a name asks for one.
+            None means "remainder" where ``remainder`` is given; else a 16-bit W is refused.
+        remainder: shaped like W; int16 for bfloat16, float16 for float16; zeros at the start.
+        seed: an int that fits 64 bits, for the random bits.
+        step: an int or a 0-dim int64 tensor on the device, for the random bits.
+        apply: 0-dim tensor on the device. Where it is zero, nothing is changed; the host does not
+            read it.
+        backend: None chooses one (see `choose_path`); a name asks for that one.
 
     Returns:
         ``weight``.
 
     Raises:
-        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths that do not fit;
-            nothing was changed.
+        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit; nothing
+            was changed.
         BackendUnavailableError: ``backend`` cannot run here.
     """
     single = isinstance(weight, Tensor)
@@ -153,23 +153,53 @@ def delta_update_(
     )
     rounding = _checked.get(key, check)
     if n:
-        path = choose_path(lists[0][0].device, lists[0][0].dtype, backend)
+        backend = choose_path(lists[0][0].device, lists[0][0].dtype, backend).backend
         if not isinstance(step, Tensor):
             step = torch.tensor(step, dtype=torch.int64, device=lists[0][0].device)
         args = *lists, scales, rounding, remainders, seed, step, apply
-        run_delta_update(path.backend, *args, key=key)
+        increment_version(lists[0])  # a backward pass that needs the old weight must raise
+        if backend == "triton":
+            triton_delta_update.delta_update_(*args, key)  # prepares the launch once for each key
+        else:
+            _list_update(backend)(*args)
     return weight if single else lists[0]
 
 
-def run_delta_update(backend: str, *args, key: Hashable | None = None) -> None:
-    """`delta_update_` without its checks, for callers that checked once.
+def _list_update(backend: str) -> Callable:
+    """The update of the backends that take lists of tensors."""
+    return (
+        torch.ops.deltadiff.delta_update_ if backend == "cpp" else reference.delta_update_list_ref_
+    )
 
-    ``key`` stands for all ``args``; what is prepared for it is used again.
+
+# --------------------------------------------------------------------------- the prepared form
+
+
+def prepare_delta_update(
+    backend: str, weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed
+):
+    """`delta_update_` of tensors that stay where they are, prepared once for many steps.
+
+    It checks nothing, and ``backend`` must be there. The adapters are of one dtype.
+
+    Returns:
+        An object with the methods of `kernels.delta_update.DeltaUpdate`.
     """
-    increment_version(args[0])  # a backward pass that still needs the old weight must say so
+    lists = weights, lora_As, lora_Bs, delta_As, delta_Bs
     if backend == "triton":
-        triton_delta_update.delta_update_(*args, key)
-    elif backend == "cpp":
-        torch.ops.deltadiff.delta_update_(*args)
-    else:
-        reference.delta_update_list_ref_(*args)
+        return triton_delta_update.DeltaUpdate(*lists, scales, rounding, remainders, seed)
+    return _DeltaUpdateList(backend, lists, scales, rounding, remainders, seed)
+
+
+class _DeltaUpdateList:
+    """`kernels.delta_update.DeltaUpdate` for the backends that take lists of tensors."""
+
+    def __init__(self, backend, lists, scales, rounding, remainders, seed):
+        self.backend, self.lists, self.scales = backend, lists, scales
+        self.options = rounding, remainders, seed
+
+    def rescale(self, scales: list[float]) -> None:
+        self.scales = scales
+
+    def __call__(self, step, apply) -> None:
+        _list_update(self.backend)(*self.lists, self.scales, *self.options, step, apply)

@@ -1,12 +1,22 @@
-"""Which backend runs an operation, and why: one function, `choose_path`.
+"""Which kernel runs an operation, and why: this file alone decides it.
 
-An operation has up to four: ``hopper`` and ``triton`` (`deltadiff.kernels`; the first is for
-`lora_linear` on sm_90), ``cpp`` (`csrc`) and ``reference``. All of them share one signature.
+A *backend* is a way of running every operation: ``triton`` (`deltadiff.kernels`), ``cpp`` (`csrc`)
+or ``reference``; ``hopper`` (`deltadiff.kernels` too) is for `lora_linear` alone.
+`why_unavailable` says whether a backend is there: what is installed, the device, its compute
+capability, the dtype.
+
+`lora_linear` has several *kernels*, and a backend may choose among them by the number of tokens of
+each call. `KERNELS` says which layers and which numbers of tokens a kernel takes. To add a kernel,
+add its entry there, and its launchers to the imports.
 """
 
 import functools
 import importlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +25,9 @@ from ..errors import ArgumentError, BackendUnavailableError
 
 BACKENDS = ("hopper", "triton", "cpp", "reference")
 
+# The modules that launch the kernels of lora_linear from Python, by the name of the kernel. Each
+# has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments.
+LAUNCHERS: dict[str, ModuleType] = {}
 
 try:
     importlib.import_module("deltadiff._C")  # registers torch.ops.deltadiff
@@ -22,34 +35,26 @@ try:
 except ImportError as error:
     CPP_MISSING = f"the C++ extension is not built ({error}); install with a C++ compiler present"
 
-
 try:
     import triton
 
-    from ..kernels.lora_linear import portable as _portable
+    from ..kernels.lora_linear import few_tokens, portable
 
+    LAUNCHERS |= {"few_tokens": few_tokens, "portable": portable}
     _TRITON_MISSING = None
-    KERNELS = {"triton": _portable}  # the launchers of lora_linear, by backend
 except ImportError as error:
     _TRITON_MISSING = f"Triton cannot be imported ({error})"
-    KERNELS = {}
-
 
 try:
-    from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
+    from ..kernels.lora_linear import hopper_launch
 
+    LAUNCHERS["hopper"] = hopper_launch
     _GLUON_MISSING = None
-    KERNELS["hopper"] = lora_linear_hopper
 except (ImportError, AttributeError) as error:  # Gluon is experimental, its names change
     _GLUON_MISSING = f"this Triton's Gluon is not the one that the kernel is written in ({error})"
 
 
-@dataclass(frozen=True)
-class Dispatch:
-    """Which backend runs, and why that one."""
-
-    backend: str
-    reason: str
+# --------------------------------------------------------------------- which backend is there
 
 
 def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -60,12 +65,14 @@ def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> s
         return None
     if dtype == torch.float64:
         return "float64 goes to the reference"
-    if backend == "hopper":
-        return _why_no_hopper(device, dtype)
     if backend == "cpp":
         if device.type != "cpu":
             return f"the C++ kernels run on the CPU, not on {device.type}"
         return CPP_MISSING
+    return (_why_no_hopper if backend == "hopper" else _why_no_triton)(device, dtype)
+
+
+def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if _TRITON_MISSING:
         return _TRITON_MISSING
     if device.type == "cpu":
@@ -91,6 +98,203 @@ def _why_no_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     return _TRITON_MISSING or _GLUON_MISSING
 
 
+# ------------------------------------------------------------------ the kernels of lora_linear
+
+
+class Layer(NamedTuple):
+    """All that the choice of a kernel of `lora_linear` looks at, beside the number of tokens."""
+
+    n: int  # out_features
+    k: int  # in_features
+    r: int
+    dtype: torch.dtype
+    dropout: bool = False
+    transposed: bool = False  # W is stored (in, out)
+
+
+ANY_NUMBER = range(sys.maxsize)
+
+
+def _no_objection(layer: Layer) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of `lora_linear`, or one set of kernels that run its two passes.
+
+    Attributes:
+        backend: the backend that it belongs to.
+        why_not: None for a layer that the kernel takes, else the reason in words.
+        why_only_asked: None for a layer for which the kernel may be chosen, else the reason why it
+            runs only if its backend is asked for by name.
+        tokens: the numbers of tokens that it takes.
+        gate_reads_x: whether it computes the gate's gradient from x.
+    """
+
+    name: str
+    backend: str
+    why_not: Callable[[Layer], str | None] = _no_objection
+    why_only_asked: Callable[[Layer], str | None] = _no_objection
+    tokens: range = ANY_NUMBER
+    gate_reads_x: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name of the backend, and of the kernel where the backend has several."""
+        return self.name if self.name == self.backend else f"{self.backend} {self.name}"
+
+    def objection(self, layer: Layer, tokens: int) -> str | None:
+        """None for a call that the kernel takes, else the reason in words."""
+        if reason := self.why_not(layer):
+            return reason
+        if tokens < self.tokens.start:
+            return f"{self.label} takes {self.tokens.start:,} tokens or more"
+        if tokens >= self.tokens.stop:
+            return f"{self.label} takes up to {self.tokens.stop - 1:,} tokens"
+        return None
+
+
+def _why_not_hopper(layer: Layer) -> str | None:
+    if layer.dropout:
+        return "the sm_90 kernel has no dropout"
+    if layer.r > 256:
+        return f"rank {layer.r} > 256"
+    if layer.n % 8 or layer.k % 8:
+        return f"{layer.n} x {layer.k}: TMA needs rows of a multiple of 16 bytes"
+    return None
+
+
+def _why_hopper_only_if_asked(layer: Layer) -> str | None:
+    return "W is stored (in, out), which the sm_90 kernel would copy" if layer.transposed else None
+
+
+def _why_not_few_tokens(layer: Layer) -> str | None:
+    if layer.dropout:
+        return "the kernel for few tokens has no dropout"
+    if layer.dtype not in HALF_DTYPES:
+        return "the kernel for few tokens is for bfloat16 and float16"
+    if layer.r > 64:
+        return f"rank {layer.r} > 64"
+    if layer.n % 8 or layer.k % 8:  # rows that start anywhere cannot be loaded ahead
+        return f"{layer.n} x {layer.k}: the kernel for few tokens needs multiples of 8"
+    return None
+
+
+# In order of preference: the first kernel of a backend without an objection to a call runs it.
+KERNELS = (
+    Kernel(
+        "hopper", "hopper", _why_not_hopper, _why_hopper_only_if_asked,
+        # With fewer tokens the kernels of "triton" are faster. Blocks of 128 tokens are numbered in
+        # 15 bits.
+        tokens=range(256, 128 * 0x7FFF + 1),
+    ),
+    Kernel("few_tokens", "triton", _why_not_few_tokens, tokens=range(512)),
+    Kernel("portable", "triton"),
+    Kernel("cpp", "cpp", gate_reads_x=True),
+    Kernel("reference", "reference"),
+)  # fmt: skip
+
+
+# The backend whose kernels run the calls that none of a backend's own takes. Every other backend
+# has a kernel that takes all calls.
+FALLBACKS = {"hopper": "triton"}
+
+
+class Run(NamedTuple):
+    """A kernel, the numbers of tokens at which it runs the calls of a layer, and why.
+
+    The reason says why no preferred kernel runs them; it is empty where no kernel is preferred.
+    """
+
+    tokens: range
+    kernel: Kernel
+    reason: str
+
+
+@functools.lru_cache(maxsize=256)
+def runs_of(backend: str, layer: tuple) -> tuple[Run, ...]:
+    """The kernels that run the calls of a layer by ``backend``, by rising number of tokens.
+
+    The number of tokens alone chooses among them, so that the backward pass finds what the forward
+    pass kept, wherever x and W lie by then. ``layer`` holds the fields of a `Layer`; in each call,
+    a plain tuple takes the host less time to make.
+    """
+    layer = Layer(*layer)
+    names = backend, FALLBACKS.get(backend)
+    candidates = [kernel for name in names for kernel in KERNELS if kernel.backend == name]
+    bounds = {bound for kernel in candidates for bound in (kernel.tokens.start, kernel.tokens.stop)}
+    found: list[Run] = []
+    for start in sorted(bounds - {ANY_NUMBER.stop}):
+        objections = []
+        for kernel in candidates:
+            objection = kernel.objection(layer, start)
+            if objection is None:
+                break
+            objections.append(objection)
+        if found and found[-1].kernel is kernel:
+            continue
+        if found:
+            found[-1] = found[-1]._replace(tokens=range(found[-1].tokens.start, start))
+        found.append(Run(range(start, ANY_NUMBER.stop), kernel, "; ".join(objections)))
+    return tuple(found)
+
+
+def kernel_at(runs: tuple[Run, ...], tokens: int) -> Kernel:
+    """The kernel that runs a call of so many tokens."""
+    for run in runs:  # a loop takes a third of the time that a generator does
+        if tokens in run.tokens:
+            return run.kernel
+    raise ValueError(f"{tokens} tokens")
+
+
+def keeps_x(backend: str, need_A: bool, need_gate: bool) -> bool:
+    """Whether the backward pass by ``backend`` reads x, so that the forward pass must keep it.
+
+    dA always needs x. Where A is frozen, as in a step on the gates, x need not be kept unless the
+    kernel computes the gate's gradient from it. `csrc/lora_linear_autograd.cpp` has the same rule.
+    """
+    return need_A or (need_gate and any(k.gate_reads_x for k in KERNELS if k.backend == backend))
+
+
+# ---------------------------------------------------------------------------------- the choice
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Which backend runs, and why that one.
+
+    Attributes:
+        runs: for a layer, which kernels run at which number of tokens; empty for the operations
+            other than `lora_linear`.
+    """
+
+    backend: str
+    reason: str
+    runs: tuple[Run, ...] = ()
+
+    def at(self, tokens: int) -> Kernel:
+        """The kernel that runs a call of `lora_linear` with so many tokens."""
+        return kernel_at(self.runs, tokens)
+
+    def in_words(self) -> str:
+        """What runs at which number of tokens.
+
+        For instance "triton few_tokens (up to 511 tokens), triton portable (more)".
+        """
+        if len(self.runs) < 2:
+            return self.runs[0].kernel.label if self.runs else self.backend
+        words = []
+        for run in self.runs:
+            bounds = f"{run.tokens.start:,} to {run.tokens.stop - 1:,} tokens"
+            if run is self.runs[0]:
+                bounds = f"up to {run.tokens.stop - 1:,} tokens"
+            elif run is self.runs[-1]:
+                bounds = "more"
+            words.append(f"{run.kernel.label} ({bounds})")
+        return ", ".join(words)
+
+
 @functools.lru_cache(maxsize=256)
 def choose_path(
     device: torch.device,
@@ -100,41 +304,67 @@ def choose_path(
     dropout: bool = False,
     transposed: bool = False,
 ) -> Dispatch:
-    """The backend for tensors of ``dtype`` on ``device``; ``backend`` asks for one by name.
+    """Choose what runs an operation on tensors of ``dtype`` on ``device``.
 
     Args:
+        backend: asks for one by name; None chooses one.
         layer: (out_features, in_features, r) for `lora_linear`, which has a kernel of its own for
             most layers on sm_90; None for the other operations.
-        dropout: whether the layer has some, which that kernel cannot do.
-        transposed: whether W is stored (in, out), as GPT-2's, which that kernel would copy.
+        dropout: whether the layer has dropout, which that kernel lacks.
+        transposed: whether W is stored (in, out), like GPT-2's; that kernel would copy it.
+
+    Returns:
+        The backend, the reason for it and, for a layer, which kernels run at which number of
+        tokens.
 
     Raises:
         BackendUnavailableError: ``backend`` was asked for and cannot run here.
     """
-    no_hopper = _why_no_hopper(device, dtype)
-    if no_hopper is None:
-        no_hopper = lora_linear_hopper.why_not(*layer) if layer else "for lora_linear only"
-        if layer and dropout:
-            no_hopper = "the sm_90 kernel has no dropout"
+    call = None if layer is None else Layer(*layer, dtype, dropout, transposed)
     if backend is not None:
-        reason = no_hopper if backend == "hopper" else why_unavailable(backend, device, dtype)
-        if reason:
+        objection = why_unavailable(backend, device, dtype) or _why_not_taken(backend, call)
+        if objection:
             raise BackendUnavailableError(
                 "backend",
-                f"{backend!r} for {dtype} on {device}: {reason}",
+                f"{backend!r} for {dtype} on {device}: {objection}",
                 "a backend that `deltadiff info` lists as there",
             )
-        return Dispatch(backend, "asked for")
-    native = "cpp" if device.type == "cpu" else "triton"
-    reason = why_unavailable(native, device, dtype)
-    if reason:
-        return Dispatch("reference", reason)
-    if native == "cpp":
-        return Dispatch("cpp", "CPU: native C++")
+        return _dispatch(backend, "asked for", call)
+    objection = None
+    for name in ("cpp",) if device.type == "cpu" else ("hopper", "triton"):
+        refused, objection = objection, _objection(name, device, dtype, call)
+        if objection is None:
+            return _dispatch(name, _why_chosen(name, device, refused if call else None), call)
+    return _dispatch("reference", objection, call)
+
+
+def _dispatch(backend: str, reason: str, layer: Layer | None) -> Dispatch:
+    return Dispatch(backend, reason, runs_of(backend, layer) if layer else ())
+
+
+def _objection(backend: str, device, dtype, layer: Layer | None) -> str | None:
+    """None where ``backend`` may be chosen without being asked for, else the reason in words."""
+    objection = why_unavailable(backend, device, dtype) or _why_not_taken(backend, layer)
+    if objection is None and layer:
+        preferences = (k.why_only_asked(layer) for k in KERNELS if k.backend == backend)
+        objection = next(filter(None, preferences), None)
+    return objection
+
+
+def _why_not_taken(backend: str, layer: Layer | None) -> str | None:
+    """None where a kernel of ``backend`` takes the layer, else the reason in words."""
+    if layer is None:
+        return "for lora_linear only" if backend == "hopper" else None
+    reasons = [kernel.why_not(layer) for kernel in KERNELS if kernel.backend == backend]
+    return None if None in reasons else reasons[0]
+
+
+def _why_chosen(backend: str, device: torch.device, no_hopper: str | None) -> str:
+    if backend == "cpp":
+        return "CPU: native C++"
+    if backend == "hopper":
+        return "sm_90: one launch forward, one backward"
     major, minor = torch.cuda.get_device_capability(device)
-    if no_hopper is None and transposed:
-        no_hopper = "W is stored (in, out), which the sm_90 kernel would copy"
-    if no_hopper is None:
-        return Dispatch("hopper", "sm_90: one launch forward, one backward")
-    why = f" ({no_hopper})" if layer and (major, minor) == (9, 0) else ""
-    return Dispatch("triton", f"sm_{major}{minor}: portable Triton kernels{why}")
+    on_sm_90 = (major, minor) == (9, 0)
+    why = f" ({no_hopper})" if no_hopper and on_sm_90 else ""
+    return f"sm_{major}{minor}: portable Triton kernels{why}"

@@ -1,7 +1,6 @@
-"""The public operations; with `step_ops` the only file that calls backends. `paths` picks one."""
+"""`lora_linear`: a linear layer with a low-rank branch, and its gradients, in one operation."""
 
 import contextlib
-import functools
 import warnings
 
 import torch
@@ -19,10 +18,15 @@ from ..checks import (
 )
 from ..errors import ArgumentTypeError
 from . import reference
-from .dispatch import CPP_MISSING, KERNELS, choose_path
+from .dispatch import CPP_MISSING, LAUNCHERS, choose_path, keeps_x, kernel_at, runs_of
+
+with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
+    from ..kernels.lora_linear import hopper_launch, hopper_plan
+    from ..kernels.runtime.plan import CannotPlanError
 
 
 def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
+    """Raise where the arguments of `lora_linear` do not fit each other."""
     check_matrix("weight", weight)
     check_matrix("lora_A", lora_A)
     check_number("scaling", scaling)
@@ -39,13 +43,43 @@ def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
         check_tensor("gate", gate, tuple(gate.shape) if scalar else (r,), x.device, DTYPES)
 
 
-with contextlib.suppress(ImportError, AttributeError):  # or Gluon, which is experimental
-    from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
-    from ..kernels.lora_linear import hopper_plan as lora_linear_plan
-    from ..kernels.runtime.plan import CannotPlanError
+# ------------------------------------------------------------ the two passes, launched from Python
 
 
-# -------------------------------------------------------------------- lora_linear
+def _kernel_of(tokens, weight, r, dropout, backend):
+    """The kernel that runs a call for which ``backend`` was chosen."""
+    return kernel_at(runs_of(backend, (*weight.shape, r, weight.dtype, dropout)), tokens)
+
+
+def _launch_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend):
+    """(y, kept) of the kernel that runs this call; x (M, K)."""
+    m, r = x.shape[0], lora_A.shape[0]
+    kernel = _kernel_of(m, weight, r, seed is not None, backend)
+    kept = None
+    if kernel.backend != backend:  # it keeps less, but the backend's calls all keep one shape
+        kept = x.new_empty(_kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
+    mask = {} if seed is None else {"dropout": dropout, "seed": seed}  # some kernels have none
+    launch = LAUNCHERS[kernel.name].lora_linear_fwd
+    return launch(x, weight, lora_A, lora_B, scaling, gate, bias, kept, **mask)
+
+
+def _launch_bwd(
+    dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, dropout, seed, backend
+):  # fmt: skip
+    """(dx, dA, dB, dgate) of the kernel that ran the forward pass; dy (M, N)."""
+    kernel = _kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
+    mask = {} if seed is None else {"dropout": dropout, "seed": seed}
+    launch = LAUNCHERS[kernel.name].lora_linear_bwd
+    return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
+
+
+def _kept_shape(backend: str, m, r, gated: bool):
+    """Shape of what the forward pass keeps.
+
+    It depends on the backend but not on the kernel, so that torch.compile has one shape for every
+    number of tokens.
+    """
+    return hopper_launch.kept_shape(m, r, gated) if backend == "hopper" else (m, r)
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -54,12 +88,12 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend):
         rows = x.reshape(-1, weight.shape[1])
-        y, s = _launch(
-            "lora_linear_fwd", rows, weight, lora_A, lora_B, scaling, gate, bias,
-            dropout, seed, backend,
+        y, s = _launch_fwd(
+            rows, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
         )  # fmt: skip
-        kept = x if lora_A.requires_grad else None  # for dA alone
-        ctx.save_for_backward(kept, weight, lora_A, lora_B, gate, s, seed)
+        need_gate = gate is not None and gate.requires_grad
+        kept_x = x if keeps_x(backend, lora_A.requires_grad, need_gate) else None
+        ctx.save_for_backward(kept_x, weight, lora_A, lora_B, gate, s, seed)
         ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
         return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -72,8 +106,8 @@ class LoraLinearFunction(torch.autograd.Function):
         n, k = weight.shape
         leading, dy = dy.shape[:-1], dy.reshape(-1, n)
         rows = None if x is None else x.reshape(-1, k)
-        dx, da, db, dgate = _launch(
-            "lora_linear_bwd", dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
+        dx, da, db, dgate = _launch_bwd(
+            dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
             ctx.dropout, seed, ctx.backend,
         )  # fmt: skip
         dx = dx.view(*leading, k) if need_x else None
@@ -81,49 +115,44 @@ class LoraLinearFunction(torch.autograd.Function):
         return dx, None, da, db, None, dgate, dbias, None, None, None
 
 
-def _launch(name, *args):
-    *args, dropout, seed, backend = args
-    mask = {} if seed is None else {"dropout": dropout, "seed": seed}  # not every backend has one
-    return getattr(KERNELS[backend], name)(*args, **mask)
-
-
 if not CPP_MISSING:
+    torch.library.impl("deltadiff::lora_linear_fwd_python", "default")(_launch_fwd)
+    torch.library.impl("deltadiff::lora_linear_bwd_python", "default")(_launch_bwd)
 
     @torch.library.register_fake("deltadiff::lora_linear_fwd")
-    def _lora_linear_fwd_shapes(
-        x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
-    ):  # fmt: skip
-        """What torch.compile has to know: y, and the S that this backend keeps."""
-        m, r = x.shape[0], lora_A.shape[0]
-        gated, hopper = gate is not None, backend == "hopper"
-        shape = lora_linear_hopper.kept_shape(m, r, gated) if hopper else (m, r)
+    def _fwd_shapes(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend):
+        """The shapes of y and of what this backend keeps, for torch.compile."""
+        shape = _kept_shape(backend, x.shape[0], lora_A.shape[0], gate is not None)
         dtype = x.dtype if backend == "cpp" else torch.float32
-        return x.new_empty((m, weight.shape[0])), x.new_empty(shape, dtype=dtype)
-
-    for _name in ("lora_linear_fwd", "lora_linear_bwd"):
-        torch.library.impl(f"deltadiff::{_name}_python", "default")(
-            functools.partial(_launch, _name)
-        )
+        return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shape, dtype=dtype)
 
     @torch.library.impl("deltadiff::lora_linear_plan", "default")
-    def _plan(*args):
-        """Once for each kind of call on sm_90."""
+    def _plan(x, weight, lora_A, lora_B, *rest):
+        """The launches of a pass for C++, empty where Python must launch.
+
+        C++ asks once for each kind of call for which backend "hopper" was chosen.
+        """
+        if _kernel_of(x.shape[0], weight, lora_A.shape[0], False, "hopper").name != "hopper":
+            return []
         try:
-            return lora_linear_plan.lora_linear_plan(*args)
+            return hopper_plan.lora_linear_plan(x, weight, lora_A, lora_B, *rest)
         except (CannotPlanError, AttributeError, KeyError) as error:  # of another Triton
             warnings.warn(f"deltadiff launches from Python, slower: {error!r}", stacklevel=2)
             return []
+
+
+# -------------------------------------------------------------------------------- lora_linear
 
 
 def _layer(weight: Tensor, lora_A: Tensor) -> tuple[int, int, int]:
     """(out_features, in_features, r), for `choose_path`."""
     try:
         (n, k), r = weight.shape, lora_A.shape[0]
-    except (AttributeError, ValueError, IndexError):  # it raises, and says what does not fit
-        check_matrix("weight", weight)
+    except (AttributeError, ValueError, IndexError):
+        check_matrix("weight", weight)  # these two name what does not fit
         check_matrix("lora_A", lora_A)
         raise
-    if torch.compiler.is_compiling():  # constants, also where it takes sizes for variables
+    if torch.compiler.is_compiling():  # makes constants of them where it treats sizes as variables
         n, k, r = (range(size).stop for size in (n, k, r))
     return n, k, r
 
@@ -134,7 +163,7 @@ def _lora_linear_path(
 ):  # fmt: skip
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
     backend = choose_path(device, dtype, asked, layer, *how).backend
-    reached = backend == "cpp" or (device.type == "cuda" and backend in KERNELS)
+    reached = backend == "cpp" or (backend != "reference" and device.type == "cuda")
     return backend, reached and not CPP_MISSING
 
 
@@ -153,13 +182,14 @@ def lora_linear(
 ) -> Tensor:
     """Linear layer with a low-rank branch: y = x W^T + bias + s g (x A^T) B^T (DiffoRA eq. 10).
 
-    With ``dropout`` p, the branch sees m x / (1 - p) in the place of x. The keep mask m is a
-    function of ``seed`` and of the place in x alone: the same on every backend, and made again in
-    the backward pass instead of being stored.
+    With ``dropout`` p, the branch sees m x / (1 - p) instead of x. The keep mask m is a function of
+    ``seed`` and of the place in x alone. It is the same on every backend, and the backward pass
+    makes it again instead of storing it.
 
-    Differentiable in ``x``, ``lora_A``, ``lora_B``, ``gate`` and ``bias``. ``weight`` is a
-    constant: its gradient is never computed, also where it requires one. For the backward pass x is
-    kept only where ``lora_A`` requires a gradient (in C++ on the CPU, also where ``gate`` does).
+    The result is differentiable in ``x``, ``lora_A``, ``lora_B``, ``gate`` and ``bias``. ``weight``
+    is a constant: no gradient is computed for it, even if it requires one. x is kept for the
+    backward pass only where that reads it (`dispatch.keeps_x`): where ``lora_A`` requires a
+    gradient and, in the C++ kernels on the CPU, where ``gate`` does.
 
     Args:
         x: (..., K), any leading shape and strides, also empty; float32, bfloat16, float16 or
@@ -171,16 +201,16 @@ def lora_linear(
         scaling: s, ``lora_alpha / r`` (rsLoRA: ``lora_alpha / sqrt(r)``).
         gate: g, a tensor on the device with one entry or r entries; None is 1.
         bias: (N,), the dtype of x.
-        dropout: p, 0 <= p < 1, rounded to 1/65536. The sm_90 kernel has none.
-        seed: of the mask, an int or a 0-dim int64 tensor on the device of x; one seed, one mask. A
-            tensor lets a CUDA graph or a compiled function read a new one each time.
-        backend: None chooses (see `choose_path`); a name asks for one.
+        dropout: p, 0 <= p < 1, rounded to 1/65536. The sm_90 kernel has no dropout.
+        seed: an int or a 0-dim int64 tensor on the device of x, which determines the mask. From a
+            tensor, a CUDA graph or a compiled function reads a new seed each time.
+        backend: None chooses one (see `choose_path`); a name asks for that one.
 
     Returns:
         (..., N) in the dtype of x.
 
     Raises:
-        ArgumentTypeError, ArgumentError: a dtype, device or shape that does not fit.
+        ArgumentTypeError, ArgumentError: a dtype, device or shape does not fit.
         BackendUnavailableError: ``backend`` cannot run here.
     """
     if not isinstance(x, Tensor):
@@ -204,12 +234,12 @@ def lora_linear(
     if native:
         try:
             return torch.ops.deltadiff.lora_linear(*kernel_args)
-        except Exception as raised:  # C++ tells only that something does not fit
+        except Exception as raised:  # C++ says only that something does not fit
             error = raised
         try:
             check_lora_linear(*args)
             raise error
-        finally:  # it holds this frame, and with it x: activation checkpointing ends in one
+        finally:  # the error holds this frame and so x; activation checkpointing ends in an error
             del error
     check_lora_linear(*args)
     if backend == "reference":

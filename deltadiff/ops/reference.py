@@ -18,9 +18,9 @@ def random_bits(
 ) -> Tensor:
     """16 random bits for each element of tensor number ``index``, as int64.
 
-    Element e (row-major) takes half ``e % 2`` (0 = low) of word ``(e % 8) // 2`` of the
-    Philox4x32-7 block with counter (e // 8, step, index) and key ``seed``: a function of these
-    alone, so that the result does not depend on block sizes, on list order elsewhere or on the GPU.
+    Element e (row-major) takes half ``e % 2`` (0 is the low one) of word ``(e % 8) // 2`` of the
+    Philox4x32-7 block with counter (e // 8, step, index) and key ``seed``. The bits are a function
+    of these alone, so they do not depend on block sizes, on other tensors or on the GPU.
     """
     block = torch.arange((shape.numel() + 7) // 8, dtype=torch.int64, device=device)
     words = philox4x32(block & MASK32, block >> 32, step & MASK32, index & MASK32, seed)
@@ -40,7 +40,7 @@ def philox4x32(c0, c1, c2, c3, seed: int | Tensor, rounds: int = 7) -> tuple[Ten
     c0, c1, c2, c3 = (zero + c for c in (c0, c1, c2, c3))
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(rounds):
-        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps, and the wrapped bits are the right ones
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps modulo 2^64, as it should
         c0, c2 = ((p1 >> 32) & MASK32) ^ c1 ^ k0, ((p0 >> 32) & MASK32) ^ c3 ^ k1
         c1, c3 = p1 & MASK32, p0 & MASK32
         k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
@@ -64,10 +64,9 @@ def lora_linear_ref(
 ) -> Tensor:
     """y = x W^T + bias + s g (d(x) A^T) B^T, with W constant (DiffoRA eq. 10; LoRA is g = 1).
 
-    d is dropout, which the low-rank branch alone sees: d(x) = m x / (1 - p), with the keep mask m
-    of `dropout_mask_ref`.
-
-    Products run in ``x.dtype``. ``gate`` is a scalar, or r entries that scale the columns of x A^T.
+    d is dropout, which acts on the low-rank branch alone: d(x) = m x / (1 - p), with the keep mask
+    m of `dropout_mask_ref`. Products are computed in ``x.dtype``. ``gate`` is a scalar, or has r
+    entries, which scale the columns of x A^T.
     """
     y = torch.nn.functional.linear(x, weight.detach(), bias)
     if p := round_dropout(dropout):
@@ -79,20 +78,20 @@ def lora_linear_ref(
 
 
 def round_dropout(p: float) -> float:
-    """p to the nearest 1/65536, below 1: what 16 random bits an element can tell."""
+    """p rounded to the nearest 1/65536 below 1, since each element has 16 random bits."""
     return min(round(p * 65536), 65535) / 65536
 
 
 def dropout_mask_ref(shape: torch.Size, p: float, seed: int | Tensor, device="cpu") -> Tensor:
-    """Which elements of x stay: each with probability 1 - p, p rounded by `round_dropout`.
+    """The keep mask: each element of x stays with probability 1 - p, p rounded by `round_dropout`.
 
-    A function of ``seed`` and of the element's place alone. Element e of a matrix whose rows are
-    filled up to a multiple of 8 stays where its 16 `random_bits` (step 0, index 0) are at least
+    The mask is a function of ``seed`` and of the element's place alone. With the rows of x padded
+    to a multiple of 8, element e stays where its 16 `random_bits` (step 0, index 0) are at least
     65536 p.
     """
     *leading, width = shape
-    filled = torch.Size((*leading, (width + 7) // 8 * 8))
-    bits = random_bits(filled, seed, 0, 0, device)[..., :width]
+    padded = torch.Size((*leading, (width + 7) // 8 * 8))
+    bits = random_bits(padded, seed, 0, 0, device)[..., :width]
     return bits >= round(round_dropout(p) * 65536)
 
 
@@ -115,8 +114,8 @@ def delta_update_ref_(
 ) -> Tensor:
     """W += scale (dB A' + B dA) in place (Delta-LoRA, Algorithm 1; equal to scale (B'A' - BA)).
 
-    ``lora_A`` and ``lora_B`` are A' and B', the values *after* the optimizer step, and
-    ``delta_A`` = A' - A, ``delta_B`` = B' - B, so that B = B' - dB.
+    ``lora_A`` and ``lora_B`` are A' and B', the values *after* the optimizer step. ``delta_A`` is
+    A' - A and ``delta_B`` is B' - B, so that B = B' - dB.
     """
     dtype = wide_dtype(weight.dtype)
     a, b, da, db = (t.detach().to(dtype) for t in (lora_A, lora_B, delta_A, delta_B))
@@ -138,18 +137,20 @@ def delta_update_ref_(
 
 
 def split_remainder(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float32 -> (16-bit value, 16-bit remainder), the inverse of `join_remainder`.
+    """float32 -> (16-bit value, 16-bit remainder); `join_remainder` is the inverse.
 
-    bfloat16: the value is the float32 rounded to nearest (ties away from zero), the remainder the
-    int16 that has to be added to its bits, so the pair holds the float32 exactly.
-    float16: the value is rounded to nearest even, the remainder its error, in float16.
+    bfloat16: the value is the float32 rounded to nearest (ties away from zero), and the remainder
+    is the int16 that has to be added to the bits of the value, so the pair holds the float32
+    exactly.
+    float16: the value is the float32 rounded to nearest even, and the remainder is its rounding
+    error in float16.
     """
     if dtype == torch.float16:
         high = wide.to(torch.float16)
         return high, (wide - high.float()).to(torch.float16)
     bits = wide.view(torch.int32)
     high = (bits + 0x8000) >> 16
-    high = torch.where(wide.isnan(), bits >> 16, high)  # a carry must not make NaN a number
+    high = torch.where(wide.isnan(), bits >> 16, high)  # a carry must not turn NaN into a number
     low = torch.where(wide.isnan(), 0, bits - (high << 16))
     return high.to(torch.int16).view(torch.bfloat16), low.to(torch.int16)
 
@@ -162,9 +163,9 @@ def join_remainder(weight: Tensor, remainder: Tensor) -> Tensor:
 
 
 def round_stochastic(wide: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 up or down to ``dtype``, up with probability equal to the fraction lost.
+    """Round float32 up or down to ``dtype``: up with a probability equal to the fraction lost.
 
-    ``bits``: 16 random bits an element. bfloat16 uses all of them, float16 the upper 13.
+    ``bits``: 16 random bits for each element. bfloat16 uses all of them, float16 the upper 13.
     """
     if dtype == torch.bfloat16:
         rounded = (wide.view(torch.int32) + bits.int() & ~0xFFFF).view(torch.float32)
@@ -179,7 +180,7 @@ def round_stochastic(wide: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 def delta_update_list_ref_(
     weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed, step, apply
 ) -> None:
-    """`delta_update_ref_` for a list, nothing changed where the 0-dim tensor ``apply`` is zero."""
+    """`delta_update_ref_` for a list; it changes nothing where the 0-dim ``apply`` is zero."""
     tensors = (weights, lora_As, lora_Bs, delta_As, delta_Bs, scales)
     for index, (w, a, b, da, db, scale) in enumerate(zip(*tensors, strict=True)):
         low = remainders[index] if remainders else None
@@ -191,7 +192,7 @@ def delta_update_list_ref_(
 
 
 class OnlyWhere:
-    """Undo changes where a 0-dim device tensor is zero, without reading it on the host."""
+    """Undoes changes where a 0-dim device tensor is zero, without reading it on the host."""
 
     def __init__(self, condition: Tensor | None, *tensors: Tensor | None):
         self.condition = condition
@@ -224,8 +225,8 @@ def adamw_step_ref_(
 ) -> Tensor:
     """One AdamW step on one tensor, in place, as `torch.optim.AdamW` (decoupled weight decay).
 
-    ``step`` (0-dim) counts the steps done and is raised by one. ``delta`` receives p' - p, taken
-    after p' was rounded to the parameter's dtype.
+    ``step`` (0-dim) counts the steps done and is raised by one. ``delta`` receives p' - p, where p'
+    is rounded to the parameter's dtype.
     """
     dtype = wide_dtype(param.dtype)
     with torch.no_grad():
@@ -248,9 +249,10 @@ def adamw_step_list_ref_(
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
     deltas, anchors, anchor_now, grad_scale, found_inf,
 ) -> None:  # fmt: skip
-    """`adamw_step_ref_` for a list: unscales, takes anchors, skips where ``found_inf`` is not 0.
+    """`adamw_step_ref_` for a list, with the options of `deltadiff.adamw_step_`.
 
-    A gradient may be None: its tensor takes no step. ``steps`` are not raised.
+    It divides gradients by ``grad_scale``, writes the anchors, and skips the step where
+    ``found_inf`` is not 0. A tensor whose gradient is None takes no step. ``steps`` are not raised.
     """
     scale = None if grad_scale is None else grad_scale.view(())
     go = None if found_inf is None else found_inf.view(()) == 0
@@ -272,22 +274,25 @@ def adamw_step_list_ref_(
                 deltas[i].copy_(torch.where(go, deltas[i], 0))
 
 
-# -------------------------------------------------------------------- advance
+# -------------------------------------------------------------------- counters
 
 
-def advance_ref_(iteration, steps, grads, firsts, flags, gates, opened, opens, found_inf) -> None:
-    """What one optimizer step counts, unless ``found_inf`` is not 0; all in place.
+def advance_ref_(
+    iteration, steps, grads, firsts, flags, rank_scales, new_scales, changes, found_inf
+) -> None:  # fmt: skip
+    """Count one optimizer step in place, unless ``found_inf`` is not 0.
 
     Args:
         iteration: 0-dim int64, t, raised by one.
         steps: (n,) float32, raised by one where ``grads`` (n,) int64 is not 0.
         firsts: (g,) int64, K + 1 of each param group.
-        flags: (g, 2) int32, about the coming iteration: t > K, t == K + 1.
-        gates: (m,) float32 or float64; become ``opened`` from iteration ``opens`` (int64) on.
+        flags: (g, 2) int32, t > K and t == K + 1 for the coming iteration.
+        rank_scales: (m,) float32 or float64, Delta-LoRA's factors on the ranks; each becomes its
+            entry of ``new_scales`` from its iteration in ``changes`` (int64) on.
     """
     done = 1 if found_inf is None else (found_inf.view(()) == 0).to(torch.int64)
     iteration += done
     steps += done * (grads != 0)
     flags[:, 0] = iteration >= firsts
     flags[:, 1] = iteration == firsts
-    gates.copy_(torch.where(iteration >= opens, opened, gates))
+    rank_scales.copy_(torch.where(iteration >= changes, new_scales, rank_scales))

@@ -64,5 +64,5 @@ class AddressTracker:
 def track_addresses(params: list[Tensor], weights: list[Tensor]):
     """An `AddressTracker`, the one in C++ where that was built."""
     if why_unavailable("cpp", torch.device("cpu"), torch.float32) is None:
-        return torch.classes.deltadiff.StepWatch(params, weights)
+        return torch.classes.deltadiff.AddressTracker(params, weights)
     return AddressTracker(params, weights)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..kernels.runtime.async_copy import copy_async
+from ..ops.adamw_step import prepare_adamw_step
 from ..ops.dispatch import choose_path
-from ..ops.prepared import prepare_adamw_step, run_advance
+from ..ops.step_counters import run_advance
 from .address_tracker import ALIGNED, GRADS, track_addresses
 from .update_start import UpdateStart
 

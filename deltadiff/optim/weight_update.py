@@ -11,9 +11,8 @@ from ..checks import DTYPES, HALF_DTYPES, NO_ROUNDING
 from ..errors import ArgumentError, SwapError
 from ..layers.lora_linear import LoraLinear
 from ..layers.pending_delta import LowRankFactors, PendingDelta
-from ..ops.delta_update import delta_update_
+from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
-from ..ops.prepared import prepare_delta_update
 from .rounding_loss import RoundingLoss
 
 MAX_PAST_UPDATES = 8  # how many updates by earlier values of lambda are kept as factors

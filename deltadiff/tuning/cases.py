@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ..bench.models import build_model, shape_of_file
 from ..checks import REMAINDER_DTYPES, ROUNDINGS, dtype_name
 from ..kernels import delta_update
-from ..kernels.lora_linear import hopper_launch, portable
 from ..kernels.runtime.tuned import padded_rank
-from ..ops.dispatch import choose_path
+from ..ops.dispatch import LAUNCHERS, Layer, choose_path, kernel_at, runs_of
 
 LAYERS = 8  # of an update: more bytes than any cache holds
 LAYER = 4096  # in and out of each of them
@@ -43,7 +42,7 @@ class Linear:
     @property
     def kind(self) -> tuple:
         """The same for all cases that run the same kernels, whatever their sizes."""
-        few = min(self.m, hopper_launch.LEAST_TOKENS)
+        few = min(self.m, 256)  # up to here, the default blocks depend on the number of tokens
         return Linear, few, self.r, self.dtype, self.backward
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -66,8 +65,11 @@ class Linear:
         return lambda: [kernels.lora_linear_fwd(*inputs, SCALING, None, None)[0]]
 
     def _kernels(self, device: torch.device):
-        backend = choose_path(device, self.dtype, layer=(self.n, self.k, self.r)).backend
-        return hopper_launch if backend == "hopper" else portable
+        """The launchers of the kernel that runs this case; on the CPU, of the Triton kernel."""
+        layer = self.n, self.k, self.r
+        chosen = choose_path(device, self.dtype, layer=layer).backend
+        backend = "hopper" if chosen == "hopper" else "triton"
+        return LAUNCHERS[kernel_at(runs_of(backend, Layer(*layer, self.dtype)), self.m).name]
 
     def agree(self, found: list[Tensor], usual: list[Tensor]) -> bool:
         """Whether they differ by one rounding of the dtype at most: sums may be reordered."""

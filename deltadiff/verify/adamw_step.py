@@ -11,11 +11,10 @@ from ..ops import reference
 from ..ops.adamw_step import adamw_step_
 from .tolerance import Bench, Row, poisoned
 
-# ---------------------------------------------------------------- adamw_step
-
 
 def check_adamw_step(bench: Bench) -> Iterator[Row]:
-    shapes = bench.shapes(  # one launch for all of them
+    """The rows of every case; one launch updates tensors of all shapes."""
+    shapes = bench.shapes(
         quick=[(65, 3), (8, 96), (1,), (37,)],
         full=[(16, 768), (640, 16)],
         gpu=[(16, 4096), (11008, 16), (3, 1234)],
@@ -28,10 +27,11 @@ def check_adamw_step(bench: Bench) -> Iterator[Row]:
 
 
 def adamw_step_rows(case, shapes, dtype, moment, loud) -> Iterator[Row]:
+    """The rows of one case; ``moment`` is the dtype of the moments."""
     call = draw_adamw_step(case, shapes, dtype, moment, loud)
     before, again, skipped = deepcopy(call), deepcopy(call), deepcopy(call)
     with poisoned():
-        adamw_step_(**call, backend=case.path)
+        adamw_step_(**call, backend=case.backend)
     eager = [eager_adamw_step(before, i) for i in range(len(shapes))]
     truth = true_adamw_step(before)
     for j, (output, key) in enumerate(zip(("p'", "m", "v"), STATE, strict=False)):
@@ -43,14 +43,14 @@ def adamw_step_rows(case, shapes, dtype, moment, loud) -> Iterator[Row]:
     anchors = before["params" if loud else "anchors"]
     yield case.equal("anchors", call["anchors"][:-1], anchors[:-1])
     yield case.equal("steps + 1", [call["steps"]], [before["steps"] + 1])
-    adamw_step_(**again, backend=case.path)
+    adamw_step_(**again, backend=case.backend)
     yield case.equal("run to run", *(all_of(c, *STATE, "deltas", "anchors") for c in (call, again)))
     yield case.equal("inputs kept", call["grads"], before["grads"])
 
     skipped["found_inf"] = skipped["anchor_now"] = torch.ones((), device=case.device)
     for t in skipped["grads"]:
-        t.fill_(math.nan)  # nothing of a step that is left out may arrive
-    adamw_step_(**skipped, backend=case.path)
+        t.fill_(math.nan)  # nothing of a skipped step may reach the state
+    adamw_step_(**skipped, backend=case.backend)
     still = (all_of(c, *STATE, "anchors") for c in (skipped, before))
     yield case.equal("found_inf", *still)
     zeros = [torch.zeros_like(t) for t in skipped["deltas"][:-1]]
@@ -61,13 +61,14 @@ STATE = ("params", "exp_avgs", "exp_avg_sqs", "steps")
 
 
 def all_of(call: dict, *keys: str) -> list[Tensor]:
+    """The tensors of these lists in one list, without the None entries."""
     return [t for key in keys for t in call[key] if t is not None]
 
 
 def draw_adamw_step(case, shapes, dtype, moment, loud) -> dict:
-    """Arguments of `adamw_step_`. Outputs hold NaN before; the last tensor has no delta, no anchor.
+    """Arguments of `adamw_step_`. Outputs hold NaN; the last tensor has no delta and no anchor.
 
-    loud: every hyper-parameter moves the result by percents, and every option is used.
+    loud: every hyper-parameter changes the result by some percent, and every option is used.
     """
     wide = torch.promote_types(dtype, torch.float32)
     scale = 1000.0 if loud else 1.0
@@ -87,7 +88,7 @@ def draw_adamw_step(case, shapes, dtype, moment, loud) -> dict:
         "lr": 0.5,
     }
     call["deltas"][-1] = call["anchors"][-1] = None
-    if moment != torch.float16:  # a first step's v = 0.001 g^2 is too small for it
+    if moment != torch.float16:  # it cannot hold v = 0.001 g^2 of a first step
         call["steps"][0] = 0
         call["exp_avgs"][0].zero_()
         call["exp_avg_sqs"][0].zero_()
@@ -99,6 +100,7 @@ def draw_adamw_step(case, shapes, dtype, moment, loud) -> dict:
 
 
 def true_adamw_step(call: dict) -> dict:
+    """Parameters and moments after the step, in float64."""
     keys = ("params", "exp_avgs", "exp_avg_sqs", "grads")
     state = {key: [t.to(torch.float64, copy=True) for t in call[key]] for key in keys}
     call = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, **call, **state}

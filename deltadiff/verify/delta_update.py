@@ -13,11 +13,10 @@ from ..ops import reference
 from ..ops.delta_update import delta_update_
 from .tolerance import Bench, Row, poisoned
 
-# ---------------------------------------------------------------- delta_update
-
 
 def check_delta_update(bench: Bench) -> Iterator[Row]:
-    shapes = bench.shapes(  # out, in, r: one launch for all of them
+    """The rows of every case; shapes are out, in, r, and one launch updates all of them."""
+    shapes = bench.shapes(
         quick=[(65, 37, 3), (64, 96, 8), (1, 200, 1)],
         full=[(512, 768, 16)],
         gpu=[(777, 1234, 3), (4096, 4096, 8)],
@@ -31,10 +30,11 @@ def check_delta_update(bench: Bench) -> Iterator[Row]:
 
 
 def delta_update_rows(case, shapes, dtype, factor, rounding) -> Iterator[Row]:
+    """The rows of one case; ``factor`` is the dtype of A and B."""
     call, holder = draw_delta_update(case, shapes, dtype, factor, rounding)
     before, again, stopped = deepcopy(call), deepcopy(call), deepcopy(call)
     with poisoned():
-        delta_update_(**call, backend=case.path)
+        delta_update_(**call, backend=case.backend)
     for i, (n, k, r) in enumerate(shapes):
         ours, old = wide_weight(call, i), wide_weight(before, i)
         factors = [before[key][i] for key in FACTORS]
@@ -47,7 +47,7 @@ def delta_update_rows(case, shapes, dtype, factor, rounding) -> Iterator[Row]:
             floor = torch.finfo(dtype).eps / 2
         elif rounding == "remainder":
             eager = eager_delta_update(old, *(t.float() for t in factors), call["scale"][i])
-            if dtype == torch.float16:  # the rounding of a remainder, at least half of 2^-24
+            if dtype == torch.float16:  # the rounding of the remainder is at least half of 2^-24
                 floor = 2.0**-22 + 2.0**-25 * truth.numel() ** 0.5 / truth.norm().item()
         else:
             eager = eager_delta_update(old, *factors, call["scale"][i])
@@ -56,19 +56,19 @@ def delta_update_rows(case, shapes, dtype, factor, rounding) -> Iterator[Row]:
 
     exact, _ = draw_delta_update(case, shapes, dtype, factor, rounding, exact=True)
     expected = deepcopy(exact)
-    delta_update_(**exact, backend=case.path)
+    delta_update_(**exact, backend=case.backend)
     reference.delta_update_list_ref_(
         expected["weight"], *(expected[key] for key in FACTORS), expected["scale"], rounding,
         expected["remainder"] or [], expected["seed"], expected["step"], None,
     )  # fmt: skip
     yield case.equal(f"{rounding}: bits", written(exact), written(expected))
 
-    delta_update_(**again, apply=torch.ones((), device=case.device), backend=case.path)
+    delta_update_(**again, apply=torch.ones((), device=case.device), backend=case.backend)
     yield case.equal(f"{rounding}: run to run", written(call), written(again))
     for t in (t for key in FACTORS for t in stopped[key]):
-        t.fill_(math.nan)  # nothing of a step that is left out may arrive
+        t.fill_(math.nan)  # nothing of a skipped step may reach the weights
     off = torch.zeros((), dtype=torch.bool, device=case.device)
-    delta_update_(**stopped, apply=off, backend=case.path)
+    delta_update_(**stopped, apply=off, backend=case.backend)
     yield case.equal(f"{rounding}: apply=0", written(stopped), written(before))
     kept = [[t for key in FACTORS for t in problem[key]] for problem in (call, before)]
     border = torch.cat((holder[:, :1], holder[:, -2:]), 1)
@@ -81,10 +81,10 @@ FACTORS = ("lora_A", "lora_B", "delta_A", "delta_B")
 
 
 def draw_delta_update(case, shapes, dtype, factor, rounding, exact=False) -> tuple[dict, Tensor]:
-    """Arguments of `delta_update_`, and the wider tensor in which the first weight lies.
+    """Arguments of `delta_update_`, and the wider tensor that holds the first weight.
 
     exact: all values are multiples of 2^-26 below 2^-7, so that float32 holds every sum of them,
-    in whatever order it is taken, and only the last rounding of W is left to differ.
+    taken in any order. Then only the last rounding of W could differ.
     """
     wide = torch.promote_types(dtype, torch.float32)
     draw = partial(case.integers, most=8) if exact else partial(case.normal, std=0.7)
@@ -116,7 +116,7 @@ def draw_delta_update(case, shapes, dtype, factor, rounding, exact=False) -> tup
 
 
 def wide_weight(call: dict, i: int) -> Tensor:
-    """W, or the float32 that it and its remainder stand for."""
+    """W, or the float32 that W and its remainder hold together."""
     weight = call["weight"][i]
     if call["remainder"] is None:
         return weight
@@ -124,11 +124,12 @@ def wide_weight(call: dict, i: int) -> Tensor:
 
 
 def written(call: dict) -> list[Tensor]:
+    """The tensors that the operation writes."""
     return call["weight"] + (call["remainder"] or [])
 
 
 def eager_delta_update(weight, lora_A, lora_B, delta_A, delta_B, scale) -> Tensor:
-    """As it is written without this library: from the factors before and after the step."""
+    """The update as one writes it in PyTorch, from the factors before and after the step."""
     old_A, old_B = (lora_A - delta_A).to(lora_A.dtype), (lora_B - delta_B).to(lora_B.dtype)
     weight = weight.clone()
     weight += scale * (lora_B @ lora_A - old_B @ old_A)
@@ -136,10 +137,11 @@ def eager_delta_update(weight, lora_A, lora_B, delta_A, delta_B, scale) -> Tenso
 
 
 def half_ulp(truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest standard deviation of a stochastic rounding, which eager PyTorch has not.
+    """The largest standard deviation of a stochastic rounding, in place of eager PyTorch's error.
 
-    Of two neighbours u apart, a value at the fraction f takes the upper with probability f: the
-    variance is f (1 - f) u^2. Twice this is u, which no single rounding exceeds.
+    Between two neighbours at a distance of u, a value at the fraction f takes the upper one with
+    probability f, so the variance is f (1 - f) u^2 and the standard deviation at most u / 2. Twice
+    that is u, which no single rounding exceeds.
     """
     info = torch.finfo(dtype)
     u = torch.ldexp(torch.full_like(truth, info.eps), torch.frexp(truth).exponent - 1)

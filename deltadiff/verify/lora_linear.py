@@ -13,7 +13,8 @@ from .tolerance import FORWARD, GRADIENT, Bench, Row, poisoned
 
 
 def check_lora_linear(bench: Bench) -> Iterator[Row]:
-    shapes = bench.shapes(  # tokens, in, out, r, entries of the gate, dropout
+    """The rows of every case; shapes are tokens, in, out, r, entries of the gate, dropout."""
+    shapes = bench.shapes(
         quick=[(64, 96, 80, 8, 1, 0), (37, 129, 65, 3, 3, 0), (45, 77, 88, 5, 5, 0.1)],
         full=[(1, 48, 200, 1, 0, 0), (512, 768, 640, 16, 16, 0), (512, 768, 640, 16, 16, 0.4)],
         gpu=[
@@ -29,18 +30,15 @@ def check_lora_linear(bench: Bench) -> Iterator[Row]:
     for tokens, k, n, r, gates, p in shapes:
         for dtypes in bench.dtypes():
             shape = f"{tokens}x{k}x{n} r={r}" + (f" p={p}" if p else "")
-            case = bench.case("lora_linear", dtypes, shape, (n, k, r))
-            if p and case.path == "hopper":  # which has no dropout
-                case.path = "triton"
-                if bench.backend == "hopper":
-                    case.why_not = "the sm_90 kernel has no dropout"
+            case = bench.case("lora_linear", dtypes, shape, (n, k, r), p > 0, tokens)
             yield from case.guard(lora_linear_rows, tokens, k, n, r, gates, p, *dtypes)
 
 
 def lora_linear_rows(case, tokens, k, n, r, gates, p, dtype, adapter) -> Iterator[Row]:
-    backend = case.path
+    """The rows of one case; ``gates`` is the number of entries of the gate, 0 for none."""
+    backend = case.backend
     after, before, ours, again, eager, truth = ([] for _ in range(6))
-    # The error of a few numbers is luck: draw until the gate, and T = dy B, have had 32 of them.
+    # The error of a few numbers is luck, so draw until the gate, and T = dy B, have had 32 of them.
     for _ in range(math.ceil(32 / min(gates or 32, tokens * r))):
         inputs = [
             case.normal(tokens, k + 8, dtype=dtype)[:, :k],
@@ -51,7 +49,6 @@ def lora_linear_rows(case, tokens, k, n, r, gates, p, dtype, adapter) -> Iterato
             case.normal(n, dtype=dtype) if gates else None,
             case.normal(tokens, n, dtype=dtype),
         ]
-        case.path = path_of_call(backend, tokens)
         given = [t for t in inputs if t is not None]
         doubles = [None if t is None else t.double() for t in inputs]
         before += deepcopy(given)
@@ -74,18 +71,10 @@ def lora_linear_rows(case, tokens, k, n, r, gates, p, dtype, adapter) -> Iterato
     yield case.equal("inputs kept", after, before)
 
 
-def path_of_call(backend: str, tokens: int) -> str:
-    """The sm_90 kernel leaves calls with few tokens to the portable ones."""
-    if backend != "hopper":
-        return backend
-    from ..kernels.lora_linear import hopper_launch as lora_linear_hopper
-
-    return "hopper" if lora_linear_hopper.takes(tokens) else "triton"
-
-
 def lora_linear_outputs(
     function, x, weight, lora_A, lora_B, gate, bias, dy, **options
 ) -> dict[str, Tensor]:
+    """y, and the gradients of all that has one, by name."""
     leaves = {"dx": x, "dA": lora_A, "dB": lora_B, "dgate": gate, "dbias": bias}
     leaves = {k: t.detach().requires_grad_() for k, t in leaves.items() if t is not None}
     with torch.enable_grad():
@@ -98,7 +87,7 @@ def lora_linear_outputs(
 
 
 def dropout_mask(inputs: list, **options) -> Tensor:
-    """What dropout keeps, by itself: where dx is not zero, with ones for all but W, which is 0."""
+    """The keep mask: where dx is not zero, if W is zero and every other input is one."""
     x, weight, *others, dy = (None if t is None else torch.ones_like(t) for t in inputs)
     found = lora_linear_outputs(
         lora_linear, x, 0 * weight, *others, dy / dy.shape[1], **options

@@ -1,6 +1,6 @@
-"""Check the operations of a machine against float64, beside eager PyTorch on the same inputs.
+"""Compares the operations with float64, beside eager PyTorch on the same inputs.
 
-`deltadiff.verify.tolerance` has the rule. The inputs are random and large enough in every term that
+`deltadiff.verify.tolerance` has the rule. The inputs are random, and every term is so large that
 leaving one out shows: an update is as large as its weight, a low-rank branch as its base.
 """
 
@@ -30,13 +30,13 @@ def run(
     Args:
         device: "cpu", "cuda", "cuda:1".
         ops: names from `OPERATIONS`; None is all of them.
-        backend: None checks the one that `choose_path` takes; a name asks for one, and what that
-            does not take is skipped. float64 goes through the reference in any case.
+        backend: None checks the backend that `choose_path` takes. A name asks for one, and cases
+            that it does not take are skipped. float64 goes to the reference in any case.
         quick: small shapes only, and no factors or moments in float32 beside 16-bit tensors.
-        seed: of the inputs; None draws a new one.
+        seed: determines the inputs; None draws a new one.
 
     Returns:
-        The rows, and whether there was something to check and all of it passed.
+        The rows, and whether at least one check ran and all that ran passed.
 
     Raises:
         ArgumentError: no such device or operation.

@@ -1,14 +1,14 @@
-"""How an output is held against the truth: the rule of `deltadiff verify`.
+"""How an output is compared with the truth: the rule of `deltadiff verify`.
 
-Close. The error of an output is the Frobenius norm of (output - truth) over that of the truth,
-the truth being `deltadiff.ops.reference` in float64. It may be twice (gradients: three times) the
-error of eager PyTorch in the same dtype, plus one rounding of the output: half an epsilon of its
-dtype.
-One wrong element in a million fails too: the largest error, over the largest element of the truth,
-may be twice what the same rule makes of eager PyTorch's; ``worst`` is that error over its limit.
+Close: the truth is `deltadiff.ops.reference` in float64. The error of an output is the Frobenius
+norm of (output - truth) over that of the truth. It may be at most twice the error of eager PyTorch
+in the same dtype (three times for gradients), plus one rounding of the output, which is half an
+epsilon of its dtype. So that one wrong element in a million fails too, the largest error of an
+element, over the largest element of the truth, has a limit as well: twice the limit that the same
+rule derives from eager PyTorch's largest error. ``worst`` is that error over its limit.
 
-Equal. What has one right answer (two runs, what must not change, the random bits) is compared bit
-by bit: the error is the share of elements that differ, the limit 0.
+Equal: results that have one right answer (two runs, what must not change, the random bits) are
+compared bit by bit. The error is the share of elements that differ, and the limit is 0.
 
 NaN never passes.
 """
@@ -28,7 +28,7 @@ from ..errors import BackendUnavailableError
 from ..ops.dispatch import choose_path
 from ..text import align_columns
 
-FORWARD, GRADIENT = 2, 3  # how many times the error of eager PyTorch is accepted
+FORWARD, GRADIENT = 2, 3  # the accepted multiples of eager PyTorch's error
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Row:
     eager: float | None = None
     limit: float | None = None
     worst: float | None = None
-    ok: bool | None = None  # None: skipped, and `note` says why
+    ok: bool | None = None  # None where the check was skipped; `note` says why
     note: str = ""
 
     @property
@@ -53,7 +53,7 @@ class Row:
         return self.error / self.eager if self.eager else None
 
     def as_dict(self) -> dict:
-        """For JSON, which has no NaN: a number that is not finite becomes its name."""
+        """The fields for JSON, which has no NaN: a number that is not finite becomes its name."""
         values = {**asdict(self), "ratio": self.ratio}
         for key, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -62,7 +62,7 @@ class Row:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as text, and a line that counts them."""
+    """The rows as a table, and a line that counts them."""
     head = ("operation", "output", "dtype", "shape", "path", "error", "eager", "ratio", "limit")
     table = [(*head, "worst", "ok")]
     for row in rows:
@@ -82,7 +82,13 @@ def format_table(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where operations are checked, and how thoroughly."""
+    """Where operations are checked, and how thoroughly.
+
+    Attributes:
+        backend: the backend that is asked for; None is the one that `choose_path` takes.
+        quick: small shapes only, and no float32 beside 16-bit tensors.
+        seed: of the inputs.
+    """
 
     device: torch.device
     backend: str | None
@@ -95,20 +101,31 @@ class Bench:
         dtypes: Sequence[torch.dtype],
         shape: str,
         layer: tuple[int, int, int] | None = None,
+        dropout: bool = False,
+        tokens: int = 0,
     ) -> "Case":
-        """``layer``: as `choose_path` takes it."""
-        # float64 is the reference's alone: there is no asking another backend for it.
+        """The case of these tensors, on the backend that `choose_path` takes for it.
+
+        Args:
+            dtypes: of the large tensors, and of those that go with them.
+            layer, dropout: as `choose_path` takes them.
+            tokens: of a call of `lora_linear`, which may run on another backend's kernel.
+        """
+        # Only the reference takes float64, so no other backend is asked for it.
         asked = None if dtypes[0] == torch.float64 else self.backend
         label = "/".join(dict.fromkeys(dtype_name(dtype) for dtype in dtypes))
-        path, why_not = asked, ""
         try:
-            path = choose_path(self.device, dtypes[0], asked, layer).backend
+            chosen = choose_path(self.device, dtypes[0], asked, layer, dropout)
         except BackendUnavailableError as error:
-            why_not = error.given
-        return Case(op, label, shape, path, self.device, self.seed, why_not)
+            return Case(op, label, shape, asked, self.device, self.seed, why_not=error.given)
+        path = chosen.at(tokens).backend if layer else chosen.backend
+        return Case(op, label, shape, path, self.device, self.seed, backend=chosen.backend)
 
     def dtypes(self) -> list[tuple[torch.dtype, torch.dtype]]:
-        """Of the large tensors and of what goes with them: the same, or float32 beside 16 bits."""
+        """Pairs of dtypes, of the large tensors and of those that go with them.
+
+        The two are the same, or float32 goes with 16-bit tensors.
+        """
         mixed = [] if self.quick else [(dtype, torch.float32) for dtype in HALF_DTYPES]
         return [(dtype, dtype) for dtype in DTYPES] + mixed
 
@@ -119,16 +136,21 @@ class Bench:
 
 
 class Case:
-    """Inputs, a function of the seed and the names of the case alone, and checks of outputs.
+    """Inputs, which are a function of the seed and the names of the case, and checks of outputs.
 
-    ``why_not``: the reason for leaving the case out, where there is one.
+    Args:
+        path: the backend whose kernel runs the case, which the rows name.
+        why_not: the reason for skipping the case, where there is one.
+        backend: what the operation is asked for; None is ``path``.
     """
 
     def __init__(
-        self, op: str, dtype: str, shape: str, path: str, device, seed: int, why_not: str = ""
-    ):
+        self, op: str, dtype: str, shape: str, path: str, device: torch.device, seed: int,
+        why_not: str = "", backend: str | None = None,
+    ):  # fmt: skip
         self.op, self.dtype, self.shape, self.seed = op, dtype, shape, seed
         self.path, self.device, self.why_not = path, device, why_not
+        self.backend = backend or path
         interpreted = path == "triton" and device.type == "cpu"
         if not why_not and interpreted and dtype.startswith("bfloat16"):
             self.why_not = "Triton's interpreter gets bfloat16 products and rounding wrong"
@@ -137,7 +159,7 @@ class Case:
 
     @property
     def names(self) -> dict:
-        """What the fields of a row have in common; ``path`` is what runs, and may be changed."""
+        """The fields that all rows of the case have in common."""
         keys = ("op", "dtype", "shape", "path", "seed")
         return {key: getattr(self, key) for key in keys}
 
@@ -168,7 +190,14 @@ class Case:
         floor: float | None = None,
         shape: str | None = None,
     ) -> Row:
-        """Lists of tensors, measured as if each list were one tensor."""
+        """Compare lists of tensors, each measured as if it were one tensor, by the rule above.
+
+        Args:
+            ours, eager, truth: the outputs of the operation, of eager PyTorch, and in float64.
+            factor: the accepted multiple of eager PyTorch's error.
+            floor: what is accepted on top of that; None is one rounding of the output.
+            shape: for the row; None is the case's.
+        """
         names = {**self.names, "output": output, "shape": shape or self.shape}
         if [(t.dtype, t.shape) for t in ours] != [(t.dtype, t.shape) for t in eager]:
             return Row(**names, error=math.inf, ok=False, note="wrong dtype or shape")
@@ -185,7 +214,7 @@ class Case:
         return Row(**names, **figures, ok=error <= limit and worst <= 1)
 
     def equal(self, output: str, ours: Sequence[Tensor], expected: Sequence[Tensor]) -> Row:
-        """Bit by bit, NaN included."""
+        """Compare lists of tensors bit by bit, NaN included."""
         wrong = sum(differing(a, b) for a, b in zip(ours, expected, strict=True))
         total = sum(t.numel() for t in expected)
         error = wrong / total if total else math.nan
@@ -194,32 +223,36 @@ class Case:
     def guard(
         self, rows: Callable[..., Iterable[Row]], *args, output: str = "all"
     ) -> Iterator[Row]:
-        """``rows(self, *args)``; a failed row where the operation raises, or a skipped one."""
+        """The rows of ``rows(self, *args)``.
+
+        One failed row takes their place where the operation raises, and one skipped row where the
+        case has a reason to be skipped.
+        """
         if self.why_not:
             yield Row(**self.names, output=output, note=f"skipped: {self.why_not}")
             return
         try:
             yield from rows(self, *args)
-        except Exception as error:  # whatever a backend raises is a failure of its operation
+        except Exception as error:  # anything that a backend raises is a failure of its operation
             text = " ".join(str(error).split())
             note = f"{type(error).__name__}: {text:.200}"
             yield Row(**self.names, output=output, ok=False, note=note)
 
 
 def measure(outputs: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[float, float]:
-    """(Frobenius norm of the error, its largest element), over the same two of the truth."""
+    """(Frobenius norm of the error, its largest element), each over the same of the truth."""
     figures = []
     for output, true in zip(outputs, truth, strict=True):
         error = output.double() - true
         pair = (error.square().sum(), true.square().sum(), error.abs().max(), true.abs().max())
         figures.append(torch.stack(pair))
-    figures = torch.stack(figures)  # on tensors NaN is kept; Python's max would lose it
+    figures = torch.stack(figures)  # tensors keep NaN, which Python's max would lose
     squares, largest = figures[:, :2].sum(0), figures[:, 2:].amax(0)
     return (squares[0] / squares[1]).sqrt().item(), (largest[0] / largest[1]).item()
 
 
 def differing(a: Tensor, b: Tensor) -> int:
-    """How many elements differ in a bit."""
+    """The number of elements that differ in a bit."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return b.numel()
     as_bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.itemsize]
@@ -228,12 +261,12 @@ def differing(a: Tensor, b: Tensor) -> int:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory allocated inside is filled with NaN, so that an element never written shows."""
+    """Fill memory that is allocated inside with NaN, so that elements never written show."""
     flags = torch.utils.deterministic
     fill, mode = flags.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about operations that have no deterministic form
+            warnings.simplefilter("ignore")  # they are about operations without deterministic form
             torch.set_deterministic_debug_mode("warn")
             flags.fill_uninitialized_memory = True
             yield

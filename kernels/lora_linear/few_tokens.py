@@ -11,13 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..runtime.gpu import on_device, shared_kib
 from ..runtime.tuned import LaunchConfig, combinations
+from .portable import adapter_gradients, new_kept, rank_part
 from .portable_config import PROGRAMS
-
-MOST_TOKENS = 511
-
-
-MAX_RANK = 64
+from .tiles import index_type
 
 
 @triton.jit(do_not_specialize=["M"])  # Triton does specialise on K_PER_SPLIT % 16 == 0
@@ -133,28 +131,43 @@ FEW = LaunchConfig(
 )
 
 
-def takes(v, N: int, R: int) -> bool:
-    """Whether these products are for this kernel: 16-bit ones of few rows.
-
-    Odd sizes are not: rows that start anywhere cannot be loaded ahead.
-    """
-    aligned = v.shape[1] % 8 == 0 and N % 8 == 0
-    return v.element_size() == 2 and aligned and 0 < v.shape[0] <= MOST_TOKENS and R <= MAX_RANK
+# -------------------------------------------------------------------------- launchers
 
 
-# --------------------------------------------------------------------------- launcher
+def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, kept=None):
+    """(y, kept): as `portable.lora_linear_fwd`, without dropout."""
+    if kept is None:
+        s = kept = new_kept(x, lora_A)
+    else:
+        s = rank_part(kept, lora_A.shape[0])
+    with on_device(x.device):
+        y = _few_linear(x, weight, lora_A, lora_B, scaling, gate, bias, s)
+    return y, kept
 
 
-def few_linear(v, q, d, p, scaling, gate, bias, u, index, shared):
-    """Y (M, N) = V Q^T + bias + s g U P^T in V's dtype; U (M, R) = V D^T goes to ``u``, float32."""
+def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
+    """(dx, dA, dB, dgate): as `portable.lora_linear_bwd`, without dropout."""
+    dx = t = None
+    with on_device(dy.device):
+        if needs[0]:
+            t = new_kept(dy, lora_A)
+            dx = _few_linear(dy, weight.T, lora_B.T, lora_A.T, scaling, gate, None, t)
+        return dx, *adapter_gradients(dy, x, lora_A, lora_B, kept, t, scaling, gate, needs)
+
+
+def _few_linear(v, q, d, p, scaling, gate, bias, u):
+    """Y (M, N) = V Q^T + bias + s g U P^T in V's dtype; writes U (M, R) = V D^T to ``u``."""
     (m, k), n, r = v.shape, q.shape[0], p.shape[1]
+    y, parts, u_parts = v.new_empty((m, n)), None, None
+    if not m:
+        return y
+    index, shared = index_type(r, v, q, d, p), shared_kib(v.device)
     key = m, n, k, r, q.stride(1) != 1
     config = FEW.choose(v.device, (m, n, k, r, shared), key)
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
     d = d.to(v.dtype)  # not in the kernel's loop: Triton 3.6 then read outside of shared memory
-    y, parts, u_parts = v.new_empty((m, n)), None, None
     if splits > 1:
         parts = v.new_empty((splits, m, n), dtype=torch.float32)
         u_parts = v.new_empty((splits, m, r), dtype=torch.float32)

@@ -31,18 +31,7 @@ from .consumer import Problem, Results, consume
 from .producer import Sources, produce
 from .schedule import Pipeline, Schedule
 
-MAX_RANK = 256
-
-
 COLUMN_ITEMS_RANK = 64  # the largest padded rank at which dA and dB are column items
-
-
-LEAST_TOKENS = 256  # with fewer, the portable kernels are faster
-
-
-MOST_TOKENS = 128 * 0x7FFF  # the place of a work item has 15 bits
-
-
 NUM_WARPS = 8  # that multiply
 
 

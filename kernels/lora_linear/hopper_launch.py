@@ -10,73 +10,46 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..runtime.cached_launch import launch_cached
 from ..runtime.gpu import current_stream, is_capturing, on_device
-from . import portable
 from .hopper import (
     COLUMN_ITEMS_RANK,
-    LEAST_TOKENS,
-    MAX_RANK,
-    MOST_TOKENS,
     NUM_WARPS,
     _lora_linear_hopper_kernel,
 )
 from .hopper_config import HOPPER, rows_of_item
 from .pack_kernel import _pack_kernel
+from .portable import gate_gradient
 from .schedule import FLAGS
-
-# ------------------------------------------------------------------------ what it takes
-
-
-def why_not(N: int, K: int, R: int) -> str | None:
-    """None for a layer that this kernel takes, else the reason in words."""
-    if R > MAX_RANK:
-        return f"rank {R} > {MAX_RANK}"
-    if N % 8 or K % 8:
-        return f"{N} x {K}: TMA needs rows of a multiple of 16 bytes"
-    return None
-
-
-def takes(M: int) -> bool:
-    """Whether a call of M tokens goes to this kernel, else to the portable ones.
-
-    By M alone: backward must find what forward kept, wherever x and W lie by then.
-    """
-    return LEAST_TOKENS <= M <= MOST_TOKENS
-
-
-def fits_tma(t) -> bool:
-    dense = t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0
-    return dense and t.data_ptr() % 16 == 0
-
-
-def _for_tma(t):
-    return t if fits_tma(t) else t.clone(memory_format=_DENSE)
-
 
 # -------------------------------------------------------------------------- launchers
 
 
 def kept_shape(M: int, R: int, gated: bool) -> tuple[int, int]:
-    """Shape of what forward keeps for backward: float32. In it lies U (M, R to a multiple of 8) in
-    the dtype of x, with a gate also S (M, R) float32; of the portable kernels S alone."""
-    return M, _pitch(R) // 2 + R if gated else max(R, 4)
+    """Shape of what the forward pass keeps for the backward pass, in float32.
+
+    It holds U (M, R rounded up to a multiple of 8) in the dtype of x and then, with a gate,
+    S = x A^T (M, R) in float32. There is room for S alone too, which is what the other kernels keep
+    where they run calls of this backend.
+    """
+    return M, pitch_of(R) // 2 + R if gated else max(R, 4)
 
 
-def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
-    """(y, kept) for x (M, K): y in x.dtype; kept is what the gradients need beside x."""
+def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, kept=None):
+    """(y, kept) for x (M, K): y in x.dtype; kept is what the gradients need beside x.
+
+    ``kept``: a tensor of `kept_shape`; None makes one.
+    """
     m, r = x.shape[0], lora_A.shape[0]
-    kept = x.new_empty(kept_shape(m, r, gate is not None), dtype=torch.float32)
-    if not takes(m):
-        s = _portable_view(kept, r)
-        return portable.lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, s)[0], kept
+    if kept is None:
+        kept = x.new_empty(kept_shape(m, r, gate is not None), dtype=torch.float32)
     u, s = _kept_views(kept, r, x.dtype)
     with on_device(x.device):
         x, weight = _for_tma(x), _for_tma(weight)
         y = x.new_empty((m, weight.shape[0]))
         a, b = _packed(lora_A, lora_B, x.dtype)
-        work = _Work.of(x.device, m, y.shape[1], x.shape[1], r, None)
+        work = Work.of(x.device, m, y.shape[1], x.shape[1], r, None)
         sync = _sync(x.device, work.flags)
         tensors = x, weight, a, b, u, s, u, x, y, _dense(gate), _dense(bias)
-        call, options = _call(work, *tensors, sync, scaling, r)
+        call, options = kernel_call(work, *tensors, sync, scaling, r)
         launch_cached(*call, **options)
     return y, kept
 
@@ -84,32 +57,39 @@ def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias):
 def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
     """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for.
 
-    x may be None without dA.
+    x may be None where dA is not asked for.
     """
     (m, n), k, r = dy.shape, weight.shape[1], lora_A.shape[0]
     need_x, need_A, need_B, need_gate = needs
-    if not takes(m):
-        s = _portable_view(kept, r)
-        return portable.lora_linear_bwd(dy, x, weight, lora_A, lora_B, s, scaling, gate, needs)
     u, s = _kept_views(kept, r, dy.dtype)
     with on_device(dy.device):
         dx = dy.new_empty((m, k))
-        x = dx if x is None else x  # where it is not there, no program reads it
+        x = dx if x is None else x  # without dA no program reads x, so any tensor will do
         dy, x, weight = _for_tma(dy), _for_tma(x), _for_tma(weight)
         v, t = _kept_views(torch.empty_like(kept), r, dy.dtype)
         da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (lora_A, lora_B))
         a, b = _packed(lora_A, lora_B, dy.dtype)
-        work = _Work.of(dy.device, m, k, n, r, (need_A, need_B))
+        work = Work.of(dy.device, m, k, n, r, (need_A, need_B))
         parts = dy.new_empty(work.parts, dtype=torch.float32)
         sync = _sync(dy.device, work.flags)
         tensors = dy, weight, b, a, v, t, u, x, dx, _dense(gate), None
-        call, options = _call(work, *tensors, sync, scaling, r, da, db, parts)
+        call, options = kernel_call(work, *tensors, sync, scaling, r, da, db, parts)
         launch_cached(*call, **options)
         if r > COLUMN_ITEMS_RANK:
             da = _product(v[:, :r].T, x, lora_A.dtype) if need_A else None
             db = _product(dy.T, u[:, :r], lora_B.dtype) if need_B else None
-        dgate = portable.gate_gradient(t, s, scaling, gate) if need_gate else None
+        dgate = gate_gradient(t, s, scaling, gate) if need_gate else None
     return dx if need_x else None, da if need_A else None, db if need_B else None, dgate
+
+
+def fits_tma(t) -> bool:
+    """Whether TMA reads a matrix where it lies: rows that do not overlap, each 16-byte aligned."""
+    dense = t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0
+    return dense and t.data_ptr() % 16 == 0
+
+
+def _for_tma(t):
+    return t if fits_tma(t) else t.clone(memory_format=_DENSE)
 
 
 def _product(p, q, dtype):
@@ -123,23 +103,19 @@ def _padded_rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
-def _pitch(r: int) -> int:
+def pitch_of(r: int) -> int:
     return triton.cdiv(r, 8) * 8
 
 
 def _kept_views(kept, r, dtype):
-    """U = s g x A^T (M, pitch) in ``dtype``; and S = x A^T (M, r) float32 for a gate's gradient,
-    None where there is no gate."""
-    m, pitch = kept.shape[0], _pitch(r)
+    """U = s g x A^T (M, pitch) in ``dtype``, and S = x A^T (M, r) float32; see `kept_shape`.
+
+    S is for the gate's gradient, and None where there is no gate.
+    """
+    m, pitch = kept.shape[0], pitch_of(r)
     gated, kept = kept.shape[1] == pitch // 2 + r, kept.view(-1)
     u = kept[: m * pitch // 2].view(dtype).view(m, pitch)
     return u, kept[m * pitch // 2 :].view(m, r) if gated else None
-
-
-def _portable_view(kept, r):
-    """S (M, r) as the portable kernels keep it."""
-    m = kept.shape[0]
-    return kept.view(-1)[: m * r].view(m, r)
 
 
 def _dense(vector):
@@ -147,26 +123,26 @@ def _dense(vector):
 
 
 def _packed(a, b, dtype):
-    """A (R, K) and B (N, R) as TMA takes them: ``dtype``, rows of a multiple of 16 bytes."""
-    if _needs_no_packing(a, b, dtype):
+    """A (R, K) and B (N, R) in ``dtype``, as TMA can read them; copies where they were not."""
+    if needs_no_packing(a, b, dtype):
         return a, b
-    shape_a, shape_b = _packed_shapes(a, b)
+    shape_a, shape_b = packed_shapes(a, b)
     packed_a, packed_b = a.new_empty(shape_a, dtype=dtype), b.new_empty(shape_b, dtype=dtype)
-    call, options = _pack_call(a, packed_a, b, packed_b)
+    call, options = pack_call(a, packed_a, b, packed_b)
     launch_cached(*call, **options)
     return packed_a, packed_b[:, : a.shape[0]]
 
 
-def _needs_no_packing(a, b, dtype) -> bool:
+def needs_no_packing(a, b, dtype) -> bool:
     return a.dtype == dtype and fits_tma(a) and fits_tma(b)
 
 
-def _packed_shapes(a, b):
+def packed_shapes(a, b):
     (n, r), k = b.shape, a.shape[1]
-    return (r, k), (n, _pitch(r))
+    return (r, k), (n, pitch_of(r))
 
 
-def _pack_call(a, packed_a, b, packed_b):
+def pack_call(a, packed_a, b, packed_b):
     (n, r), k = b.shape, a.shape[1]
     blocks_a, blocks_b = triton.cdiv(r * k, 1024), triton.cdiv(n * r, 1024)
     key = (a.dtype, packed_a.dtype, *(t.data_ptr() % 16 == 0 for t in (a, b)))
@@ -178,19 +154,19 @@ def _pack_call(a, packed_a, b, packed_b):
     return call, dict(num_warps=4)
 
 
-class _Work(NamedTuple):
-    """One pass: (M, C) times (C, N), divided among blocks."""
+class Work(NamedTuple):
+    """How one pass, (M, C) times (C, N), is divided among blocks."""
 
     config: dict
     grid: tuple[int]
     rank: int
     backward: bool
     flags: int  # int32 entries of sync
-    parts: tuple[int, int]  # shape of the float32 sums of the backward pass: splits, dB and dA
-    numbers: tuple[int, ...]  # as the kernel takes them, from blocks_m on
+    parts: tuple[int, int]  # shape of the partial sums of dB and dA: (splits, entries of both)
+    numbers: tuple[int, ...]  # the kernel's arguments from blocks_m to splits
 
     @classmethod
-    def of(cls, device, m, n, c, r, needs) -> "_Work":
+    def of(cls, device, m, n, c, r, needs) -> "Work":
         """``needs``: whether dA and dB are asked for; None is the forward pass."""
         rank, multiprocessors = _padded_rank(r), _multiprocessors(device)
         config = HOPPER.choose(
@@ -207,8 +183,8 @@ class _Work(NamedTuple):
                 for size, needed in zip((n, c), needs, strict=True)
             )
         columns = columns_a + columns_b
-        # The column items of the last group come last: one for each multiprocessor, if they have
-        # at least four blocks of rows then.
+        # The column items of the last group come last. There is one for each multiprocessor, as
+        # long as each has at least four blocks of rows.
         wanted = min(triton.cdiv(multiprocessors, max(1, columns)), min(group, blocks_m) // 4)
         rows_per_split = max(1, group >> max(1, wanted).bit_length() - 1)
         splits = triton.cdiv(blocks_m, rows_per_split)
@@ -222,18 +198,18 @@ class _Work(NamedTuple):
         )  # fmt: skip
 
 
-def _call(
+def kernel_call(
     work, v, weight, down, up, u, s, kept, x, y, gate, bias, sync, scaling, r,
     da=None, db=None, parts=None,
 ):  # fmt: skip
-    """What `launch_cached` and `write_down` take: (kernel, grid, key, *arguments) and options."""
+    """The launch of one pass, as (kernel, grid, key, *arguments) and options."""
     config, rank, backward = work.config, work.rank, work.backward
     block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
     q_block, p_block = (
         ((block_k, block_n), (block_k, rank)) if backward else ((block_n, block_k), (rank, block_k))
     )
     column_items = backward and rank <= COLUMN_ITEMS_RANK
-    rank_block = block_m, rank if column_items else block_k  # else it is not used
+    rank_block = block_m, rank if column_items else block_k  # read by column items alone
     entries = 0 if gate is None else 1 if gate.numel() == 1 else 2
     key = (
         v.dtype, block_n, rank, backward, entries, config["STAGES"], config["GROUP_SIZE_M"],
@@ -253,17 +229,15 @@ def _call(
 
 
 _syncs: dict[tuple, torch.Tensor] = {}  # by device and stream
-
-
-_reserves: dict[torch.device, torch.Tensor] = {}
+_reserves: dict[torch.device, torch.Tensor] = {}  # zeros that captured graphs take theirs from
 
 
 def _sync(device: torch.device, numel: int) -> torch.Tensor:
-    """Zeros, which every launch leaves as zeros; eager launches of one stream share them."""
+    """Zeros, which every launch leaves as zeros again, so eager launches of a stream share them."""
     zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
     if is_capturing(device):
-        # A graph may run on any stream, beside others: its launches have theirs for good, from
-        # what was set aside before, as zeros made in a graph are made again in every replay.
+        # A graph may run on any stream, beside others, so its launches keep zeros of their own.
+        # They were made before the capture: zeros made in a graph are made again in every replay.
         numel = triton.cdiv(numel, 32) * 32  # whole cache lines
         reserve = _reserves.get(device)
         if reserve is None or reserve.numel() < numel:
@@ -271,13 +245,14 @@ def _sync(device: torch.device, numel: int) -> torch.Tensor:
         taken, _reserves[device] = reserve[:numel], reserve[numel:]
         return taken
     place = device, current_stream(device)
-    _set_aside(device)
+    set_zeros_aside(device)
     if place not in _syncs or _syncs[place].numel() < numel:
         _syncs[place] = zeros(max(numel, 1024))
     return _syncs[place]
 
 
-def _set_aside(device: torch.device) -> None:
+def set_zeros_aside(device: torch.device) -> None:
+    """Make the zeros for graphs that may be captured later."""
     if device not in _reserves:
         _reserves[device] = torch.zeros(2**20, dtype=torch.int32, device=device)
 

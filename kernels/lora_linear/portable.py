@@ -19,7 +19,6 @@ import torch
 import triton
 
 from ..runtime.gpu import on_device, shared_kib
-from . import few_tokens as few
 from .portable_config import DOWN, FWD, WGRAD
 from .portable_kernels import (
     _lora_linear_down_kernel,
@@ -31,86 +30,92 @@ from .tiles import index_type
 
 # -------------------------------------------------------------------------- launchers
 
+_KEEP_ALL = None, 0.0  # dropout as (seed, the share of elements that is dropped): no dropout
+
 
 def lora_linear_fwd(
-    x, weight, lora_A, lora_B, scaling, gate, bias, S=None, dropout=0.0, seed=None
+    x, weight, lora_A, lora_B, scaling, gate, bias, kept=None, dropout=0.0, seed=None
 ):  # fmt: skip
-    """(y, S) for x (M, K): y as above in x.dtype, S = x A^T float32, kept for the gradients.
+    """(y, kept) for x (M, K): y in x.dtype; kept holds S = x A^T (M, R), for the gradients.
 
-    ``S``: a tensor to put it in. ``seed``: 0-dim int64, of dropout's mask; None is no dropout.
+    Args:
+        kept: a float32 matrix of M rows, with room for S at its start; None makes an (M, R) one.
+        seed: 0-dim int64, the seed of dropout's mask; None is no dropout.
     """
+    if kept is None:
+        s = kept = new_kept(x, lora_A)
+    else:
+        s = rank_part(kept, lora_A.shape[0])
     with on_device(x.device):
-        return _with_branch(
-            x, weight, lora_A, lora_B, scaling, gate, bias, S, drop_v=(seed, dropout)
-        )  # fmt: skip
+        _down(x, lora_A, s, (seed, dropout))
+        y = _linear(x, weight, lora_B, s, scaling, gate, bias, _KEEP_ALL)
+    return y, kept
 
 
 def lora_linear_bwd(
-    dy, x, weight, lora_A, lora_B, S, scaling, gate, needs, dropout=0.0, seed=None
+    dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, dropout=0.0, seed=None
 ):  # fmt: skip
     """(dx, dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for.
 
-    x may be None without dA.
+    x may be None where dA is not asked for.
     """
-    need_x, need_A, need_B, need_gate = needs
-    dx = da = db = dgate = None
+    dx = t = None
     drop = seed, dropout
     with on_device(dy.device):
-        if need_x:
-            dx, t = _with_branch(
-                dy, weight.T, lora_B.T, lora_A.T, scaling, gate, None, drop_branch=drop
-            )  # fmt: skip
-        elif need_A or need_gate:
+        if needs[0]:
             t = _down(dy, lora_B.T)
-        if need_A:
-            da = torch.empty_like(lora_A, memory_format=_DENSE)
-            _wgrad(t, x, scaling, gate, da, False, drop)
-        if need_B:
-            db = torch.empty_like(lora_B, memory_format=_DENSE)
-            _wgrad(S, dy, scaling, gate, db, True)
-        if need_gate:
-            dgate = gate_gradient(t, S, scaling, gate)
-    return dx, da, db, dgate
+            dx = _linear(dy, weight.T, lora_A.T, t, scaling, gate, None, drop)
+        return dx, *adapter_gradients(dy, x, lora_A, lora_B, kept, t, scaling, gate, needs, drop)
+
+
+def new_kept(x, lora_A):
+    """Room for what the forward pass keeps: S (M, R) float32."""
+    return x.new_empty((x.shape[0], lora_A.shape[0]), dtype=torch.float32)
+
+
+def rank_part(kept, r):
+    """S (M, R), which lies at the start of what the forward pass keeps."""
+    m = kept.shape[0]
+    return kept if kept.shape[1] == r else kept.view(-1)[: m * r].view(m, r)
+
+
+def adapter_gradients(dy, x, lora_A, lora_B, kept, t, scaling, gate, needs, drop=_KEEP_ALL):
+    """(dA, dB, dgate), None for each that ``needs`` (x, A, B, gate) does not ask for.
+
+    ``t``: T = dy B (M, R) float32 where it was computed for dx, else None.
+    """
+    _, need_A, need_B, need_gate = needs
+    da = db = dgate = None
+    s = rank_part(kept, lora_A.shape[0])
+    if t is None and (need_A or need_gate):
+        t = _down(dy, lora_B.T)
+    if need_A:
+        da = torch.empty_like(lora_A, memory_format=torch.contiguous_format)
+        _wgrad(t, x, scaling, gate, da, False, drop)
+    if need_B:
+        db = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+        _wgrad(s, dy, scaling, gate, db, True)
+    if need_gate:
+        dgate = gate_gradient(t, s, scaling, gate)
+    return da, db, dgate
 
 
 def gate_gradient(T, S, scaling, gate):
-    """s sum_m T S, for each rank or in all."""
+    """s sum_m T S, for each rank or summed over ranks, in the dtype and shape of the gate."""
     # Terms of both signs cancel in these few numbers; in rank space float64 costs little.
     products = T.double() * S.double()
     dgate = scaling * (products.sum(0) if gate.numel() > 1 else products.sum())
     return dgate.to(gate.dtype).reshape(gate.shape)
 
 
-_DENSE = torch.contiguous_format
-
-
-_KEEP_ALL = None, 0.0  # dropout: a seed, and the share that is left out
-
-
-def _with_branch(
-    v, q, d, p, scaling, gate, bias, u=None, drop_v=_KEEP_ALL, drop_branch=_KEEP_ALL
-):  # fmt: skip
-    """(Y, U): Y = V Q^T + bias + (s g U) P^T, U = V D^T float32, in ``u`` where one is given.
-
-    ``drop_v``: dropout of V in U; ``drop_branch``: of what is added to V Q^T.
-    """
-    drops = drop_v[0] is not None or drop_branch[0] is not None  # which that kernel cannot do
-    if not drops and few.takes(v, q.shape[0], p.shape[1]):
-        u = v.new_empty(v.shape[0], p.shape[1], dtype=torch.float32) if u is None else u
-        index, shared = index_type(p.shape[1], v, q, d, p), shared_kib(v.device)
-        return few.few_linear(v, q, d, p, scaling, gate, bias, u, index, shared), u
-    u = _down(v, d, u, drop_v)
-    return _linear(v, q, p, u, scaling, gate, bias, drop_branch), u
-
-
 def _precision(dtype: torch.dtype) -> str:
-    """For float32 products, what PyTorch would do; 16-bit ones have no choice."""
+    """The precision of float32 products follows PyTorch's setting; 16-bit products have one."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def _down(v, p, out=None, drop=_KEEP_ALL):
-    """U (M, R) float32 = V P^T, V after dropout; in ``out`` where one is given."""
+    """U (M, R) float32 = V P^T, with V after dropout; written to ``out`` where one is given."""
     (m, k), r = v.shape, p.shape[0]
     config = DOWN.choose(v.device, (m, k, r, v.element_size()))
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
@@ -133,14 +138,14 @@ def _down(v, p, out=None, drop=_KEEP_ALL):
 
 
 def _linear(v, q, p, u, scaling, gate, bias, drop):
-    """Y (M, N) = V Q^T + bias + (s g U) P^T in V's dtype, the last term after dropout."""
+    """Y (M, N) = V Q^T + bias + (s g U) P^T in V's dtype, with dropout of the last term."""
     (m, k), n, r = v.shape, q.shape[0], p.shape[1]
     y = v.new_empty((m, n))
     precision, size = _precision(v.dtype), v.element_size()
     args = m, n, r, size, precision, shared_kib(v.device)
     config = FWD.choose(v.device, args, (m, n, k, r, size, q.stride(1) != 1))
     seed, dropout = drop
-    if seed is not None:  # the mask has to fit in registers beside the accumulator
+    if seed is not None:  # the mask must fit into registers beside the accumulator
         config["BLOCK_SIZE_N"] = min(128, config["BLOCK_SIZE_N"])
     grid = (triton.cdiv(m, config["BLOCK_SIZE_M"]) * triton.cdiv(n, config["BLOCK_SIZE_N"]),)
     if m:
@@ -154,7 +159,7 @@ def _linear(v, q, p, u, scaling, gate, bias, drop):
 
 
 def _wgrad(u, v, scaling, gate, out, transposed, drop=_KEEP_ALL):
-    """(s g U)^T V into ``out``, V after dropout: (R, C), or (C, R) where ``transposed``."""
+    """Writes (s g U)^T V to ``out``, with V after dropout: (R, C), or (C, R) if ``transposed``."""
     (m, c), r, (seed, dropout) = v.shape, u.shape[1], drop
     if m == 0:
         return out.zero_()
@@ -177,11 +182,12 @@ def _wgrad(u, v, scaling, gate, out, transposed, drop=_KEEP_ALL):
 
 
 def _gate_stride(gate):
-    """A scalar gate is a vector whose entries are all in one place."""
+    """A scalar gate is read as a vector of stride 0."""
     return gate.stride(0) if gate is not None and gate.numel() > 1 else 0
 
 
 def _sum_splits(parts, out):
+    """Adds up the parts of a sum that was split over programs."""
     if out.numel():
         grid = (triton.cdiv(out.numel(), 1024),)
         _sum_splits_kernel[grid](parts, out, parts.shape[0], out.numel(), BLOCK_SIZE=1024)

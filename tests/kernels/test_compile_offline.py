@@ -66,7 +66,7 @@ def compile_all(capability: int):
     import torch
     import triton.language as tl
     from deltadiff.kernels import adamw_step, delta_update, step_counters
-    from deltadiff.kernels.lora_linear import hopper_launch, portable
+    from deltadiff.kernels.lora_linear import few_tokens, hopper_launch, portable
     from deltadiff.kernels.runtime import gpu
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -106,7 +106,8 @@ def compile_all(capability: int):
     for m, r in ((1, 8), (32, 8), (64, 64), (300, 16), (64, 128), (4096, 128)):
         for dtype in (bf16, fp32):
             case = f"{dtype} adapters float32, {m} tokens, r {r}"
-            lora(m, dtype, fp32, r, None)
+            few = dtype == bf16 and m < 512 and r <= 64
+            lora(m, dtype, fp32, r, None, kernels=few_tokens if few else portable)
 
     seed = torch.empty((), dtype=torch.int64)
     for dtype, adapter_dtype, m, r, tf32 in (

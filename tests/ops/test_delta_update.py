@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from delta_update_calls import factors, remainder_like, roundings, same_values, value
 
 from deltadiff import delta_update_
-from deltadiff.errors import ArgumentError, ArgumentTypeError
 from deltadiff.ops import reference as ref
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -14,32 +14,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Triton's interpreter computes with NumPy, which warns of what GPUs do quietly.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 SHAPES = [(24, 64, 4), (37, 129, 3), (40, 264, 17), (1, 8, 1), (5, 3, 2)]  # N, K, r
-
-
-def roundings(dtype):
-    return ["none"] if dtype == F32 else ["nearest", "stochastic", "remainder"]
-
-
-def remainder_like(w):
-    return torch.zeros(w.shape, dtype=torch.int16 if w.dtype == BF16 else w.dtype, device=w.device)
-
-
-def factors(make, n, k, r, adapter, device):
-    """(A', B', dA, dB), rounded as they would be."""
-    shapes = (r, k), (n, r), (r, k), (n, r)
-    dtypes = adapter, adapter, F32, F32
-    return [make(*s, dtype=d, device=device) for s, d in zip(shapes, dtypes, strict=True)]
-
-
-def same_bits(a, b):
-    """Equal, NaN being equal to NaN."""
-    if not a.dtype.is_floating_point:
-        return torch.equal(a, b)
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-
-
-def value(w, low):
-    return w if low is None else ref.join_remainder(w, low)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["adapters-like-W", "adapters-float32"])
@@ -99,8 +73,8 @@ def test_bits_are_those_of_the_reference(path, dtype, shape, scale, randn, randi
                           backend=path.backend, **where)  # fmt: skip
             ref.delta_update_ref_(expected, a, b, da, db, scale=scale, rounding=rounding,
                                   remainder=expected_low, **where)  # fmt: skip
-            assert same_bits(w[:, finite], expected[:, finite]), rounding
-            assert low is None or same_bits(low[:, finite], expected_low[:, finite])
+            assert same_values(w[:, finite], expected[:, finite]), rounding
+            assert low is None or same_values(low[:, finite], expected_low[:, finite])
             assert not w[:, 2].isfinite().any() and not expected[:, 2].isfinite().any()
 
 
@@ -120,8 +94,8 @@ def test_bfloat16_bits_in_the_interpreter(shape, rounding, randn, randint):
     kernels.delta_update_([w], [a], [b], [da], [db], [2.0**-9], rounding, lows, 8, step, None)
     ref.delta_update_ref_(expected, a, b, da, db, scale=2.0**-9, rounding=rounding, seed=8,
                           step=step, remainder=expected_lows[0] if lows else None)  # fmt: skip
-    assert same_bits(w, expected)
-    assert all(same_bits(t, other) for t, other in zip(lows, expected_lows, strict=True))
+    assert same_values(w, expected)
+    assert all(same_values(t, other) for t, other in zip(lows, expected_lows, strict=True))
 
 
 def transposed(t):
@@ -199,7 +173,7 @@ def test_an_empty_list_is_no_work(path):
 def test_stochastic_is_unbiased(path, dtype):
     """An update of a quarter of a unit in the last place goes through for a quarter of them."""
     if dtype == F32:
-        return
+        pytest.skip("float32 weights are not rounded stochastically")
     n, k = 64, 256
     unit = torch.finfo(dtype).eps
     w = torch.ones(n, k, dtype=dtype, device=path.device)
@@ -221,7 +195,7 @@ def test_stochastic_is_unbiased(path, dtype):
 def test_remainder_is_float32_arithmetic(path, dtype, randn):
     """40 steps that bfloat16 alone would lose: bit-equal to a weight in float32."""
     if dtype == F32:
-        return
+        pytest.skip("float32 weights have no remainder")
     n, k, r = 24, 72, 3
     w = randn(n, k, dtype=dtype, device=path.device)
     low, wide, start = remainder_like(w), w.float(), w.clone()
@@ -283,7 +257,7 @@ def test_factors_are_kept(path, randn):
 def test_blocks_do_not_change_the_result(path, dtype, blocks, randn, monkeypatch):
     """The order of an element's sum and its random bits are its own."""
     if path.backend != "triton":
-        return
+        pytest.skip("the Triton kernels alone can be given other blocks")
     from deltadiff.kernels import delta_update as kernels
 
     shapes = [(40, 136, 5), (33, 70, 3)]
@@ -305,64 +279,6 @@ def test_blocks_do_not_change_the_result(path, dtype, blocks, randn, monkeypatch
     monkeypatch.setattr(kernels, "DELTA_UPDATE", other)
     for rounding, expected in usual.items():
         assert all(torch.equal(*ts) for ts in zip(run(rounding), expected, strict=True)), rounding
-
-
-# ------------------------------------------------------------------------ errors
-
-
-def good_arguments():
-    ws = [torch.ones(6, 8, dtype=BF16) for _ in range(2)]
-    return {
-        "weight": ws,
-        "lora_A": [torch.ones(2, 8)] * 2, "lora_B": [torch.ones(6, 2)] * 2,
-        "delta_A": [torch.ones(2, 8)] * 2, "delta_B": [torch.ones(6, 2)] * 2,
-        "scale": 1.0, "rounding": "remainder", "remainder": [remainder_like(w) for w in ws],
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "change, argument, kind",
-    [
-        ({"lora_A": [torch.ones(2, 8), torch.ones(2, 7)]}, "lora_A", ArgumentError),
-        ({"lora_A": [torch.ones(2, 8), torch.ones(0, 8)]}, "lora_A", ArgumentError),
-        ({"lora_A": [torch.ones(2, 8)]}, "lora_A", ArgumentError),
-        ({"lora_B": [torch.ones(6, 2), torch.ones(6, 3)]}, "lora_B", ArgumentError),
-        ({"lora_B": [torch.ones(6, 2, dtype=F16)] * 2}, "lora_B", ArgumentTypeError),
-        ({"delta_A": [torch.ones(2, 8, dtype=BF16)] * 2}, "delta_A", ArgumentTypeError),
-        ({"delta_B": [torch.ones(6, 2), torch.ones(5, 2)]}, "delta_B", ArgumentError),
-        ({"delta_B": [torch.ones(6, 2), None]}, "delta_B", ArgumentTypeError),
-        ({"scale": [1.0]}, "scale", ArgumentError),
-        ({"scale": [1.0, float("nan")]}, "scale", ArgumentError),
-        ({"rounding": "up"}, "rounding", ArgumentError),
-        ({"rounding": None, "remainder": None}, "rounding", ArgumentError),
-        ({"rounding": "none"}, "rounding", ArgumentError),
-        ({"remainder": None}, "remainder", ArgumentError),
-        ({"remainder": [torch.zeros(6, 8, dtype=BF16)] * 2}, "remainder", ArgumentTypeError),
-        ({"seed": 1.5}, "seed", ArgumentTypeError),
-        ({"seed": 2**63}, "seed", ArgumentTypeError),
-        ({"step": torch.tensor(1.0)}, "step", ArgumentTypeError),
-        ({"step": torch.tensor([1])}, "step", ArgumentError),
-        ({"apply": torch.tensor([True])}, "apply", ArgumentError),
-        ({"backend": "cuda"}, "backend", ArgumentError),
-    ],
-)
-def test_bad_input_is_named_and_nothing_changed(change, argument, kind):
-    arguments = good_arguments() | change
-    with pytest.raises(kind) as raised:
-        delta_update_(**arguments)
-    assert raised.value.argument == argument
-    assert all((w == 1).all() for w in arguments["weight"])
-    assert not any(low.any() for low in arguments["remainder"] or [])
-
-
-@pytest.mark.parametrize(
-    "other", [torch.ones(6, 8), torch.ones(0, 8, dtype=BF16)], ids=["float32", "empty"]
-)
-def test_weights_of_two_kinds_are_refused(other):
-    weights = [torch.ones(6, 8, dtype=BF16), other]
-    with pytest.raises(ArgumentError) as raised:
-        delta_update_(**good_arguments() | {"weight": weights})
-    assert raised.value.argument == "weight" and (weights[0] == 1).all()
 
 
 # --------------------------------------------------------------------------- GPU

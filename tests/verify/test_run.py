@@ -1,7 +1,4 @@
-"""`deltadiff verify`: what is right passes; the rows, the rule and the arguments."""
-
-import json
-import math
+"""`deltadiff verify`: what is right passes; what runs and what is skipped; the arguments."""
 
 import pytest
 import torch
@@ -10,30 +7,11 @@ from deltadiff.checks import NO_ROUNDING, ROUNDINGS
 from deltadiff.devices import find_device
 from deltadiff.errors import ArgumentError, BackendUnavailableError
 from deltadiff.ops.dispatch import choose_path
-from deltadiff.verify import (
-    lora_linear as verify_lora_linear,
-)
-from deltadiff.verify import (
-    run as verify,
-)
-from deltadiff.verify import (
-    tolerance as verify_rule,
-)
-from deltadiff.verify.delta_update import half_ulp
 from deltadiff.verify.run import OPERATIONS, run
-from deltadiff.verify.tolerance import Case, Row, differing, format_table, measure, poisoned
+from deltadiff.verify.tolerance import Bench, format_table
 
 SEED = 7
 ALL_ROUNDINGS = (NO_ROUNDING, *ROUNDINGS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The shapes are small: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -109,69 +87,7 @@ def test_paths_on_a_gpu():
     assert paths["64x96x80 r=8", "bfloat16"] == "triton"  # few tokens
 
 
-# ---------------------------------------------------------------- the parts
-
-
-def test_measure():
-    truth = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    assert measure([truth + torch.tensor([0.0, 0.4])], [truth]) == pytest.approx((0.08, 0.1))
-    both = measure([truth, truth + 1], [truth, truth])
-    assert both == pytest.approx(((2 / 50) ** 0.5, 0.25))
-    for wrong in (math.nan, math.inf):
-        error, worst = measure([truth, torch.tensor([wrong, 4.0])], [truth, truth])
-        assert not error < math.inf and not worst < math.inf
-
-
-def test_nan_yardstick_passes_nothing():
-    case = Case("lora_linear", "float32", "", "cpp", torch.device("cpu"), 0)
-    truth, nan = torch.ones(4, dtype=torch.float64), torch.full((4,), math.nan)
-    assert not case.close("y", [truth.float()], [nan], [truth]).ok
-    assert not case.close("y", [truth.float()], [truth.float() * 1.2], [truth]).ok
-    assert not case.close("y", [truth.float()], [truth.float()], [torch.zeros_like(truth)]).ok
-    assert case.close("y", [truth.float()], [truth.float()], [truth]).ok
-
-
-def test_differing_is_about_bits():
-    t = torch.tensor([0.0, math.nan, 1.0])
-    assert differing(t, t.clone()) == 0
-    assert differing(t, torch.tensor([-0.0, math.nan, 1.0])) == 1
-    assert differing(t, t.double()) == 3
-    assert differing(torch.tensor(True), torch.tensor(False)) == 1
-
-
-def test_poisoned():
-    mode = torch.get_deterministic_debug_mode()
-    with pytest.raises(RuntimeError, match="inside"), poisoned():
-        assert torch.empty(3, dtype=torch.bfloat16).isnan().all()
-        raise RuntimeError("inside")
-    assert torch.get_deterministic_debug_mode() == mode
-
-
-def test_half_ulp():
-    values = torch.tensor([1.0, 1.99, 2.0, -3.0, 2.0**-20], dtype=torch.float64)
-    expected = torch.tensor([2.0**-8, 2.0**-8, 2.0**-7, 2.0**-7, 2.0**-28], dtype=torch.float64)
-    assert half_ulp(values, torch.bfloat16).equal(expected)
-    expected = torch.tensor([2.0**-11, 2.0**-11, 2.0**-10, 2.0**-10, 2.0**-25]).double()
-    assert half_ulp(values, torch.float16).equal(expected)  # the last is subnormal there
-
-
-def test_interpreter_bfloat16_is_skipped_with_its_reason():
-    def rows(case):
-        yield case.equal("y", [torch.ones(1)], [torch.ones(1)])
-
-    def outcome(op, dtype):
-        case = Case(op, dtype, "", "triton", torch.device("cpu"), 0)
-        (row,) = case.guard(rows)
-        return row.ok
-
-    assert outcome("lora_linear", "bfloat16") is None
-    assert outcome("delta_update", "bfloat16/float32") is None
-    assert outcome("lora_linear", "float16") is True
-    assert outcome("adamw_step", "bfloat16") is None
-    case = Case("lora_linear", "bfloat16", "", "triton", torch.device("cpu"), 0)
-    table = format_table(list(case.guard(rows)))
-    assert "skipped: Triton's interpreter gets bfloat16 products and rounding wrong" in table
-    assert "0 passed, 0 failed, 1 skipped" in table
+# ------------------------------------------------------------- backends and arguments
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs on the GPU here")
@@ -183,13 +99,13 @@ def test_interpreter():
 
 
 def test_what_a_backend_does_not_take_is_skipped(monkeypatch):
-    def some(device, dtype, asked, layer):
+    def some(device, dtype, asked, layer, dropout=False):
         if asked == "triton" and layer == (65, 129, 3):
             raise BackendUnavailableError("backend", "'triton': odd", "another")
-        return choose_path(device, dtype, None, layer)
+        return choose_path(device, dtype, None, layer, dropout)
 
-    monkeypatch.setattr(verify_rule, "choose_path", some)
-    monkeypatch.setattr(verify, "choose_path", some)
+    monkeypatch.setattr("deltadiff.verify.tolerance.choose_path", some)
+    monkeypatch.setattr("deltadiff.verify.run.choose_path", some)
     rows, ok = run("cpu", ["lora_linear"], "triton", quick=True, seed=SEED)
     skipped = [row for row in rows if row.ok is None]
     assert ok and len(skipped) == 3 < len(rows)  # not float64, which is the reference's
@@ -198,22 +114,33 @@ def test_what_a_backend_does_not_take_is_skipped(monkeypatch):
     }
 
 
-def test_the_path_of_a_call():
-    hopper = pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
-    assert verify_lora_linear.path_of_call("hopper", hopper.LEAST_TOKENS) == "hopper"
-    assert verify_lora_linear.path_of_call("hopper", hopper.LEAST_TOKENS - 1) == "triton"
-    assert verify_lora_linear.path_of_call("cpp", hopper.LEAST_TOKENS) == "cpp"
+def test_the_path_of_a_call(monkeypatch):
+    """Rows name the backend whose kernel runs the call; the operation is asked for the layer's."""
+    pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
+    choose_path.cache_clear()
+    layer, half = (64, 64, 8), [torch.bfloat16] * 2
+
+    def case(backend, *args):
+        bench = Bench(torch.device("cuda:0"), backend, True, SEED)
+        return bench.case("lora_linear", half, "", layer, *args)
+
+    try:
+        for backend in (None, "hopper"):
+            paths = {m: case(backend, False, m) for m in (255, 256)}
+            assert {m: found.path for m, found in paths.items()} == {255: "triton", 256: "hopper"}
+            assert {found.backend for found in paths.values()} == {"hopper"}
+        dropped = case(None, True, 256)
+        assert (dropped.path, dropped.backend, dropped.why_not) == ("triton", "triton", "")
+        assert "the sm_90 kernel has no dropout" in case("hopper", True, 256).why_not
+    finally:
+        choose_path.cache_clear()
 
 
 def test_nothing_checked_is_not_a_pass(monkeypatch):
     monkeypatch.setitem(OPERATIONS, "adamw_step", lambda bench: [])
     assert run("cpu", ["adamw_step"]) == ([], False)
-
-
-def test_rows_as_json():
-    row = Row("op", "y", "float32", "1", "cpp", 0, math.nan, 0.0, math.inf, 2.0, False)
-    values = json.loads(json.dumps(row.as_dict(), allow_nan=False))
-    assert (values["error"], values["limit"], values["ratio"]) == ("nan", "inf", None)
 
 
 def test_find_device():

@@ -1,6 +1,7 @@
 // Compiles the file named by DELTADIFF_KERNEL once for each instruction set, in namespaces
 // deltadiff::avx512, deltadiff::avx2 and deltadiff::baseline, so that one build runs on every CPU
-// and uses what it finds. No include guard: include it once in each .cpp that has a kernel.
+// and uses the best instructions that it finds. There is no include guard: each .cpp that has a
+// kernel includes this file once.
 
 #include <cstdint>
 #include <cstring>

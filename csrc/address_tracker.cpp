@@ -1,4 +1,5 @@
-// torch.classes.deltadiff.StepWatch: deltadiff/step_watch.py in C++, for the host's time.
+// torch.classes.deltadiff.AddressTracker does what deltadiff/optim/address_tracker.py does, in a
+// tenth of the host's time.
 
 #include <utility>
 #include <vector>
@@ -13,9 +14,9 @@ namespace {
 
 const void* address(const at::Tensor& t) { return t.unsafeGetTensorImpl()->data(); }
 
-class StepWatch : public torch::CustomClassHolder {
+class AddressTracker : public torch::CustomClassHolder {
  public:
-  StepWatch(std::vector<at::Tensor> params, std::vector<at::Tensor> weights)
+  AddressTracker(std::vector<at::Tensor> params, std::vector<at::Tensor> weights)
       : params_(std::move(params)), weights_(std::move(weights)), grads_(params_.size()) {
     for (const at::Tensor& t : params_) known_params_.push_back(address(t));
     for (const at::Tensor& t : weights_) known_weights_.push_back(address(t));
@@ -74,11 +75,11 @@ class StepWatch : public torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(deltadiff, m) {
-  m.class_<StepWatch>("StepWatch")
+  m.class_<AddressTracker>("AddressTracker")
       .def(torch::init<std::vector<at::Tensor>, std::vector<at::Tensor>>())
-      .def("look", &StepWatch::look)
-      .def("grads", &StepWatch::grads)
-      .def("wrote", &StepWatch::wrote);
+      .def("look", &AddressTracker::look)
+      .def("grads", &AddressTracker::grads)
+      .def("wrote", &AddressTracker::wrote);
 }
 
 }  // namespace deltadiff
