@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ArgumentError, Interrupted, NonFiniteLossError
 from . import presets, report
-from .options import add_settings, given_settings
+from .options import add_settings, given_settings, require_model_and_data
 from .run import finetune
 from .settings import Settings, make_settings, read_settings
 
@@ -63,10 +63,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
             first = next(iter(given))
             raise ArgumentError("resume", f"also {first}={given[first]}", "--resume OUTPUT alone")
         return read_settings(Path(args.resume))
-    for name in ("model", "data"):
-        if name not in given:
-            accepted = "deltadiff finetune MODEL DATA, or --resume OUTPUT"
-            raise ArgumentError(name, "nothing", accepted)
+    require_model_and_data(given, "deltadiff finetune MODEL DATA, or --resume OUTPUT")
     if args.eager:
         if given.get("method", "lora") not in ("lora", "lora-peft"):
             raise ArgumentError("eager", f"method {given['method']}", "lora, which PEFT has")

@@ -1,7 +1,7 @@
 """The options of the command line for `Settings`: one for each field."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 
 from ..errors import ArgumentError
@@ -30,6 +30,16 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ())
             choices = f.metadata.get("choices")
             kept["metavar"] = "NAME" if name == "method" else None if choices else VALUE_NAMES[kind]
             group.add_argument(flag, type=kind, choices=choices, help=text, **kept)
+
+
+def require_model_and_data(given: Mapping[str, object], accepted: str) -> None:
+    """
+    Raises:
+        ArgumentError: one of the two is not given; ``accepted`` is the usage of the command.
+    """
+    for name in ("model", "data"):
+        if name not in given:
+            raise ArgumentError(name, "nothing", accepted)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, object]:
@@ -62,4 +72,4 @@ def _optional_fields() -> dict[str, Field]:
 
 
 def _value_type(f: Field) -> type:
-    return f.metadata.get("kind", str if f.default is None else type(f.default))
+    return f.metadata.get("type", str if f.default is None else type(f.default))

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..methods.table import METHODS
 from ..settings import Settings, make_settings
 
-NO_CHECKPOINTS = 10**9  # steps between them; a run is short, and if stopped it begins anew
+NO_CHECKPOINTS = 10**9  # steps between checkpoints: a run is short, and if stopped begins anew
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Sweep:
 
     Attributes:
         table: which one it is, for the help text.
-        field: the field of `Settings` that takes each of ``values``.
-        methods: those that are run with each value.
-        values: the values, from the settings of a run.
+        field: the field of `Settings` that takes the values.
+        methods: the methods that are run with each value.
+        values: a function from the settings of a run to the values.
     """
 
     table: str
@@ -53,7 +53,7 @@ SWEEPS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One run; ``sweep`` and ``x`` are None outside a sweep."""
+    """One run. In a sweep, ``sweep`` is its name and ``x`` the value of its field; else None."""
 
     settings: Settings
     sweep: str | None = None

@@ -11,7 +11,7 @@ from ...errors import ArgumentError, Interrupted
 from ...files import slug
 from ..inputs import device_of, load_inputs
 from ..methods.table import METHODS
-from ..options import add_settings, given_settings, parse_value
+from ..options import add_settings, given_settings, parse_value, require_model_and_data
 from ..settings import Settings
 from . import report
 from .cases import SWEEPS, Case, cases
@@ -78,9 +78,7 @@ def _cases(args: argparse.Namespace, output: Path, given: Mapping[str, object]) 
     Raises:
         ArgumentError: it asks for something that cannot be run.
     """
-    for name in ("model", "data"):
-        if name not in given:
-            raise ArgumentError(name, "nothing", "deltadiff compare MODEL DATA")
+    require_model_and_data(given, "deltadiff compare MODEL DATA")
     for name in ("seeds", "jobs"):
         if getattr(args, name) < 1:
             raise ArgumentError(name, getattr(args, name), "an int of at least 1")
