@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from finetune_runs import finetune, stop_at, train
+from finetune_runs import VARIANTS, finetune, stop_at, train
 from safetensors.torch import load_file
 
 from deltadiff.finetune import training
@@ -19,12 +19,6 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 pytest_plugins = ["tiny_models"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-VARIANTS = {
-    "lora": ["--method", "lora"],
-    "inplace": ["--update-ratio", "0.5"],
-    "factored": ["--update-ratio", "0.5", "--w-update", "factored"],
-    "eager": ["--eager"],
-}
 
 
 @pytest.mark.parametrize("method", [*VARIANTS, "inplace bfloat16"])

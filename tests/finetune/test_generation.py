@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> str:
-    """A word, and what is said of it: three sayings of each."""
+    """A CSV file of prompts, each a word of praise, with three texts for each."""
     from tiny_models import DULL, FUN
 
     lines = ["prompt,text"]

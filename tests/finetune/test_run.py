@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_runs import finetune, train
+from finetune_runs import VARIANTS, finetune, train
 
 from deltadiff import load_adapter
 from deltadiff.finetune.inputs import load_inputs
@@ -18,12 +18,6 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 pytest_plugins = ["tiny_models"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-VARIANTS = {
-    "lora": ["--method", "lora"],
-    "inplace": ["--update-ratio", "0.5"],
-    "factored": ["--update-ratio", "0.5", "--w-update", "factored"],
-    "eager": ["--eager"],
-}
 
 
 @pytest.mark.parametrize("method", VARIANTS)

@@ -12,6 +12,14 @@ from deltadiff.finetune.methods.table import METHODS
 from deltadiff.finetune.settings import Settings, make_settings
 from deltadiff.finetune.setup import TrainingSetup
 
+# Words for the command line: LoRA, both forms of Delta-LoRA, and PEFT's LoRA.
+VARIANTS = {
+    "lora": ["--method", "lora"],
+    "inplace": ["--update-ratio", "0.5"],
+    "factored": ["--update-ratio", "0.5", "--w-update", "factored"],
+    "eager": ["--eager"],
+}
+
 
 def finetune(*words) -> int:
     """The exit code of `deltadiff finetune` with these words."""

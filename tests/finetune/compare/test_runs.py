@@ -33,8 +33,8 @@ def test_the_records(done, bert):
         assert (r["steps"], r["lr"], r["r"], r["update_ratio"]) == (6, 0.01, 8, 0.5)
         assert {"gpu", "driver", "torch", "triton", "commit", "model", "data"} <= set(r)
         assert not any(isinstance(v, (dict, list)) for v in r.values())
-        assert r["model"] == bert.rpartition("/")[2]  # a name and no path of this machine
-        assert r["peak_mib"] is None  # on a CPU, runs of one process are not told apart
+        assert r["model"] == bert.rpartition("/")[2]  # a name, not a path
+        assert r["peak_mib"] is None  # the runs share a process, and so its peak on a CPU
     for r in ran:
         assert (
             r["seconds"] > 0
@@ -72,7 +72,7 @@ def test_it_goes_on_and_runs_nothing_twice(done, bert, reviews, tmp_path, monkey
     words = ["--methods", "full", "lora", "delta-lora", "houlsby", "bitfit", "--seeds", 2]
     words += ["--start-step", 1]
     assert compare(bert, reviews, output, *words) == 0
-    # What ran stays; what could not start is tried again: it may be installed by now.
+    # A method that could not start is tried again, because its package may be installed by now.
     assert ran == [("houlsby", 0), ("bitfit", 0), ("houlsby", 1), ("bitfit", 1)]
     found = load(output)
     assert all(r in found for r in records)
@@ -152,9 +152,9 @@ def test_memory_that_others_took_may_be_free_later(alone, bert, reviews, tmp_pat
 def test_epochs_become_steps_in_the_records(bert, reviews, tmp_path):
     words = ["--label-column", "label", "--device", "cpu", "--epochs", "0.2", "--seeds", "1"]
     words += ["--methods", "bitfit", "--output", str(tmp_path / "out")]
-    for _ in range(2):  # the second time from what is there
+    for _ in range(2):  # the second time reads the records of the first
         assert main(["compare", bert, reviews, *words]) == 0
-        assert {r["steps"] for r in load(tmp_path / "out")} == {3}  # 360 / 5 texts, 32 a step
+        assert {r["steps"] for r in load(tmp_path / "out")} == {3}  # 360 / 5 texts in steps of 32
 
 
 def test_several_jobs_leave_the_times_out(bert, reviews, tmp_path):
@@ -165,5 +165,5 @@ def test_several_jobs_leave_the_times_out(bert, reviews, tmp_path):
     assert {r["seconds"] for r in records} == {r["step_ms"] for r in records} == {None}
     assert compare(bert, reviews, tmp_path / "one", *words[:-2]) == 0
     values = [[r["value"] for r in found] for found in (records, load(tmp_path / "one"))]
-    # Sums may be in another order there: the processes share the cores.
+    # The processes share the cores, so sums may be in another order.
     assert values[0] == pytest.approx(values[1], rel=1e-5)

@@ -55,7 +55,7 @@ def test_the_search(method, bert, reviews, tmp_path):
     selected = chosen(output)
     gates = json.loads((output / "gates.json").read_text())["layers"]
     assert all(sum(row.values()) == pytest.approx(1) and len(row) == 6 for row in gates.values())
-    for layer, row in gates.items():  # the largest three
+    for layer, row in gates.items():  # the selected gates are the largest three
         mine = {kind for kind, blocks in selected.items() if layer.rpartition(".")[2] in blocks}
         assert min(row[k] for k in mine) >= max(row[k] for k in set(row) - mine)
     assert (output / "gates.png").read_bytes().startswith(b"\x89PNG")
@@ -87,7 +87,7 @@ def test_diffora_goes_on_in_either_stage(stage, more, bert, reviews, tmp_path, m
     assert parts["after"] == whole["after"]
     gates = [(tmp_path / d / "gates.json").read_text() for d in ("out", "whole")]
     assert gates[0] == gates[1]
-    assert parts["search"]["seconds"] is None  # not all of it was here
+    assert parts["search"]["seconds"] is None  # a part of the search ran before the stop
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_adapters_say_why_not(method, bert, reviews, monkeypatch):
     monkeypatch.setitem(sys.modules, "adapters", None)
     with pytest.raises(ArgumentError, match=f"method: got {method}: adapters") as caught:
         prepare(method, bert, reviews)
-    assert "/" not in caught.value.given  # no path of this machine
+    assert "/" not in caught.value.given  # no path
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -37,7 +37,7 @@ def test_adapters_train_and_generate(method, bert, llama, reviews):
     module = prepared.module.eval()
     given = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3).long()}
     found = module.generate(**given, max_new_tokens=5, do_sample=False, eos_token_id=None)[0]
-    for n in range(3, len(found)):  # as a pass over the whole text says
+    for n in range(3, len(found)):  # the same token as without a cache
         logits = module(input_ids=found[None, :n]).logits
         assert found[n] == logits[0, -1].argmax()
     assert len(found) == 8

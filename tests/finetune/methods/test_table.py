@@ -17,7 +17,8 @@ pytest.importorskip("matplotlib")
 pytest_plugins = ["tiny_models"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# The small BERT: hidden d = 32, ffn f = 64, 2 blocks, 23 words, 64 positions, 2 segments.
+# Parameters of the small BERT: hidden size 32, feed-forward size 64, 2 blocks, 23 words,
+# 64 positions, 2 segments.
 D, F = 32, 64
 EMBEDDINGS = (23 + 64 + 2) * D
 NORM = 2 * D
@@ -25,7 +26,7 @@ BLOCK = 4 * (D * D + D) + NORM + (D * F + F) + (F * D + D) + NORM
 POOLER, HEAD = D * D + D, 2 * D + 2
 ALL = EMBEDDINGS + NORM + 2 * BLOCK + POOLER + HEAD
 BIASES = D + 2 * (4 * D + D + F + D + D) + D
-PAIRS = 2 * (4 * 2 * D + 2 * (D + F)) + 2 * D  # of rank 1 on all linear layers, the pooler too
+PAIRS = 2 * (4 * 2 * D + 2 * (D + F)) + 2 * D  # rank 1 on all linear layers, the pooler too
 COUNTS = {
     "full": ALL,
     "full-no-embeddings": ALL - EMBEDDINGS,

@@ -62,8 +62,8 @@ def test_numbers_are_not_smoothed(bert, praise, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def praise(tmp_path_factory) -> str:
-    """How many words of praise stand in each text."""
-    from tiny_models import FUN, NEUTRAL  # here, so that pytest has it as a plugin first
+    """A TSV file of texts, labelled with half the number of words of praise in each."""
+    from tiny_models import FUN, NEUTRAL  # not above: pytest registers the plugin first
 
     draw = random.Random(1)
     lines = ["text\tlabel"]

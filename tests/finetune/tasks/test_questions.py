@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> str:
-    """What is the film like, or the plot: a word of the text each; and of one in five, nothing."""
+    """Questions about a film or its plot, answered by a word of the text; one in five has none."""
     from tiny_models import DULL, FUN
 
     source, found = random.Random(0), []

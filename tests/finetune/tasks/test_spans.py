@@ -28,7 +28,7 @@ def test_the_best_span_by_hand():
     context = torch.tensor([[False, False, True, True, True, False]] * 2)
     logits = torch.tensor([first, last]).permute(1, 2, 0)
     rows = SpanTask().kept(torch.tensor([0.1, 0.2]), logits, {"context": context})
-    # 3 + 5 is more, but ends before it begins; so is 4 + 9, and 1 + 9.
+    # 3 + 5, and 4 + 9 and 1 + 9 below, are more, but those spans end before they begin.
     expected = [[0.1, 2, 2, 7.0, 1.5], [0.2, 2, 2, 9.0, 0.0]]
     torch.testing.assert_close(rows, torch.tensor(expected))
 
@@ -53,12 +53,12 @@ def test_the_answer_comes_from_the_best_window():
     rows = torch.tensor(
         [[0, 1, 1, 3.0, 8.0], [0, 2, 2, 4.0, 9.0], [0, 1, 2, -5.0, 0.0]],
     )
-    assert best_answers(rows, data) == ["film", "a plot"]  # each question has an answer here
+    assert best_answers(rows, data) == ["film", "a plot"]  # each of these questions has an answer
 
     data = windows([*examples, asked("q", "a cast")], [0, 0, 1, 2], [words] * 4)
     rows = torch.cat([rows, torch.tensor([[0, 1, 1, 1.0, 2.0]])])
     assert best_answers(rows, data) == ["", "", ""]
-    rows[0, NONE] = 3.5  # less than 4, in one of its windows
+    rows[0, NONE] = 3.5  # now "no answer" scores less than 4 in one of its windows
     assert best_answers(rows, data) == ["film", "", ""]
 
 
@@ -77,7 +77,8 @@ def test_scores_are_squads():
     )
     assert best_answers(rows, data) == ["The  Film", "great", "", "stor"]
     found, left_out = SpanTask().score(rows, data)
-    # Articles do not count; one of two words is F1 2/3; no answer is right, one too many is not.
+    # SQuAD ignores articles; one of two words has F1 2/3. The last two questions have no answer:
+    # the model gives none to the first of them, which is right, and one to the second.
     assert found["squad_em"] == pytest.approx(100 * (1 + 0 + 1 + 0) / 4)
     assert found["squad_f1"] == pytest.approx(100 * (1 + 2 / 3 + 1 + 0) / 4)
     assert found["loss"] == pytest.approx(3.0) and not left_out
