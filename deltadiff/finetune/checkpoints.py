@@ -10,7 +10,7 @@ import torch
 
 from ..files import reading, whole_folder, write_text
 from ..loop import rng_states, set_rng_states
-from .setup import TrainingSetup
+from .training_setup import TrainingSetup
 
 
 @dataclass

@@ -69,6 +69,7 @@ def main() -> int:
 
 
 def demo(output: Path, steps: int, more: list[str]) -> int:
+    """The whole demo; ``more`` are options for `deltadiff finetune`. Returns the exit code."""
     device = find_device(default_device())
     on_gpu = device.type == "cuda"
     name = (
@@ -107,12 +108,15 @@ def demo(output: Path, steps: int, more: list[str]) -> int:
     )
     if code:
         return code
-    print(f"\nAll of it is in {output.resolve()}: loss.png, comparison.json, and a folder a run")
+    print(f"\nAll is in {output.resolve()}: loss.png, comparison.json, and a folder for each run")
     return 0
 
 
 def reload(folder: Path) -> int:
-    """Put the adapter on a fresh model and compare its predictions with those of the run."""
+    """Put the adapter on a fresh model and compare its predictions with those of the run.
+
+    Returns the exit code: 1 if more than one prediction in a hundred is another one.
+    """
     result = json.loads((folder / "result.json").read_text())
     with (folder / "predictions.csv").open(newline="") as file:
         saved = list(csv.DictReader(file))

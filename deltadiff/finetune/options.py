@@ -33,9 +33,10 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ())
 
 
 def require_model_and_data(given: Mapping[str, object], accepted: str) -> None:
-    """
+    """Check that the command line names both.
+
     Raises:
-        ArgumentError: one of the two is not given; ``accepted`` is the usage of the command.
+        ArgumentError: it does not; ``accepted`` is the usage of the command.
     """
     for name in ("model", "data"):
         if name not in given:

@@ -22,8 +22,8 @@ from .models import load_model
 from .plots import plot_loss, plot_metric_curve, plot_similarity
 from .runner import ModelRunner
 from .settings import Settings
-from .setup import FirstStage
 from .training import train
+from .training_setup import FirstStage
 from .weight_change import similarity, weight_update
 
 

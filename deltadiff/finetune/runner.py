@@ -35,7 +35,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def predict(self, data: EncodedExamples, batch_size: int) -> Tensor:
-        """What the task keeps of each row of ``data`` (see `Task.kept`), on the CPU."""
+        """What the task keeps of each row of ``data`` (see `Task.prediction_rows`), on the CPU."""
         was_training = self.model.training
         self.model.eval()
         order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))  # for little padding
@@ -43,6 +43,6 @@ class ModelRunner:
         for start in range(0, len(order), batch_size):
             batch = data.batch(order[start : start + batch_size], self.device)
             losses, logits = self.loss(batch, reduction="none")
-            rows.append(self.task.kept(losses, logits, batch).cpu())
+            rows.append(self.task.prediction_rows(losses, logits, batch).cpu())
         self.model.train(was_training)
         return torch.cat(rows)[torch.tensor(order).argsort()]

@@ -87,9 +87,7 @@ class Settings:
     rounding: str | None = _method(
         None, "rounding of a 16-bit W (default remainder)", choices=ROUNDINGS
     )
-    init_r: int | None = _method(
-        None, "AdaLoRA's rank at the start (default 1.5 r)", type=int
-    )
+    init_r: int | None = _method(None, "AdaLoRA's rank at the start (default 1.5 r)", type=int)
     deltaT: int = _method(10, "steps between AdaLoRA's choices of singular values")
     ratio: float = _diffora(0.5, "rho, the share of the modules of each layer that is selected")
     share_r: int = _diffora(2, "rank of the pairs that the other modules share; 0 freezes them")

@@ -14,7 +14,7 @@ from ..loop import LOSS_SYNC_INTERVAL, batch_indices, catch_interrupt
 from .batches import EncodedExamples
 from .checkpoints import Progress
 from .runner import ModelRunner
-from .setup import TrainingSetup
+from .training_setup import TrainingSetup
 
 if TYPE_CHECKING:
     from .settings import Settings

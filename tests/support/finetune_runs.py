@@ -10,7 +10,7 @@ from deltadiff.finetune.examples import Example
 from deltadiff.finetune.inputs import RunInputs, load_inputs
 from deltadiff.finetune.methods.table import METHODS
 from deltadiff.finetune.settings import Settings, make_settings
-from deltadiff.finetune.setup import TrainingSetup
+from deltadiff.finetune.training_setup import TrainingSetup
 
 # Words for the command line: LoRA, both forms of Delta-LoRA, and PEFT's LoRA.
 VARIANTS = {

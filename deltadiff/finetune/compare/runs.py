@@ -85,9 +85,8 @@ def records(
     head = {"op": "compare", "method": case.settings.method, "task": task}
     head |= {"seed": case.settings.seed, "sweep": case.sweep, "x": case.x}
     result, search = result or {}, (result or {}).get("search", {})
-    known_peak = (
-        where["driver"] is not None
-    )  # on a CPU, the peak is that of all runs of the process
+    # On a CPU, the peak is that of the process, which is the same for all of its runs.
+    known_peak = where["driver"] is not None
     seconds = [result.get("seconds"), search.get("seconds", 0)]
     peaks = [s.get("peak_memory_mib") or 0 for s in (result, search)]
     cost = {

@@ -17,7 +17,7 @@ from ...diffora.heat_map import plot_gates
 from ...errors import ArgumentError
 from ..inputs import RunInputs
 from ..runner import ModelRunner
-from ..setup import FirstStage, TrainingSetup
+from ..training_setup import FirstStage, TrainingSetup
 from .fused import refuse, train_pairs, train_pairs_and_weights
 from .targets import find_targets
 

@@ -15,7 +15,7 @@ from ...optim.adalora import AdaLoRA, swap_adalora_
 from ...optim.delta_lora import DeltaLoRA
 from ...optim.dylora import DyLoRA
 from ..inputs import RunInputs
-from ..setup import TrainingSetup
+from ..training_setup import TrainingSetup
 from .targets import find_targets
 
 if TYPE_CHECKING:

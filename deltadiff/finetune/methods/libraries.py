@@ -9,7 +9,7 @@ import torch
 from ...checks import need_package
 from ...errors import ArgumentError
 from ..inputs import RunInputs
-from ..setup import TrainingSetup
+from ..training_setup import TrainingSetup
 from .targets import find_targets
 from .whole_model import adamw, train_parameters
 

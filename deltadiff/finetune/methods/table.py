@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..inputs import RunInputs
-from ..setup import FirstStage, TrainingSetup
+from ..training_setup import FirstStage, TrainingSetup
 from . import diffora, fused, libraries, whole_model
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import nn
 from ...errors import ArgumentError, CheckpointError
 from ..inputs import RunInputs
 from ..models import Model
-from ..setup import TrainingSetup
+from ..training_setup import TrainingSetup
 from .targets import query_value
 
 if TYPE_CHECKING:

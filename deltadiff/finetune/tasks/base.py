@@ -48,22 +48,23 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def outputs(self) -> int | None: ...
+    def outputs(self) -> int | None:
+        """See the attributes above."""
 
     def check(self, settings: "Settings") -> None:
         """Reject settings that this task does not support.
 
         Raises:
-            ArgumentError
+            ArgumentError: one of them is set.
         """
         if settings.generate and not self.generates:
             raise ArgumentError("generate", settings.generate, "0 for text with labels or answers")
 
     def check_config(self, config) -> None:  # noqa: B027, most tasks have nothing to check
-        """Reject a model, from its config, that transformers loads but that cannot do the task.
+        """Reject a model that transformers would load but that cannot do the task.
 
         Raises:
-            ValueError
+            ValueError: the model, of which this is the config, cannot do it.
         """
 
     def configure(self, config) -> None:  # noqa: B027, most tasks have nothing to write
@@ -85,11 +86,11 @@ class Task(ABC):
     def loss(
         self, logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0
     ) -> Tensor:
-        """The loss of a batch; with ``reduction="none"`` one of each row, or of each token."""
+        """The loss of a batch; with ``reduction="none"`` that of each row, or of each token."""
 
     @abstractmethod
-    def kept(self, losses: Tensor, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """What a prediction keeps of a batch, a row for each of its rows.
+    def prediction_rows(self, losses: Tensor, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What a prediction keeps of a batch: one row for each of the batch's rows.
 
         ``losses`` are those of ``reduction="none"``. `score` and `predictions` take these rows.
         """

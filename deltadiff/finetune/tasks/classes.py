@@ -55,7 +55,7 @@ class ClassTask(Task):
         """``logits`` (rows, classes), ``labels`` (rows,) int64."""
         return cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
 
-    def kept(self, losses, logits, batch):
+    def prediction_rows(self, losses, logits, batch):
         return logits
 
     def score(self, rows, data) -> Scores:

@@ -44,7 +44,7 @@ class NumberTask(Task):
         """``logits`` (rows, 1), ``labels`` (rows,) float32. Numbers are not smoothed."""
         return mse_loss(logits.squeeze(-1), labels, reduction=reduction)
 
-    def kept(self, losses, logits, batch):
+    def prediction_rows(self, losses, logits, batch):
         return logits
 
     def score(self, rows, data) -> Scores:

@@ -17,7 +17,7 @@ from .windows import Windows, cut_windows
 
 MOST_TOKENS = 30  # in an answer
 
-LOSS, FIRST, LAST, SCORE, NONE = range(5)  # the columns of `SpanTask.kept`
+LOSS, FIRST, LAST, SCORE, NONE = range(5)  # the columns of `SpanTask.prediction_rows`
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SpanTask(Task):
         options = {"reduction": reduction, "label_smoothing": label_smoothing}
         return sum(cross_entropy(logits[..., i], labels[:, i], **options) for i in (0, 1)) / 2
 
-    def kept(self, losses, logits, batch):
+    def prediction_rows(self, losses, logits, batch):
         """(windows, 5): loss, first and last token of the best span, its score, that of no answer.
 
         A score is the sum of two logits. A span lies in the text and has at most MOST_TOKENS.
@@ -87,7 +87,7 @@ class SpanTask(Task):
 
 
 def best_answers(rows: Tensor, data: Windows) -> list[str]:
-    """The answer to each example, from the rows (`SpanTask.kept`) of its windows.
+    """The answer to each example, from the rows (`SpanTask.prediction_rows`) of its windows.
 
     It is the best span of all windows. If some example has no answer, it is "" where "no answer"
     scores more than that span in every window.

@@ -67,7 +67,7 @@ class TextTask(Task):
         )  # fmt: skip
         return loss.view_as(labels) if reduction == "none" else loss
 
-    def kept(self, losses, logits, batch):
+    def prediction_rows(self, losses, logits, batch):
         """(negative log-likelihood, number of tokens) of each text."""
         counted = batch["labels"][:, 1:] != IGNORED
         return torch.stack([losses.sum(1), counted.sum(1)], dim=1)

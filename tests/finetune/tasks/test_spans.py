@@ -27,7 +27,7 @@ def test_the_best_span_by_hand():
     last = [[0.5, 9.0, 5.0, 1.0, 1.0, 9.0], [0.0, 0.0, 9.0, 2.0, 1.0, 0.0]]
     context = torch.tensor([[False, False, True, True, True, False]] * 2)
     logits = torch.tensor([first, last]).permute(1, 2, 0)
-    rows = SpanTask().kept(torch.tensor([0.1, 0.2]), logits, {"context": context})
+    rows = SpanTask().prediction_rows(torch.tensor([0.1, 0.2]), logits, {"context": context})
     # 3 + 5, and 4 + 9 and 1 + 9 below, are more, but those spans end before they begin.
     expected = [[0.1, 2, 2, 7.0, 1.5], [0.2, 2, 2, 9.0, 0.0]]
     torch.testing.assert_close(rows, torch.tensor(expected))
@@ -37,7 +37,9 @@ def test_an_answer_has_at_most_30_tokens():
     first, last = torch.zeros(1, 40), torch.zeros(1, 40)
     first[0, 2], last[0, 31], last[0, 32] = 5.0, 1.0, 2.0
     context = torch.ones(1, 40, dtype=torch.bool)
-    rows = SpanTask().kept(torch.zeros(1), torch.stack([first, last], -1), {"context": context})
+    rows = SpanTask().prediction_rows(
+        torch.zeros(1), torch.stack([first, last], -1), {"context": context}
+    )
     assert rows[0, 1:3].tolist() == [2, 31]
 
 
