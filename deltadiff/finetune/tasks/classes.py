@@ -17,7 +17,7 @@ MOST_LABELS = 1000
 
 @dataclass(frozen=True)
 class ClassTask(Task):
-    """``labels`` are the classes, in the order of the head's outputs."""
+    """Classification: ``labels`` are the classes, in the order of the head's outputs."""
 
     labels: tuple[str, ...]
 

@@ -14,6 +14,8 @@ from .classes import encode_labelled
 
 @dataclass(frozen=True)
 class NumberTask(Task):
+    """Regression: the labels are numbers."""
+
     auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
     outputs = 1

@@ -22,7 +22,7 @@ LOSS, FIRST, LAST, SCORE, NONE = range(5)  # the columns of `SpanTask.prediction
 
 @dataclass(frozen=True)
 class SpanTask(Task):
-    """``doc_stride``: the number of tokens that neighbouring windows of a text share."""
+    """Question answering; ``doc_stride`` is how many tokens neighbouring windows share."""
 
     doc_stride: int = 64
 

@@ -22,6 +22,8 @@ class EncodedText(EncodedExamples):
 
 @dataclass(frozen=True)
 class TextTask(Task):
+    """Language modelling: the texts themselves are learnt, after their prompts."""
+
     auto_class = "AutoModelForCausalLM"
     accepted_model = "a model that transformers can load for text generation"
     peft_type = "CAUSAL_LM"
