@@ -108,7 +108,8 @@ def demo(output: Path, steps: int, more: list[str]) -> int:
     )
     if code:
         return code
-    print(f"\nAll is in {output.resolve()}: loss.png, comparison.json, and a folder for each run")
+    names = "loss.png, comparison.json, and a folder for each run"
+    print(f"\nEverything is in {output.resolve()}: {names}")
     return 0
 
 
