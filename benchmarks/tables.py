@@ -17,7 +17,7 @@ from pathlib import Path
 from deltadiff.bench.plots import plots, stale_plots, write_plots
 from deltadiff.bench.report import VARIANT_NAMES, case_text, shape_text
 from deltadiff.files import slug, write_text
-from deltadiff.finetune.compare_report import caption, grouped, markdown
+from deltadiff.finetune.compare.report import caption, grouped, markdown
 from deltadiff.text import markdown_table
 
 ROOT = Path(__file__).parent.parent

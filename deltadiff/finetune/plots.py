@@ -1,30 +1,36 @@
-"""Figures of a run. Each can be read without the text around it."""
+"""Figures of runs, as PNG files. Each can be understood without the text around it."""
 
+import io
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..files import write_bytes
+from .tasks.base import Task
 
-def plot_loss(path: Path, results: Mapping[str, dict], title: str) -> None:
-    """Training loss over steps of one or more runs, with the held-out figure before and after."""
+
+def plot_loss(path: Path, results: Mapping[str, dict], title: str, task: Task | type[Task]) -> None:
+    """Training loss over the steps of one or more runs, with the headline metric before and after.
+
+    ``results``: the name of each run, and what its result.json holds. ``task`` is that of all runs.
+    """
     figure, axes = _figure()
     for colour, (name, result) in zip(_colours(len(results)), results.items(), strict=True):
         curve = result["loss_curve"]
         steps = range(1, len(curve) + 1)
         axes.plot(steps, curve, color=colour, alpha=0.25, linewidth=1)
         smooth = _running_mean(curve, max(1, len(curve) // 12))
-        axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{name}: {_gain(result)}")
+        axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{name}: {_gain(result, task)}")
     settings = next(iter(results.values()))["settings"]
     axes.set_xlabel(f"optimizer step ({settings['batch_size']} examples each)")
-    squared = "mse" in next(iter(results.values()))["after"]
-    axes.set_ylabel("training loss " + ("(squared error)" if squared else "(cross-entropy, nats)"))
+    axes.set_ylabel(f"training loss ({task.loss_axis})")
     _finish(figure, axes, path, title, legend="thin: each step; thick: running mean")
 
 
 def plot_metric_curve(
     path: Path, before: Mapping[str, float], curve: list[Mapping[str, float]], title: str
 ) -> None:
-    """A panel a metric: its held-out value over the steps."""
+    """One panel for each metric: its held-out value over the steps."""
     figure, panels = _panels(len(before), (1 + 3.4 * len(before), 4))
     for axes, metric in zip(panels, before, strict=True):
         points = [(0, before[metric]), *((c["step"], c[metric]) for c in curve if metric in c)]
@@ -49,7 +55,7 @@ def plot_similarity(path: Path, similarity: Mapping[str, Mapping[str, float]], t
 
 
 def plot_metrics(path: Path, values: Mapping[str, Mapping[str, list[float]]], title: str) -> None:
-    """A panel a metric: the mean of each method, its standard deviation, and every seed."""
+    """One panel for each metric: mean, standard deviation and every seed of each method."""
     methods = list(values)
     metrics = list(dict.fromkeys(m for found in values.values() for m in found))
     size = (2 + 2.6 * len(metrics), 1.5 + 0.32 * len(methods))
@@ -74,7 +80,7 @@ def plot_sweep(
     path: Path, name: str, values: Mapping[str, Mapping[float, Mapping[str, list[float]]]],
     title: str,
 ) -> None:  # fmt: skip
-    """A panel a metric: mean and standard deviation over the value that is swept, by method."""
+    """One panel for each metric: mean and standard deviation over the swept value, by method."""
     metrics = list(dict.fromkeys(m for xs in values.values() for v in xs.values() for m in v))
     figure, panels = _panels(len(metrics), (1 + 3.4 * len(metrics), 4))
     for axes, metric in zip(panels, metrics, strict=True):
@@ -97,7 +103,7 @@ def plot_curves(
     path: Path, curves: Mapping[str, list[list[float]]], title: str, x: str, y: str, *,
     smooth: bool = True,
 ) -> None:  # fmt: skip
-    """A line a method, the mean over its seeds; ``smooth``: a running mean of it."""
+    """One line for each method: the mean over its seeds; ``smooth`` makes it a running mean."""
     figure, axes = _figure()
     for colour, (name, seeds) in zip(_colours(len(curves)), curves.items(), strict=True):
         mean = list(map(statistics.fmean, zip(*seeds, strict=True)))
@@ -114,10 +120,9 @@ def _deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _gain(result: dict) -> str:
-    key = next(iter(result["before"]))
-    name = {"nll_per_token": "loss a token", "mse": "squared error"}.get(key, key)
-    return f"held-out {name} {result['before'][key]:.3f} → {result['after'][key]:.3f}"
+def _gain(result: dict, task: Task | type[Task]) -> str:
+    key = next(iter(task.metric_titles))
+    return f"held-out {task.headline} {result['before'][key]:.3f} → {result['after'][key]:.3f}"
 
 
 def _figure():
@@ -126,7 +131,7 @@ def _figure():
 
 
 def _panels(count: int, size: tuple[float, float], sharey: bool = False):
-    """A figure with panels side by side."""
+    """A figure, and its panels side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -134,7 +139,7 @@ def _panels(count: int, size: tuple[float, float], sharey: bool = False):
 
 
 def _colours(count: int):
-    """Told apart by colour-blind readers too, where a few are enough."""
+    """Colours of lines. Up to four of them can be told apart by colour-blind readers too."""
     import matplotlib
 
     few = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -158,11 +163,13 @@ def _save(figure, path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.suptitle(title, fontsize="medium", wrap=True)
-    FigureCanvasAgg(figure).print_png(path)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_bytes(path, image.getvalue())
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:
-    """Mean of the last ``width`` values at each place."""
+    """The mean of the last ``width`` values at each place."""
     return [
         sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))
     ]

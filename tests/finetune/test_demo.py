@@ -1,4 +1,4 @@
-"""`make demo` in small: it runs from end to end and leaves what it says."""
+"""`make demo` with few steps: it runs from end to end and leaves the files that it names."""
 
 import json
 import subprocess

@@ -1,70 +1,14 @@
-"""The metrics against values worked out by hand, and what happens where a library is missing."""
+"""The metrics of text by hand, and what happens if a library is missing."""
 
 import math
 import sys
 
 import pytest
-import torch
 
 from deltadiff.finetune import metrics
-from deltadiff.finetune.data import Encoded
-
-# 8 texts: 3 true positives, 1 false positive, 2 false negatives, 2 true negatives.
-PREDICTED = [1, 1, 1, 1, 0, 0, 0, 0]
-LABELS = [1, 1, 1, 0, 1, 1, 0, 0]
-
-
-def classes(predicted, labels, count=2):
-    rows = torch.nn.functional.one_hot(torch.tensor(predicted), count).float()
-    return metrics.score(rows, Encoded([[0]] * len(labels), labels, 0))
-
-
-def test_classes():
-    pytest.importorskip("sklearn")
-    found, left_out = classes(PREDICTED, LABELS)
-    assert found["accuracy"] == 5 / 8
-    right, wrong = -math.log(math.e / (math.e + 1)), -math.log(1 / (math.e + 1))
-    assert found["loss"] == pytest.approx((5 * right + 3 * wrong) / 8)
-    assert found["f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
-    product = (3 + 1) * (3 + 2) * (2 + 1) * (2 + 2)
-    assert found["matthews"] == pytest.approx((3 * 2 - 1 * 2) / math.sqrt(product))
-    assert left_out == {}
-
-
-def test_f1_of_several_classes_is_the_mean_of_each():
-    pytest.importorskip("sklearn")
-    found, _ = classes([0, 0, 1, 2], [0, 1, 1, 2], count=3)
-    assert found["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
-
-
-def test_numbers():
-    pytest.importorskip("scipy")
-    found, left_out = metrics.score(
-        torch.tensor([[1.0], [2.0], [4.0]]), Encoded([[0]] * 3, [1.0, 3.0, 2.0], 0)
-    )
-    assert found["mse"] == pytest.approx((0 + 1 + 4) / 3)
-    # Deviations (-4/3, -1/3, 5/3) and (-1, 1, 0): covariance 1, variances 42/9 and 2.
-    assert found["pearson"] == pytest.approx(1 / math.sqrt(42 / 9 * 2))
-    assert found["spearman"] == pytest.approx(1 - 6 * (0 + 1 + 1) / (3 * 8))
-    assert left_out == {}
-
-
-def test_a_constant_has_no_correlation():
-    pytest.importorskip("scipy")
-    found, left_out = metrics.score(torch.ones(3, 1), Encoded([[0]] * 3, [1.0, 3.0, 2.0], 0))
-    assert list(found) == ["mse"]
-    assert left_out["pearson"] == left_out["spearman"] == "not defined for these values"
-
-
-def test_tokens():
-    rows = torch.tensor([[2.0, 1.0], [4.0, 3.0]])  # (negative log-likelihood, tokens)
-    found, _ = metrics.score(rows, Encoded([[0], [0]], [[0], [0]], 0))
-    assert found == pytest.approx({"nll_per_token": 1.5, "perplexity": math.exp(1.5)})
-
-
-# ------------------------------------------------------------------------------- text
 
 REFERENCES = [["the cat sat on the mat", "a cat was on the mat"], ["dogs bark at night"]]
+
 FOUND = ["the cat sat on a mat", "dogs bark at night"]
 
 
@@ -126,12 +70,6 @@ def test_a_library_that_is_missing_leaves_its_metric_out(package, name, monkeypa
     found, left_out = metrics.score_text(["a b c d e f"], [["a b c d e f"]])
     assert name not in found
     assert package in left_out[name]
-
-
-def test_without_scikit_learn_accuracy_stays(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    found, left_out = classes(PREDICTED, LABELS)
-    assert set(found) == {"accuracy", "loss"} and set(left_out) == {"matthews", "f1"}
 
 
 def test_meteor_needs_java(monkeypatch):

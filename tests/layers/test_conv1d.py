@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from deltadiff import DeltaLoRA, load_adapter, lora_linear, merge_, save_adapter, swap_, unswap_
-from deltadiff.finetune.report import weight_update
+from deltadiff.finetune.weight_change import weight_update
 from deltadiff.layers.lora_linear import lora_layers
 from deltadiff.ops.reference import join_remainder
 

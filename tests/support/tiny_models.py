@@ -1,4 +1,4 @@
-"""Tiny random models and a text that they can learn: fixtures for the tests of fine-tuning."""
+"""Fixtures for the tests of fine-tuning: tiny random models, and texts that they can learn."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ NEUTRAL = ["the", "film", "is", "a", "story", "with", "plot", "and", "cast", "ve
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The models are so small that a second thread only waits."""
+    """One thread, because the models are so small that a second one only waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,6 +22,7 @@ def one_thread():
 
 
 def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer whose tokens are the words above."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["[PAD]", "[UNK]", "[END]", *FUN, *DULL, *NEUTRAL]
@@ -62,7 +63,7 @@ def llama(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory) -> str:
-    """A word of praise or blame somewhere in each text."""
+    """A CSV file of texts, labelled by the word of praise or blame that stands in each."""
     draw = random.Random(0)
     lines = ["text,label"]
     for _ in range(400):

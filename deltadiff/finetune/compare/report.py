@@ -1,24 +1,17 @@
-"""What `deltadiff compare` makes of its records: tables, JSON and figures.
+"""What a comparison makes of its records: tables, JSON and figures.
 
-A cell is the mean over the seeds and their standard deviation (of a sample, n - 1).
+A cell of a table is the mean over the seeds and their standard deviation (of a sample, n - 1).
 """
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..files import write_text
-from ..text import align_columns, markdown_table
-from .methods import METHODS
-from .plots import plot_curves, plot_metrics, plot_sweep
-
-UNITS = {
-    "accuracy": "accuracy", "loss": "loss", "matthews": "Matthews", "f1": "F1", "mse": "MSE",
-    "pearson": "Pearson", "spearman": "Spearman", "nll_per_token": "NLL a token",
-    "perplexity": "perplexity", "bleu": "BLEU", "nist": "NIST", "meteor": "METEOR",
-    "rouge_l": "ROUGE-L", "cider": "CIDEr", "squad_em": "exact match", "squad_f1": "SQuAD F1",
-}  # fmt: skip
+from ...files import write_records, write_text
+from ...text import align_columns, markdown_table
+from ..methods.table import METHODS
+from ..plots import plot_curves, plot_metrics, plot_sweep
+from ..tasks.choose import METRIC_TITLES
 
 
 def line(records: Sequence[dict]) -> str:
@@ -29,6 +22,7 @@ def line(records: Sequence[dict]) -> str:
 
 
 def grouped(records: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
+    """The records by their values of these entries, in the order in which those appear."""
     groups: dict[tuple, list[dict]] = {}
     for r in records:
         groups.setdefault(tuple(r.get(name) for name in names), []).append(r)
@@ -39,23 +33,23 @@ def grouped(records: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean, and the standard deviation where there is more than one value."""
+    """Mean, and the standard deviation if there is more than one value."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def table(records: Sequence[dict]) -> list[list[str]]:
-    """A header, and a line a method (and value of a sweep).
+    """A header, and one line for each method (and each value of a sweep).
 
-    "update in W": the share of Delta-LoRA's wanted update that W holds. "seconds" are those of all
-    steps, of a search too, with what was compiled in them; "ms a step" is the median of a run.
+    "update in W" is the share of Delta-LoRA's wanted update that W holds. "seconds" is the time of
+    all steps, those of a search too, with compilation; "ms a step" is the median of a run.
     """
     there = {r["metric"] for r in records}
-    metrics = [name for name in UNITS if name in there]
+    metrics = [name for name in METRIC_TITLES if name in there]
     sweeps = any(r["sweep"] for r in records)
     rates = len({r["lr"] for r in records}) > 1
     header = ["method", *(["sweep"] if sweeps else []), *(["lr"] if rates else []), "seeds"]
-    header += [UNITS[m] for m in metrics]
+    header += [METRIC_TITLES[m] for m in metrics]
     shares = any(r["share"] is not None for r in records)
     header += ["update in W"] if shares else []
     rows = [[*header, "trained", "seconds", "ms a step", "peak MiB"]]
@@ -82,21 +76,23 @@ def table(records: Sequence[dict]) -> list[list[str]]:
 
 
 def notes(records: Sequence[dict]) -> list[str]:
-    """Why runs are not in the table, a line each."""
+    """Why runs are not in the table, one line for each."""
     found = {(METHODS[r["method"]].text, r["note"]): None for r in records if r["note"]}
     return [f"{name}: {note}" for name, note in found]
 
 
 def text(records: Sequence[dict]) -> str:
+    """Table and notes for a terminal."""
     return "\n".join([align_columns(table(records)), *notes(records)])
 
 
 def markdown(records: Sequence[dict]) -> str:
+    """Table and notes as Markdown."""
     return "\n".join([markdown_table(*table(records)), *(f"\n{note}" for note in notes(records))])
 
 
 def caption(records: Sequence[dict]) -> str:
-    """Model, text and budget, what else is the same in all records, and where it ran."""
+    """Model, text, budget, settings that all records have in common, and where the runs were."""
     r = records[0]
     words = [f"{r['model']}, {r['task']}: {r['steps']} steps of {r['batch_size']}", r["dtype"]]
     names = {"r": "r", "lr": "lr", "update_ratio": "lambda", "start_step": "K"}
@@ -111,22 +107,19 @@ def caption(records: Sequence[dict]) -> str:
 
 
 def write(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[Path]:
-    """``place``.json, .txt, .md and figures; ``runs``: (case, its result.json or None)."""
-    lines = [json.dumps(r, allow_nan=False) for r in records]
-    files = {
-        ".json": "[\n" + ",\n".join(lines) + "\n]\n",
-        ".txt": f"{caption(records)}\n\n{text(records)}\n",
-        ".md": f"{caption(records)}\n\n{markdown(records)}\n",
-    }
-    paths = []
-    for ending, content in files.items():
-        paths.append(place.with_name(place.name + ending))
-        write_text(paths[-1], content)
+    """Write ``place``.json, .txt, .md and figures; returns their paths.
+
+    ``runs`` are pairs of a `Case` and what its result.json holds, or None.
+    """
+    paths = [place.with_name(place.name + ending) for ending in (".json", ".txt", ".md")]
+    write_records(paths[0], records)
+    write_text(paths[1], f"{caption(records)}\n\n{text(records)}\n")
+    write_text(paths[2], f"{caption(records)}\n\n{markdown(records)}\n")
     return paths + plots(place, records, runs)
 
 
 def plots(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[Path]:
-    """Metrics by method, loss and similarity curves by method, and a figure a sweep."""
+    """Metrics, loss and similarity by method, and one figure for each sweep."""
     paths = []
 
     def target(name: str) -> Path:
@@ -151,18 +144,21 @@ def plots(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[P
     return paths
 
 
-Values = Mapping[object, Mapping[str, list[float]]]  # by method or x, then metric: a value a seed
+# Method or x -> metric -> one value for each seed.
+Values = Mapping[object, Mapping[str, list[float]]]
 
 
 def _values(records: Iterable[dict], key: str) -> Values:
+    """``key`` is the entry of the records, "method" or "x"."""
     found: dict[object, dict[str, list[float]]] = {}
     for r in records:
-        metric = UNITS[r["metric"]]
+        metric = METRIC_TITLES[r["metric"]]
         found.setdefault(r[key], {}).setdefault(metric, []).append(r["value"])
     return found
 
 
 def _by_method(runs: Sequence[tuple], curve) -> dict[str, list[list[float]]]:
+    """Method -> what ``curve`` makes of the result of each seed."""
     found: dict[str, list[list[float]]] = {}
     for case, result in runs:
         found.setdefault(case.settings.method, []).append(curve(result))
@@ -170,7 +166,7 @@ def _by_method(runs: Sequence[tuple], curve) -> dict[str, list[list[float]]]:
 
 
 def _block_means(result: dict) -> list[float]:
-    """Mean over the linear layers of each block, those of kinds that no block changed left out."""
+    """The mean similarity over the linear layers of each block."""
     blocks: dict[int, list[float]] = {}
     for places in result["similarity"].values():
         for block, cosine in places.items():

@@ -1,0 +1,147 @@
+"""The runs of a comparison, and the flat records of what they measured.
+
+A run whose records are there is not run again, so an interrupted comparison goes on when the same
+command is given again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import shutil
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from ...devices import environment, free_memory
+from ...errors import ArgumentError, Interrupted, NonFiniteLossError
+from ...files import write_json
+from ..inputs import device_of
+from ..run import finetune
+from ..settings import Settings
+from .cases import Case
+
+WHERE = ("output", "device", "save_every")  # settings that say where or how, not what
+
+
+def run_case(case: Case, task: str, alone: bool) -> list[dict]:
+    """The records of a case, from an earlier run of it or from a new one.
+
+    ``alone`` says that no other run goes on beside it, so that its time means something.
+
+    Raises:
+        ArgumentError: the folder holds a run with other settings.
+        Interrupted, KeyboardInterrupt: the run was stopped; the same call goes on with it.
+    """
+    folder, settings = case.folder, case.settings
+    _check_same(settings, folder)
+    earlier = read_if_there(folder / "records.json")
+    if earlier is not None:
+        return earlier
+    resume = (folder / "settings.json").exists() and not (folder / "result.json").exists()
+    if folder.exists() and not resume:
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    device = device_of(settings)
+    result, note, final = None, None, True
+    with folder.with_suffix(".log").open("a") as log:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                result = finetune(settings, resume=resume, export=False)
+            except Interrupted:
+                raise
+            except (NonFiniteLossError, torch.OutOfMemoryError) as error:
+                note = f"failed: {str(error).splitlines()[0]}"
+                # Memory that other runs take now may be free next time.
+                final = alone or isinstance(error, NonFiniteLossError)
+            except Exception as error:  # one method must not end the others; the log has the rest
+                # An error about the method itself says that it cannot run here.
+                cannot = isinstance(error, ArgumentError) and error.argument == "method"
+                reason = error.given if cannot else f"{type(error).__name__}: {error}"
+                note = textwrap.shorten(f"{'cannot run' if cannot else 'failed'}: {reason}", 400)
+                final = False  # a package that it lacks may be installed next time
+                traceback.print_exc()
+    free_memory(device)
+    found = records(case, task, result, note, environment(device), alone)
+    if final:
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "records.json", found)
+    return found
+
+
+def records(
+    case: Case, task: str, result: dict | None, note: str | None, where: dict, alone: bool
+) -> list[dict]:
+    """One flat record for each metric of a run.
+
+    Without a ``result`` there is one record without a metric, with the ``note`` that says why.
+    ``where`` describes the environment, and ``alone`` is that of `run_case`.
+    """
+    settings = result["settings"] if result else dataclasses.asdict(case.settings)
+    head = {"op": "compare", "method": case.settings.method, "task": task}
+    head |= {"seed": case.settings.seed, "sweep": case.sweep, "x": case.x}
+    result, search = result or {}, (result or {}).get("search", {})
+    # On a CPU, the peak is that of the process, which is the same for all of its runs.
+    known_peak = where["driver"] is not None
+    seconds = [result.get("seconds"), search.get("seconds", 0)]
+    peaks = [s.get("peak_memory_mib") or 0 for s in (result, search)]
+    cost = {
+        "trainable": result.get("trainable_parameters"),
+        "seconds": round(sum(seconds), 3) if alone and None not in seconds else None,
+        "step_ms": round(result["seconds_per_step"] * 1e3, 3) if result and alone else None,
+        "peak_mib": round(max(peaks), 1) if result and known_peak else None,
+        "share": (result.get("weight_update") or {}).get("share"),
+        "note": note,
+    }
+    tail = {name: Path(settings[name]).name for name in ("model", "data", "heldout")}
+    tail |= {k: v for k, v in settings.items() if k not in (*WHERE, *head, *tail)}
+    before, after = result.get("before", {}), result.get("after", {None: None})
+    return [
+        head | {"metric": name, "value": value, "before": before.get(name)} | cost | tail | where
+        for name, value in after.items()
+    ]
+
+
+def _check_same(settings: Settings, folder: Path) -> None:
+    """Check that what the folder holds was made with these settings.
+
+    Raises:
+        ArgumentError: it was not.
+    """
+    held, wanted = read_if_there(folder / "settings.json") or {}, dataclasses.asdict(settings)
+    skipped = (*WHERE, "steps") if settings.epochs else WHERE  # steps follow from epochs
+    for name, value in held.items():
+        if name not in skipped and wanted.get(name) != value:
+            given = f"{folder.parent.parent}, where {name} was {value} and not {wanted.get(name)}"
+            raise ArgumentError("output", given, "the settings of that comparison, or a new folder")
+
+
+def read_if_there(path: Path):
+    """The JSON in a file; None if there is no file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def run_all(todo: Sequence[Case], task: str, jobs: int) -> Iterator[tuple[Case, list[dict]]]:
+    """Each case with its records, in the order in which they are done.
+
+    ``jobs`` processes work at a time.
+    """
+    if jobs == 1:
+        for case in todo:
+            yield case, run_case(case, task, alone=True)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    pool = ProcessPoolExecutor(jobs, mp_context=context)
+    try:
+        futures = {pool.submit(run_case, case, task, False): case for case in todo}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,57 @@
+"""The table of all methods."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..inputs import RunInputs
+from ..training_setup import FirstStage, TrainingSetup
+from . import diffora, fused, libraries, whole_model
+
+if TYPE_CHECKING:
+    from ..settings import Settings
+
+
+@dataclass(frozen=True)
+class Method:
+    """A value of `--method`.
+
+    Attributes:
+        text: what the method is called in tables.
+        prepare: makes the setup of a run; it changes the model.
+        fixes: the settings that the name stands for, which nobody may set otherwise.
+    """
+
+    text: str
+    prepare: Callable[[RunInputs, "Settings"], TrainingSetup | FirstStage]
+    fixes: Mapping[str, object] = field(default_factory=dict)
+
+
+METHODS: dict[str, Method] = {
+    "full": Method("Full fine-tuning", whole_model.full),
+    "full-no-embeddings": Method("Full, embeddings frozen", whole_model.full_no_embeddings),
+    "full-qv": Method("W_Q and W_V only", whole_model.full_qv),
+    "bitfit": Method("BitFit: biases only", whole_model.bitfit),
+    "houlsby": Method("Houlsby adapters", libraries.houlsby),
+    "pfeiffer": Method("Pfeiffer adapters", libraries.pfeiffer),
+    "lora-peft": Method("LoRA, PEFT eager", libraries.peft_lora),
+    "lora": Method("LoRA", fused.lora),
+    "lora-alpha-control": Method("LoRA at alpha (1 + lambda)", fused.lora_alpha_control),
+    "adalora": Method("AdaLoRA", fused.adalora),
+    "dylora": Method("DyLoRA", fused.dylora),
+    "delta-lora": Method("Delta-LoRA in place", fused.delta_lora),
+    "delta-lora-nearest": Method(
+        "Delta-LoRA in place, nearest",
+        fused.delta_lora,
+        {"w_update": "inplace", "rounding": "nearest"},
+    ),
+    "delta-lora-factored": Method(
+        "Delta-LoRA factored", fused.delta_lora, {"w_update": "factored"}
+    ),
+    "diffora": Method("DiffoRA", diffora.search_and_train),
+    "diffora-no-sharing": Method(
+        "DiffoRA without sharing", diffora.search_and_train, {"share_r": 0}
+    ),
+    "diffora-random": Method("DiffoRA's control: modules at random", diffora.random_modules),
+    "diffora-delta-lora": Method("DiffoRA + Delta-LoRA", diffora.search_and_train_weights),
+}

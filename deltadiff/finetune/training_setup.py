@@ -1,0 +1,52 @@
+"""`TrainingSetup`: what a method makes of a model, for the rest of the harness."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What a method made of a model: what is trained, what trains it, and how it is kept.
+
+    Attributes:
+        module: the model with what the method added.
+        optimizer: it has all parameters that are trained.
+        save: writes what was trained into a folder.
+        load: puts back what ``save`` wrote.
+        penalty: a differentiable term that is added to the training loss; None for none.
+        evaluating: a context in which the model is as it will be used.
+        keep: writes the finished model into a folder, if that is not what ``save`` writes.
+        about: more entries for result.json.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    save: Callable[[Path], object]
+    load: Callable[[Path], object]
+    penalty: Callable[[], Tensor] | None = None
+    evaluating: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    keep: Callable[[Path], object] | None = None
+    about: dict[str, object] = field(default_factory=dict)
+
+    def write(self, output: Path) -> None:
+        """Write the finished model into the output folder."""
+        if self.keep is None:
+            self.save(output / "adapter")
+        else:
+            self.keep(output / "model")
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """A search that comes before training.
+
+    ``run`` takes the output folder and returns the setup of the training, with an entry "search" in
+    ``about``.
+    """
+
+    run: Callable[[Path], TrainingSetup]
