@@ -1,7 +1,9 @@
 """Checks of arguments, all before anything is changed. Each error names the argument."""
 
+import importlib
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -112,3 +114,19 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
     if not -(2**63) <= seed < 2**63:
         raise ArgumentError("seed", seed, "an int that fits 64 bits")
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+# ---------------------------------------------------------------- packages
+
+
+def need_package(name: str, extra: str) -> ModuleType:
+    """Import a package that an extra of deltadiff installs.
+
+    Raises:
+        ArgumentError: it cannot be imported; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        accepted = f"an installed {name}: pip install -e '.[{extra}]'"
+        raise ArgumentError(name, f"nothing ({error})", accepted) from error

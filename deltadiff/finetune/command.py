@@ -30,6 +30,7 @@ from .generation import complete
 from .methods import METHODS
 from .metrics import score, score_text
 from .models import load_model
+from .packages import check_packages
 from .plots import plot_loss, plot_metric_curve, plot_similarity
 from .settings import Settings, given_settings, make_settings, read_settings
 from .settings import add_arguments as add_settings
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command: 0; 1 if training failed; 2 for input that cannot be used; 130 when stopped."""
+    check_packages()
     try:
         if args.show:
             print(presets.describe(getattr(args, "preset", "") or ""))

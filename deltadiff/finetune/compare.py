@@ -28,6 +28,7 @@ from ..files import slug, write_json
 from . import compare_report as report
 from .command import device_of, finetune, load_task
 from .methods import METHODS
+from .packages import check_packages
 from .settings import Settings, given_settings, make_settings, parse_value
 from .settings import add_arguments as add_settings
 
@@ -269,6 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command: 0; 1 if a run failed; 2 for input that cannot be used; 130 when stopped."""
+    check_packages()
     output, given = Path(args.output), given_settings(args)
     given.pop("output", None)
     todo = _cases(args, output, given)
