@@ -1,7 +1,10 @@
-# make demo    fine-tune a real model on real text and leave the figures in demo-output/
-# make test    run the tests
-# make setup   only install: the versions of constraints.txt, into .venv
-# make clean   remove what these made
+# make demo     fine-tune a real model on real text and leave the figures in demo-output/
+# make test     run the tests (at most 10 minutes on 2 cores)
+# make check    run the long form of the tests that have one: many seeds, damaged files, kills
+# make lint     style, who imports whom, types, and the tables in the README files
+# make package  build the source distribution and the wheel, and run the wheel on its own
+# make setup    only install: the versions of constraints.txt, into .venv
+# make clean    remove what these made
 #
 # Needs Linux, Python 3.10 or newer with venv, a C++ compiler and 4 GB of disk (8 GB where pip finds the
 # CUDA build of torch); uses an NVIDIA GPU if torch sees one. `PYTHON=python3.12 make demo` takes another
@@ -10,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test setup clean
+.PHONY: demo test check lint package setup clean
 
 # A thread that waits for another must not spin: beside other work that slows both down manyfold.
 export OMP_WAIT_POLICY ?= passive
@@ -42,6 +45,25 @@ demo: setup
 
 test: setup
 	@exec .venv/bin/pytest
+
+check: setup
+	@exec .venv/bin/pytest --check -m check
+
+# A checkout has deltadiff.kernels in another place, where the last two would not find it.
+lint: setup
+	@.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -I benchmarks/tables.py --check
+	rm -rf build/lint
+	.venv/bin/python -I setup.py -q build_py --build-lib build/lint
+	cp pyproject.toml build/lint
+	bin=$$PWD/.venv/bin
+	cd build/lint
+	$$bin/lint-imports
+	$$bin/mypy
+
+package: setup
+	@exec .venv/bin/python -I .ci/package.py
 
 setup: $(LIBRARY)
 

@@ -65,6 +65,6 @@ setup(
         *(f"deltadiff.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"deltadiff.kernels": "kernels"},
-    package_data={"deltadiff.kernels.runtime": ["tuned-*.json"]},
+    package_data={"deltadiff": ["py.typed"], "deltadiff.kernels.runtime": ["tuned-*.json"]},
     **options,
 )
