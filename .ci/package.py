@@ -39,7 +39,7 @@ def main() -> None:
         run(*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
         run(python, "-I", "-c", INSTALLED, cwd=work)
         run(python.with_name("deltadiff"), "info", cwd=work)
-        run(python.with_name("deltadiff"), "verify", "--quick", "--op", "adamw_step", cwd=work)
+        run(python.with_name("deltadiff"), "verify", "--quick", cwd=work, shown=False)
         print(f"package: {wheel.name} is whole, and its source distribution builds it")
 
 
@@ -93,11 +93,16 @@ def required(name: str) -> set[str]:
     return found
 
 
-def run(*command, cwd: Path | None = None) -> None:
-    """Run a command and show what it prints; end with its words where it fails."""
-    sys.stdout.flush()
-    if subprocess.run(list(map(str, command)), cwd=cwd).returncode:
-        sys.exit(f"package: failed: {' '.join(map(str, command))[:200]}")
+def run(*command, cwd: Path | None = None, shown: bool = True) -> None:
+    """Run a command and show what it prints; end here if it fails."""
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if shown or done.returncode:
+        print(done.stdout, flush=True)
+    if done.returncode:
+        sys.exit(f"package: this failed: {' '.join(map(str, command))[:200]}")
 
 
 if __name__ == "__main__":
