@@ -116,17 +116,23 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-# ---------------------------------------------------------------- packages
+# ------------------------------------------------------------------- optional packages
 
 
-def need_package(name: str, extra: str) -> ModuleType:
-    """Import a package that an extra of deltadiff installs.
+def need_package(name: str, extra: str | None, argument: str | None = None) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        name: the package, which has the same name on the index and in Python.
+        extra: the extra of deltadiff that installs it; None if no extra does.
+        argument: the argument that asked for it, for the error; the package by default.
 
     Raises:
-        ArgumentError: it cannot be imported; the message says how to install it.
+        ArgumentError: it is not installed, or does not load; the message says how to install it.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        accepted = f"an installed {name}: pip install -e '.[{extra}]'"
-        raise ArgumentError(name, f"nothing ({error})", accepted) from error
+        command = f"pip install {name}" if extra is None else f"pip install -e '.[{extra}]'"
+        accepted = f"an installed {name}: {command}"
+        raise ArgumentError(argument or name, f"nothing ({error})", accepted) from error
