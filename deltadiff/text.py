@@ -1,14 +1,14 @@
-"""Tables as text: columns in line for a terminal, and Markdown."""
+"""Tables as text: aligned columns for a terminal, and Markdown."""
 
 from collections.abc import Collection, Sequence
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
-    """The rows as lines, two spaces between columns, without spaces at their ends.
+    """Lay out rows of text as lines, with two spaces between columns and none at the end.
 
     Args:
-        rows: cells of text, as many in each row; the first row is usually the header.
-        right: numbers of the columns that are flush right; the others are flush left.
+        rows: the cells; all rows have equally many, and the first row is usually the header.
+        right: the indices of the columns that are aligned right; the others are aligned left.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -22,6 +22,6 @@ def align_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) ->
 
 
 def markdown_table(header: Sequence[str], *rows: Sequence[str]) -> str:
-    """The rows as a Markdown table."""
+    """Write a header and rows as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,38 +1,49 @@
-"""Where the tests of the operations run, and the rule that they hold results to.
+"""What all tests share: where they run, their short and their long form, and common fixtures.
 
 A test that takes ``path`` runs on every backend of every device of this machine; one that takes
 ``dtype`` too runs in each dtype that the backend does there. Backends are not skipped for being
 absent: a C++ extension that was not built fails its tests.
+
+A test with ``@pytest.mark.check(short=2, long=100)`` takes ``seed`` and runs for so many seeds:
+the short form begins with seed 0. The long form (``make check``, that is ``pytest --check -m
+check``) begins with a new seed, which the head of the report and the name of a failed test show;
+``--seed`` gives it again.
 """
 
 import os
-from typing import NamedTuple
+import secrets
 
 import pytest
 import torch
+from op_paths import F32, op_paths
+from tolerance import assert_close_to_truth
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so it comes before
 
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+PATHS = op_paths()
 
 
-class Path(NamedTuple):
-    device: torch.device
-    backend: str
+# ---------------------------------------------------------------- short and long form
 
 
-def _paths() -> dict[Path, tuple[torch.dtype, ...]]:
-    cpu = torch.device("cpu")
-    paths = {Path(cpu, "cpp"): (F32, BF16, F16), Path(cpu, "reference"): (F32, BF16)}
-    if torch.cuda.is_available():
-        paths[Path(torch.device("cuda", torch.cuda.current_device()), "triton")] = (F32, BF16, F16)
-    else:
-        paths[Path(cpu, "triton")] = (F32, F16)  # Triton's interpreter gets bfloat16 wrong
-    return paths
+def pytest_addoption(parser):
+    text = "the long form of the tests that have one (marked check)"
+    parser.addoption("--check", action="store_true", help=text)
+    text = "the first seed of the tests that are marked check (default: 0; with --check, a new one)"
+    parser.addoption("--seed", type=int, help=text)
 
 
-PATHS = _paths()
+def pytest_configure(config):
+    if config.option.seed is None:
+        config.option.seed = secrets.randbits(31) if config.option.check else 0
+
+
+def pytest_report_header(config):
+    return f"form: {'long' if config.option.check else 'short'}, --seed {config.option.seed}"
+
+
+# ---------------------------------------------------------------- parameters
 
 
 def pytest_generate_tests(metafunc):
@@ -47,6 +58,12 @@ def pytest_generate_tests(metafunc):
     elif "path" in metafunc.fixturenames:
         metafunc.parametrize("path", [param(path) for path in PATHS])
 
+    form = metafunc.definition.get_closest_marker("check")
+    if form is not None:
+        options = metafunc.config.option
+        count = form.kwargs["long" if options.check else "short"]
+        metafunc.parametrize("seed", range(options.seed, options.seed + count))
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
@@ -55,11 +72,7 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-def error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of the truth (which is not zero)."""
-    found, truth = found.detach().double(), truth.detach()
-    assert found.shape == truth.shape and truth.dtype == torch.float64
-    return ((found - truth).norm() / truth.norm()).item()
+# ---------------------------------------------------------------- fixtures
 
 
 @pytest.fixture
@@ -69,15 +82,8 @@ def gpu_path():
 
 @pytest.fixture
 def assert_close():
-    """The measured tolerance: ``factor`` times the error of eager PyTorch, and one rounding."""
-
-    def check(found, eager, truth, factor, dtype=None):
-        assert found.shape == truth.shape
-        ours, theirs = error(found, truth), error(eager, truth)
-        limit = factor * theirs + torch.finfo(dtype or found.dtype).eps / 2
-        assert ours <= limit, f"error {ours:.2e}, eager {theirs:.2e}, limit {limit:.2e}"
-
-    return check
+    """`tolerance.assert_close_to_truth`."""
+    return assert_close_to_truth
 
 
 @pytest.fixture

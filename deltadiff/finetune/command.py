@@ -16,6 +16,7 @@ import torch
 from ..errors import ArgumentError, Interrupted, NonFiniteLossError
 from . import presets, report
 from .options import add_settings, given_settings, require_model_and_data
+from .packages import check_packages
 from .run import finetune
 from .settings import Settings, make_settings, read_settings
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command: 0; 1 if training failed; 2 for input that cannot be used; 130 when stopped."""
+    check_packages()
     try:
         if args.show:
             print(presets.describe(getattr(args, "preset", "") or ""))

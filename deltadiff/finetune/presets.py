@@ -5,6 +5,7 @@ drop" of DiffoRA's table 7 is a misprint: it repeats the row above it (alpha, 16
 dropout probability.
 """
 
+import argparse
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -175,3 +176,14 @@ def overview() -> str:
     """The names of all presets with their tables."""
     width = max(map(len, PRESETS))
     return "\n".join(f"{name:<{width}}  {preset.table}" for name, preset in PRESETS.items())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The argument of `deltadiff presets`."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="such as delta-lora/e2e")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print all presets, or what one of them sets."""
+    print(describe(args.name) if args.name else overview())
+    return 0

@@ -1,5 +1,8 @@
 """`deltadiff info`: versions, devices, and which kernels run what on this machine."""
 
+import argparse
+import json
+
 import torch
 
 from ..checks import DTYPES, dtype_name
@@ -102,3 +105,15 @@ def _runs_table(entries: list[dict]) -> list[tuple[str, ...]]:
 
 def _use(chosen: str | None) -> str:
     return {None: "there", "all": "chosen"}.get(chosen, f"chosen for {chosen}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The option of `deltadiff info`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what `collect` finds, as text or as JSON."""
+    found = collect()
+    print(json.dumps(found, indent=1) if args.json else format_info(found))
+    return 0

@@ -65,11 +65,12 @@ def compile_all(capability: int):
     """Print one JSON line for each kernel that the launchers ask for."""
     import torch
     import triton.language as tl
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
     from deltadiff.kernels import adamw_step, delta_update, step_counters
     from deltadiff.kernels.lora_linear import few_tokens, hopper_launch, portable
     from deltadiff.kernels.runtime import gpu
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     driver.set_active(_StandInDriver(capability))
     gpu.capability = lambda device: divmod(capability, 10)

@@ -179,10 +179,10 @@ def record(folder: Path) -> None:
     """Print the launches of both launchers, and how often a plan was made, as lines of JSON."""
     cuda = _stand_in_cuda(folder)
     shim = _build(folder, "libtorch_cuda.so", TORCH_SOURCE)  # noqa: F841, stays loaded
-    from deltadiff.kernels.lora_linear import hopper_launch as hopper
-    from deltadiff.kernels.lora_linear import hopper_plan
     from triton.runtime import driver
 
+    from deltadiff.kernels.lora_linear import hopper_launch as hopper
+    from deltadiff.kernels.lora_linear import hopper_plan
     from deltadiff.ops.dispatch import LAUNCHERS
 
     stand_in = _Driver()

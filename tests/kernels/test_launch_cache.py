@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from deltadiff.kernels.runtime.launch_cache import LaunchCache, fingerprint
 
 pytest.importorskip("deltadiff._C", exc_type=ImportError)

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import torch
+
+from deltadiff import kernels
 from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
 from deltadiff.kernels.runtime import tuned
 from deltadiff.kernels.runtime.tuned import LaunchConfig
-
-from deltadiff import kernels
 
 CPU = torch.device("cpu")
 

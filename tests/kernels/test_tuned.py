@@ -3,10 +3,6 @@
 import json
 
 import pytest
-from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
-from deltadiff.kernels.lora_linear.hopper_config import hopper_config
-from deltadiff.kernels.runtime import tuned
-from deltadiff.kernels.runtime.tuned import TableError
 from launch_tables import (
     ARGS,
     CPU,
@@ -18,6 +14,11 @@ from launch_tables import (
     read_files_again,
     table,
 )
+
+from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
+from deltadiff.kernels.lora_linear.hopper_config import hopper_config
+from deltadiff.kernels.runtime import tuned
+from deltadiff.kernels.runtime.tuned import TableError
 
 DEFAULT_ARGS = {
     "lora_linear_down": (64, 64, 8, 2),

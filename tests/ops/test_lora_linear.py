@@ -215,6 +215,7 @@ def test_offsets_of_64_bits(path, dtype, randn, monkeypatch):
     if path.backend != "triton":
         pytest.skip("the Triton kernels alone have offsets of two widths")
     import triton.language as tl
+
     from deltadiff.kernels.lora_linear import few_tokens, portable
 
     given = inputs(randn, 40, 56, 48, 5, dtype, path.device, gate=(5,), bias=True)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+
 from deltadiff.kernels.lora_linear.hopper_config import HOPPER as DECLARED
 from deltadiff.kernels.runtime import tuned
 from deltadiff.kernels.runtime.tuned import Launch

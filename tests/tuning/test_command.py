@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from deltadiff.kernels.runtime import tuned
 from launch_tables import GPU, HOPPER, chosen
 
 from deltadiff.__main__ import main
+from deltadiff.kernels.runtime import tuned
 from deltadiff.tuning import command
 from deltadiff.tuning.sweep import Finding
 

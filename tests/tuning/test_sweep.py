@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from launch_tables import CPU, read_files_again
+
 from deltadiff.kernels import delta_update
 from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
 from deltadiff.kernels.runtime import tuned
-from launch_tables import CPU, read_files_again
-
 from deltadiff.ops.dispatch import Dispatch
 from deltadiff.tuning import cases, command
 from deltadiff.tuning import sweep as tuning_sweep

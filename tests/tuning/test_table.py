@@ -1,12 +1,12 @@
 """The table that is written: it is read again, and what wins replaces what was there."""
 
 import pytest
-from deltadiff.kernels.lora_linear.hopper_config import hopper_config
-from deltadiff.kernels.runtime import tuned
-from deltadiff.kernels.runtime.tuned import Launch
 from launch_tables import ARGS, GPU, HOPPER, NAME, ROW, chosen, table
 
 from deltadiff.errors import ArgumentError
+from deltadiff.kernels.lora_linear.hopper_config import hopper_config
+from deltadiff.kernels.runtime import tuned
+from deltadiff.kernels.runtime.tuned import Launch
 from deltadiff.tuning.sweep import Finding
 from deltadiff.tuning.table import keep, read, write
 

@@ -12,6 +12,7 @@ from ...files import slug
 from ..inputs import device_of, load_inputs
 from ..methods.table import METHODS
 from ..options import add_settings, given_settings, parse_value, require_model_and_data
+from ..packages import check_packages
 from ..settings import Settings
 from . import report
 from .cases import SWEEPS, Case, cases
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command: 0; 1 if a run failed; 2 for input that cannot be used; 130 when stopped."""
+    check_packages()
     output, given = Path(args.output), given_settings(args)
     given.pop("output", None)
     todo = _cases(args, output, given)
