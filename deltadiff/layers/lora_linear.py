@@ -40,6 +40,23 @@ class LoraLinear(nn.Linear):
         swapped_in: False once `unswap_` or `merge_` took the layer out.
     """
 
+    weight: Tensor
+    bias: Tensor | None  # type: ignore[assignment]  # nn.Linear says Parameter, which may be None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    r: int
+    lora_alpha: float
+    scaling: float
+    lora_dropout: float
+    backend: str | None
+    gate: Tensor | None
+    share_group: str | None
+    transposed: bool
+    original: nn.Module
+    base_layer: nn.Module
+    branch_delta: PendingDelta | None
+    swapped_in: bool
+
     def __init__(
         self,
         original: nn.Module,
