@@ -9,6 +9,7 @@ is pickled. The update that Delta-LoRA wrote into W is stored as the factors tha
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,10 +53,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     tensors |= {f"{name}.saved": p for name, p in extra.items()}
     blob = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
-    config = {
+    weights = adapter_format.weights_name(digest)
+    config: dict[str, object] = {
         "format": adapter_format.FORMAT,
         "version": adapter_format.VERSION,
-        "weights": adapter_format.weights_name(digest),
+        "weights": weights,
         "sha256": digest,
         "fingerprint": sha256_of_json(_base_shapes(model)),
         "base": _base_shapes(model),
@@ -69,10 +71,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / adapter_format.CONFIG_FILE
-    write_bytes(folder / config["weights"], blob)
+    write_bytes(folder / weights, blob)
     write_text(path, json.dumps(config, indent=1))
     for old in folder.glob("adapter-*.safetensors"):
-        if old.name != config["weights"]:
+        if old.name != weights:
             old.unlink(missing_ok=True)
     return path
 
@@ -138,7 +140,7 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
     plain, delta = plain_name(name), layer.delta
     if owner == plain:
         tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
-    entry = {
+    entry: dict[str, object] = {
         "r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling,
         "lora_dropout": layer.lora_dropout, "update_ratio": None, "folded": 0,
         "transposed": layer.transposed,
@@ -180,8 +182,13 @@ def _swap_as_saved(model: nn.Module, entries: dict[str, dict], backend: str | No
     for (r, dropout), names in groups.items():
         swap_(
             model, r=r, lora_dropout=dropout, backend=backend,
-            target_modules=lambda name, _, names=names: plain_name(name) in names,
+            target_modules=_named(names),
         )  # fmt: skip
+
+
+def _named(names: set[str]) -> Callable[[str, nn.Module], bool]:
+    """A choice of ``target_modules`` by plain names."""
+    return lambda name, _: plain_name(name) in names
 
 
 def _check_layers(layers: dict[str, LoraLinear], saved: dict[str, dict]) -> None:
@@ -219,10 +226,11 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     ratio, device = entry["update_ratio"], layer.lora_A.device
     if ratio is None and not entry["folded"]:
         return
-    anchors = [torch.zeros_like(p.detach()) for p in (layer.lora_A, layer.lora_B)]
+    anchor_A = torch.zeros_like(layer.lora_A.detach())
+    anchor_B = torch.zeros_like(layer.lora_B.detach())
     if ratio is not None:
-        anchors[0].copy_(tensors[f"{name}.anchor_A"])
-        anchors[1].copy_(tensors[f"{name}.anchor_B"])
+        anchor_A.copy_(tensors[f"{name}.anchor_A"])
+        anchor_B.copy_(tensors[f"{name}.anchor_B"])
     scale = PendingDelta.make_rank_scale(ratio or 0.0, layer.r, layer.lora_A, ratio is not None)
     folded = [
         LowRankFactors(
@@ -231,7 +239,9 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
         )
         for i in range(entry["folded"])
     ]  # fmt: skip
-    layer.delta = PendingDelta(*anchors, ratio or 0.0, scale, in_weight=False, past_updates=folded)
+    layer.delta = PendingDelta(
+        anchor_A, anchor_B, ratio or 0.0, scale, in_weight=False, past_updates=folded
+    )
 
 
 def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:

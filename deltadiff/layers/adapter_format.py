@@ -127,7 +127,7 @@ def check_base(folder: str | os.PathLike, config: dict, here: dict[str, list[int
     raise CheckpointError(str(folder), given, f"{here.get(name)} as in this model{more}")
 
 
-def _check_owners(folder, config: dict) -> None:
+def _check_owners(folder: str | os.PathLike, config: dict) -> None:
     """A pair must be stored under the name of a layer that it fits, and that owns its pair."""
     base = config["base"]
     kinds = {
@@ -141,7 +141,7 @@ def _check_owners(folder, config: dict) -> None:
             raise CheckpointError(str(folder), f"{name} with the pair of {owner}", accepted)
 
 
-def _check_shapes(folder, config: dict, tensors: dict[str, Tensor]) -> None:
+def _check_shapes(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor]) -> None:
     """The tensors must have the names and shapes that the JSON tells."""
     expected = {f"{name}.saved": config["base"][name] for name in config["saved"]}
     for name, c in config["layers"].items():

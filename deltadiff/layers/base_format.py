@@ -20,6 +20,7 @@ from ..ops.lora_linear import lora_linear
 from .linear import linear_shape
 
 if TYPE_CHECKING:
+    from .linear import LinearLayer
     from .lora_linear import LoraLinear
 
 
@@ -36,7 +37,7 @@ class BaseFormat:
         adapter_dtypes: the dtypes that A and B may have, the default last.
     """
 
-    forward: Callable[..., Tensor]
+    forward: Callable[["LoraLinear", Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
     quantised: bool
     writable: bool
     adapter_dtypes: tuple[torch.dtype, ...]
@@ -47,14 +48,16 @@ def base_format(weight: Tensor) -> BaseFormat:
     return _DENSE.get(weight.dtype, _QUANTISED)
 
 
-def check_backend(base_layer: nn.Module, r: int, dropout: float, backend: str | None) -> None:
+def check_backend(base_layer: "LinearLayer", r: int, dropout: float, backend: str | None) -> None:
     """Raise BackendUnavailableError where ``backend`` cannot run a branch beside this layer."""
     w = base_layer.weight
     if not base_format(w).quantised:
         choose_path(w.device, w.dtype, backend, (*linear_shape(base_layer), r), dropout > 0)
 
 
-def _fused(layer: "LoraLinear", x: Tensor, a, b, gate, dropout: float) -> Tensor:
+def _fused(
+    layer: "LoraLinear", x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, dropout: float
+) -> Tensor:
     """One call of `lora_linear`; with dropout, PyTorch's generator gives the seed of the mask."""
     seed = torch.randint(2**63 - 1, (), device=x.device) if dropout else 0
     return lora_linear(
@@ -63,7 +66,9 @@ def _fused(layer: "LoraLinear", x: Tensor, a, b, gate, dropout: float) -> Tensor
     )  # fmt: skip
 
 
-def _beside_base_layer(layer: "LoraLinear", x: Tensor, a, b, gate, dropout: float) -> Tensor:
+def _beside_base_layer(
+    layer: "LoraLinear", x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, dropout: float
+) -> Tensor:
     """The output of the base layer plus the low-rank branch, in the dtype of x."""
     s = nn.functional.dropout(x, dropout) @ a.to(x.dtype).T
     s = s if gate is None else s * gate.to(x.dtype)

@@ -1,5 +1,7 @@
 """`LoraLinear`: a linear layer with a low-rank branch, the layer that `swap_` puts in."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from ..errors import SwapError
@@ -7,6 +9,9 @@ from ..ops.dispatch import Dispatch, choose_path
 from .base_format import base_format
 from .linear import is_conv1d, linear_shape
 from .pending_delta import PendingDelta
+
+if TYPE_CHECKING:
+    from .linear import LinearLayer
 
 
 class LoraLinear(nn.Linear):
@@ -53,14 +58,14 @@ class LoraLinear(nn.Linear):
     share_group: str | None
     transposed: bool
     original: nn.Module
-    base_layer: nn.Module
+    base_layer: "LinearLayer"
     branch_delta: PendingDelta | None
     swapped_in: bool
 
     def __init__(
         self,
         original: nn.Module,
-        base_layer: nn.Module,
+        base_layer: "LinearLayer",
         lora_A: Tensor,
         lora_B: Tensor,
         lora_alpha: float,
@@ -125,7 +130,9 @@ class LoraLinear(nn.Linear):
         return choose_path(self.weight.device, self.weight.dtype, self.backend, layer, *how)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b, gate = self.lora_A, self.lora_B, self.gate
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
+        gate = self.gate
         dropout = self.lora_dropout if self.training else 0.0
         if self.branch_delta is not None:
             if gate is not None:

@@ -68,8 +68,8 @@ def merge_(model: nn.Module) -> MergeReport:
     check_writable(layers, [model])
     rows = []
     for name, layer in layers.items():
-        w = layer.matrix
-        rows.append(MergeRow(name, tuple(w.shape), w.dtype, _merge_layer(layer)))
+        n, k = layer.matrix.shape
+        rows.append(MergeRow(name, (n, k), layer.weight.dtype, _merge_layer(layer)))
     take_out(model, {layer: layer.base_layer for layer in layers.values()})
     drop_notes(model)
     return MergeReport(tuple(rows))

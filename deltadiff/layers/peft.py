@@ -1,6 +1,6 @@
 """PEFT's LoRA layers as `LoraLinear`: the layer trains PEFT's own parameters."""
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..checks import check_dropout
 from ..errors import ArgumentError, ArgumentTypeError
@@ -8,8 +8,11 @@ from .base_format import check_backend
 from .lora_linear import LoraLinear
 from .targets import is_linear
 
+if TYPE_CHECKING:
+    from .linear import PeftLayer
 
-def from_peft(name: str, module: nn.Module, backend: str | None) -> LoraLinear:
+
+def from_peft(name: str, module: "PeftLayer", backend: str | None) -> LoraLinear:
     """The layer that stands for PEFT's ``module``, with its pair, scaling and dropout.
 
     Raises:

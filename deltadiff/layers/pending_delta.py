@@ -12,6 +12,7 @@ adds while W is never written ("factored"):
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,9 @@ class PendingDelta:
         a = torch.cat([lora_A.detach().to(wide), self.anchor_A.to(wide)])
         return LowRankFactors(b, a, self.in_weight)
 
-    def stack(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, ...]:
+    def stack(
+        self, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(A, B, rank_scale) of the one low-rank product that the forward pass needs."""
         a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.rank_scale)
         scale = self.rank_scale
@@ -98,13 +101,22 @@ class _Stack(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, lora_A, lora_B, anchor_A, anchor_B, rank_scale):
+    def forward(
+        ctx: Any,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        anchor_A: Tensor,
+        anchor_B: Tensor,
+        rank_scale: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rank_scale)
         ctx.r = lora_A.shape[0]
         return torch.cat([lora_A, anchor_A]), torch.cat([lora_B, anchor_B], dim=1)
 
     @staticmethod
-    def backward(ctx, grad_A, grad_B):
+    def backward(
+        ctx: Any, grad_A: Tensor, grad_B: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None]:
         (rank_scale,) = ctx.saved_tensors
         grad_A = grad_A[: ctx.r] / rank_scale[0].to(grad_A.dtype)
         grad_B = grad_B[:, : ctx.r] / rank_scale[0].to(grad_B.dtype)

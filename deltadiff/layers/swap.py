@@ -1,8 +1,9 @@
 """`swap_` puts `LoraLinear` layers in the place of eager ones, `unswap_` takes them out again."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +16,10 @@ from .lora_linear import LoraLinear, lora_layers, swapped_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
 from .peft import from_peft
 from .report import SwapReport, swap_report
-from .targets import Targets, choose_modules, match_names
+from .targets import Targets, choose_modules, is_linear, match_names
+
+if TYPE_CHECKING:
+    from .linear import LinearLayer
 
 
 def swap_(
@@ -83,6 +87,7 @@ def swap_(
         if is_peft(module):
             layers[module] = from_peft(name, module, backend)
         else:
+            assert is_linear(module)
             layers[module] = _new_layer(name, module, branch, generator)
 
     note_required_grad(model)
@@ -95,7 +100,7 @@ def swap_(
     for layer in layers.values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
-    _replace(model, layers)
+    _replace(model, layers.items())
     return swap_report(model)
 
 
@@ -125,14 +130,16 @@ def unswap_(model: nn.Module) -> nn.Module:
 def take_out(model: nn.Module, replacements: dict[LoraLinear, nn.Module]) -> None:
     """Put eager layers in the place of swapped ones, with the swapped ones' weights and biases."""
     for layer, eager in replacements.items():
-        layer.base_layer.weight, layer.base_layer.bias = layer.weight, layer.bias
+        for name in ("weight", "bias"):
+            setattr(layer.base_layer, name, getattr(layer, name))
         eager.train(layer.training)
         layer.swapped_in = False
-    _replace(model, replacements)
+    _replace(model, replacements.items())
 
 
-def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """Replace each module in every place of the model where it stands."""
+def _replace(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Replace the first module of each pair by the second, in every place where it stands."""
+    new = dict(pairs)
     for parent in list(model.modules()):
         for child, module in parent._modules.items():
             if module in new:
@@ -155,7 +162,7 @@ class _Branch:
 
 
 def _new_layer(
-    name: str, module: nn.Module, branch: _Branch, generator: torch.Generator | None
+    name: str, module: "LinearLayer", branch: _Branch, generator: torch.Generator | None
 ) -> LoraLinear:
     """The layer that stands for an ``nn.Linear`` or a `Conv1D`, with a new pair."""
     w, r = module.weight, branch.r

@@ -3,12 +3,16 @@
 import difflib
 import re
 from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
 from ..errors import ArgumentError, ArgumentTypeError
 from .linear import is_conv1d, is_peft
 from .lora_linear import LoraLinear
+
+if TYPE_CHECKING:
+    from .linear import LinearLayer
 
 Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
 
@@ -27,7 +31,7 @@ def choose_modules(
     return {name: candidates[name] for name in names}
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> TypeGuard["LinearLayer"]:
     """Whether this is an ``nn.Linear`` or a `Conv1D`, and not swapped yet."""
     eager = isinstance(module, nn.Linear) and not isinstance(module, LoraLinear)
     return eager or is_conv1d(module)
@@ -39,17 +43,24 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 
     def walk(prefix: str, module: nn.Module) -> None:
         for child, m in module._modules.items():
+            if m is None or isinstance(m, LoraLinear):
+                continue
             name = f"{prefix}{child}"
             if is_peft(m) or is_linear(m):
                 found[name] = m
-            elif m is not None and not isinstance(m, LoraLinear):
+            else:
                 walk(f"{name}.", m)
 
     walk("", model)
     return found
 
 
-def _select(model, candidates, targets: Targets, modules_to_save) -> list[str]:
+def _select(
+    model: nn.Module,
+    candidates: dict[str, nn.Module],
+    targets: Targets,
+    modules_to_save: Collection[str],
+) -> list[str]:
     saved = tuple(modules_to_save) if not isinstance(modules_to_save, str) else (modules_to_save,)
     names = [n for n in candidates if not any(_ends(n, s) or f".{s}." in f".{n}" for s in saved)]
     peft = [n for n in names if is_peft(candidates[n])]

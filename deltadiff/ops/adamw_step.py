@@ -20,7 +20,9 @@ with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not
 _checked = LaunchCache()  # the lists of tensors that `adamw_step_` has checked
 
 
-def check_adamw_options(lr, betas, eps, weight_decay) -> tuple[float, ...]:
+def check_adamw_options(
+    lr: object, betas: object, eps: object, weight_decay: object
+) -> tuple[float, float, float, float, float]:
     """(lr, beta1, beta2, eps, weight_decay) as floats; raises where one is not acceptable."""
     return (
         check_number("lr", lr, 0),
@@ -31,8 +33,17 @@ def check_adamw_options(lr, betas, eps, weight_decay) -> tuple[float, ...]:
 
 
 def check_adamw_step(
-    params, grads, exp_avgs, exp_avg_sqs, steps, deltas, anchors, anchor_now, grad_scale, found_inf
-) -> None:  # fmt: skip
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Tensor,
+    deltas: Sequence[Tensor | None],
+    anchors: Sequence[Tensor | None],
+    anchor_now: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
     """Raise where the tensors of `adamw_step_` do not fit each other."""
     n = len(params)
     lists = {
@@ -62,12 +73,13 @@ def check_adamw_step(
         check_tensor("grads", grads[i], shape, device, (dtype,))
         check_tensor("exp_avgs", exp_avgs[i], shape, device, (dtype, wide))
         check_tensor("exp_avg_sqs", exp_avg_sqs[i], shape, device, (exp_avgs[i].dtype,))
-        if deltas[i] is not None:
-            check_tensor("deltas", deltas[i], shape, device, (wide,))
-        if anchors[i] is not None:
-            check_tensor("anchors", anchors[i], shape, device, (dtype,))
+        delta, anchor = deltas[i], anchors[i]
+        if delta is not None:
+            check_tensor("deltas", delta, shape, device, (wide,))
+        if anchor is not None:
+            check_tensor("anchors", anchor, shape, device, (dtype,))
         written = {"params": p, "exp_avgs": exp_avgs[i], "exp_avg_sqs": exp_avg_sqs[i]}
-        for name, t in {**written, "deltas": deltas[i], "anchors": anchors[i]}.items():
+        for name, t in {**written, "deltas": delta, "anchors": anchor}.items():
             if t is not None and not t.is_contiguous():
                 raise ArgumentError(name, f"strides {t.stride()}", "contiguous tensors")
     check_tensor("steps", steps, (n,), device, (torch.float32,))
@@ -133,11 +145,12 @@ def adamw_step_(
         BackendUnavailableError: ``backend`` cannot run here.
     """
     n = len(params)
-    lists = [list(ts) for ts in (params, grads, exp_avgs, exp_avg_sqs)]
-    outputs = [[None] * n if ts is None else list(ts) for ts in (deltas, anchors)]
+    lists = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)
+    none: list[Tensor | None] = [None] * n
+    outputs = none if deltas is None else list(deltas), none if anchors is None else list(anchors)
     flags = (anchor_now, grad_scale, found_inf)
     options = check_adamw_options(lr, betas, eps, weight_decay)
-    state = [lists[0], *lists[2:], *outputs]
+    state: list[Sequence[Tensor | None]] = [lists[0], *lists[2:], *outputs]
     seen = fingerprint([*itertools.chain(*state), steps, *flags])
     grads_seen = fingerprint(lists[1])
     key = seen and (seen, tuple(map(len, state)))
@@ -164,7 +177,14 @@ def _list_step(backend: str) -> Callable:
 # --------------------------------------------------------------------------- the prepared form
 
 
-def prepare_adamw_step(backend: str, params, exp_avgs, exp_avg_sqs, deltas, anchors):
+def prepare_adamw_step(
+    backend: str,
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    deltas: Sequence[Tensor | None],
+    anchors: Sequence[Tensor | None],
+) -> "triton_adamw_step.AdamWStep | _AdamWList":
     """`adamw_step_` of tensors that stay where they are, prepared once for many steps.
 
     It checks nothing, and ``backend`` must be there. What changes from step to step (options,
@@ -182,11 +202,23 @@ def prepare_adamw_step(backend: str, params, exp_avgs, exp_avg_sqs, deltas, anch
 class _AdamWList:
     """`kernels.adamw_step.AdamWStep` for the backends that take lists of tensors."""
 
-    def __init__(self, backend, params, *state):
-        self.backend, self.params, self.state = backend, params, state
-        self.numbers = None
+    lr: float | Tensor
+    options: Sequence[float | Tensor]  # beta1, beta2, eps, weight_decay
 
-    def set_options(self, lr, *options) -> None:
+    def __init__(
+        self,
+        backend: str,
+        params: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        deltas: Sequence[Tensor | None],
+        anchors: Sequence[Tensor | None],
+    ):
+        self.backend, self.params = backend, params
+        self.state = exp_avgs, exp_avg_sqs, deltas, anchors
+        self.numbers: Tensor | None = None
+
+    def set_options(self, lr: float | Tensor, *options: float) -> None:
         if not self.params[0].is_cuda:
             self.lr, self.options = lr, options
             return
@@ -199,7 +231,15 @@ class _AdamWList:
         own_lr, *self.options = self.numbers.unbind()
         self.lr = lr if isinstance(lr, Tensor) else own_lr
 
-    def __call__(self, grads, aligned, steps, anchor_now, grad_scale, found_inf) -> None:
+    def __call__(
+        self,
+        grads: Tensor,
+        aligned: bool,
+        steps: Tensor,
+        anchor_now: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         lr = self.lr.item() if isinstance(self.lr, Tensor) and not self.lr.is_cuda else self.lr
         exp_avgs, exp_avg_sqs, deltas, anchors = self.state
         _list_step(self.backend)(

@@ -30,7 +30,15 @@ with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not
 _checked = LaunchCache()  # the rounding of each call that `delta_update_` has checked
 
 
-def check_delta_update(lists, scales, rounding, remainders, seed, step, apply) -> str:
+def check_delta_update(
+    lists: Sequence[Sequence[Tensor]],
+    scales: Sequence[float],
+    rounding: str | None,
+    remainders: Sequence[Tensor],
+    seed: int,
+    step: int | Tensor,
+    apply: Tensor | None,
+) -> str:
     """The rounding of W; raises where the arguments of `delta_update_` do not fit each other."""
     names = ("weight", "lora_A", "lora_B", "delta_A", "delta_B", "scale", "remainder")
     n = len(lists[0])
@@ -137,7 +145,8 @@ def delta_update_(
         BackendUnavailableError: ``backend`` cannot run here.
     """
     single = isinstance(weight, Tensor)
-    lists = [_as_list(t) for t in (weight, lora_A, lora_B, delta_A, delta_B)]
+    factors = _as_list(lora_A), _as_list(lora_B), _as_list(delta_A), _as_list(delta_B)
+    lists = _as_list(weight), *factors
     n = len(lists[0])
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * n
     remainders = [] if remainder is None else _as_list(remainder)
@@ -176,8 +185,17 @@ def _list_update(backend: str) -> Callable:
 
 
 def prepare_delta_update(
-    backend: str, weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed
-):
+    backend: str,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    delta_As: Sequence[Tensor],
+    delta_Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    rounding: str,
+    remainders: Sequence[Tensor],
+    seed: int,
+) -> "triton_delta_update.DeltaUpdate | _DeltaUpdateList":
     """`delta_update_` of tensors that stay where they are, prepared once for many steps.
 
     It checks nothing, and ``backend`` must be there. The adapters are of one dtype.
@@ -194,12 +212,20 @@ def prepare_delta_update(
 class _DeltaUpdateList:
     """`kernels.delta_update.DeltaUpdate` for the backends that take lists of tensors."""
 
-    def __init__(self, backend, lists, scales, rounding, remainders, seed):
+    def __init__(
+        self,
+        backend: str,
+        lists: tuple[Sequence[Tensor], ...],
+        scales: Sequence[float],
+        rounding: str,
+        remainders: Sequence[Tensor],
+        seed: int,
+    ):
         self.backend, self.lists, self.scales = backend, lists, scales
         self.options = rounding, remainders, seed
 
-    def rescale(self, scales: list[float]) -> None:
+    def rescale(self, scales: Sequence[float]) -> None:
         self.scales = scales
 
-    def __call__(self, step, apply) -> None:
+    def __call__(self, step: Tensor, apply: Tensor | None) -> None:
         _list_update(self.backend)(*self.lists, self.scales, *self.options, step, apply)

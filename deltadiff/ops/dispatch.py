@@ -330,19 +330,22 @@ def choose_path(
                 "a backend that `deltadiff info` lists as there",
             )
         return _dispatch(backend, "asked for", call)
-    objection = None
+    refused = ""
     for name in ("cpp",) if device.type == "cpu" else ("hopper", "triton"):
-        refused, objection = objection, _objection(name, device, dtype, call)
+        objection = _objection(name, device, dtype, call)
         if objection is None:
-            return _dispatch(name, _why_chosen(name, device, refused if call else None), call)
-    return _dispatch("reference", objection, call)
+            return _dispatch(name, _why_chosen(name, device, refused if call else ""), call)
+        refused = objection
+    return _dispatch("reference", refused, call)
 
 
 def _dispatch(backend: str, reason: str, layer: Layer | None) -> Dispatch:
     return Dispatch(backend, reason, runs_of(backend, layer) if layer else ())
 
 
-def _objection(backend: str, device, dtype, layer: Layer | None) -> str | None:
+def _objection(
+    backend: str, device: torch.device, dtype: torch.dtype, layer: Layer | None
+) -> str | None:
     """None where ``backend`` may be chosen without being asked for, else the reason in words."""
     objection = why_unavailable(backend, device, dtype) or _why_not_taken(backend, layer)
     if objection is None and layer:
@@ -359,7 +362,7 @@ def _why_not_taken(backend: str, layer: Layer | None) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def _why_chosen(backend: str, device: torch.device, no_hopper: str | None) -> str:
+def _why_chosen(backend: str, device: torch.device, no_hopper: str) -> str:
     if backend == "cpp":
         return "CPU: native C++"
     if backend == "hopper":

@@ -85,9 +85,9 @@ def format_info(info: dict) -> str:
     dtypes = list(dict.fromkeys(p["dtype"] for p in info["paths"]))
     table = [("device", "backend", *dtypes, "why not")]
     for device, backend in dict.fromkeys((p["device"], p["backend"]) for p in info["paths"]):
-        row = [p for p in info["paths"] if (p["device"], p["backend"]) == (device, backend)]
-        cells = ("-" if p["reason"] else _use(p["chosen"]) for p in row)
-        reasons = dict.fromkeys(p["reason"] for p in row if p["reason"])
+        paths = [p for p in info["paths"] if (p["device"], p["backend"]) == (device, backend)]
+        cells = ("-" if p["reason"] else _use(p["chosen"]) for p in paths)
+        reasons = dict.fromkeys(p["reason"] for p in paths if p["reason"])
         table.append((device, backend, *cells, "; ".join(reasons)))
     tables = versions, devices, _runs_table(info["lora_linear"]), table
     return "\n\n".join(align_columns(rows) for rows in tables)

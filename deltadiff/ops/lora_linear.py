@@ -2,6 +2,8 @@
 
 import contextlib
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +20,22 @@ from ..checks import (
 )
 from ..errors import ArgumentTypeError
 from . import reference
-from .dispatch import CPP_MISSING, LAUNCHERS, choose_path, keeps_x, kernel_at, runs_of
+from .dispatch import CPP_MISSING, LAUNCHERS, Kernel, choose_path, keeps_x, kernel_at, runs_of
 
 with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
     from ..kernels.lora_linear import hopper_launch, hopper_plan
     from ..kernels.runtime.plan import CannotPlanError
 
 
-def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
+def check_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    bias: Tensor | None,
+) -> None:
     """Raise where the arguments of `lora_linear` do not fit each other."""
     check_matrix("weight", weight)
     check_matrix("lora_A", lora_A)
@@ -46,12 +56,23 @@ def check_lora_linear(x, weight, lora_A, lora_B, scaling, gate, bias) -> None:
 # ------------------------------------------------------------ the two passes, launched from Python
 
 
-def _kernel_of(tokens, weight, r, dropout, backend):
+def _kernel_of(tokens: int, weight: Tensor, r: int, dropout: bool, backend: str) -> Kernel:
     """The kernel that runs a call for which ``backend`` was chosen."""
     return kernel_at(runs_of(backend, (*weight.shape, r, weight.dtype, dropout)), tokens)
 
 
-def _launch_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend):
+def _launch_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """(y, kept) of the kernel that runs this call; x (M, K)."""
     m, r = x.shape[0], lora_A.shape[0]
     kernel = _kernel_of(m, weight, r, seed is not None, backend)
@@ -64,8 +85,19 @@ def _launch_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, b
 
 
 def _launch_bwd(
-    dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, dropout, seed, backend
-):  # fmt: skip
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> Sequence[Tensor | None]:
     """(dx, dA, dB, dgate) of the kernel that ran the forward pass; dy (M, N)."""
     kernel = _kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
     mask = {} if seed is None else {"dropout": dropout, "seed": seed}
@@ -73,7 +105,7 @@ def _launch_bwd(
     return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
 
 
-def _kept_shape(backend: str, m, r, gated: bool):
+def _kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
     """Shape of what the forward pass keeps.
 
     It depends on the backend but not on the kernel, so that torch.compile has one shape for every
@@ -86,7 +118,19 @@ class LoraLinearFunction(torch.autograd.Function):
     """`csrc/lora_linear_autograd.cpp` in Python: where that is not built, or Triton interprets."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gate: Tensor | None,
+        bias: Tensor | None,
+        dropout: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
         rows = x.reshape(-1, weight.shape[1])
         y, s = _launch_fwd(
             rows, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
@@ -99,7 +143,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, gate, s, seed = ctx.saved_tensors
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
         needs = [need_x, need_A, need_B, need_gate]
@@ -110,7 +154,7 @@ class LoraLinearFunction(torch.autograd.Function):
             dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
             ctx.dropout, seed, ctx.backend,
         )  # fmt: skip
-        dx = dx.view(*leading, k) if need_x else None
+        dx = None if dx is None else dx.view(*leading, k)
         dbias = dy.sum(0, dtype=torch.float32).to(weight.dtype) if need_bias else None
         return dx, None, da, db, None, dgate, dbias, None, None, None
 
@@ -120,14 +164,27 @@ if not CPP_MISSING:
     torch.library.impl("deltadiff::lora_linear_bwd_python", "default")(_launch_bwd)
 
     @torch.library.register_fake("deltadiff::lora_linear_fwd")
-    def _fwd_shapes(x, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend):
+    def _fwd_shapes(
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gate: Tensor | None,
+        bias: Tensor | None,
+        dropout: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
         """The shapes of y and of what this backend keeps, for torch.compile."""
         shape = _kept_shape(backend, x.shape[0], lora_A.shape[0], gate is not None)
         dtype = x.dtype if backend == "cpp" else torch.float32
         return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shape, dtype=dtype)
 
     @torch.library.impl("deltadiff::lora_linear_plan", "default")
-    def _plan(x, weight, lora_A, lora_B, *rest):
+    def _plan(
+        x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Tensor | bool | None
+    ) -> list[int]:
         """The launches of a pass for C++, empty where Python must launch.
 
         C++ asks once for each kind of call for which backend "hopper" was chosen.
@@ -159,8 +216,12 @@ def _layer(weight: Tensor, lora_A: Tensor) -> tuple[int, int, int]:
 
 @torch.compiler.assume_constant_result
 def _lora_linear_path(
-    device: torch.device, dtype: torch.dtype, asked: str | None, layer: tuple, *how: bool
-):  # fmt: skip
+    device: torch.device,
+    dtype: torch.dtype,
+    asked: str | None,
+    layer: tuple[int, int, int],
+    *how: bool,
+) -> tuple[str, bool]:
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
     backend = choose_path(device, dtype, asked, layer, *how).backend
     reached = backend == "cpp" or (backend != "reference" and device.type == "cuda")
@@ -225,12 +286,12 @@ def lora_linear(
     p = dropout
     if type(p) is not float or p != 0:
         p = reference.round_dropout(check_dropout("dropout", p))
-    seed = check_seed(seed, x.device) if p else None
+    mask_seed = check_seed(seed, x.device) if p else None
     args = x, weight, lora_A, lora_B, scaling, gate, bias
     layer = _layer(weight, lora_A)
-    how = seed is not None, weight.stride(1) != 1
+    how = mask_seed is not None, weight.stride(1) != 1
     backend, native = _lora_linear_path(x.device, x.dtype, backend, layer, *how)
-    kernel_args = *args[:4], scaling / (1 - p), gate, bias, p, seed, backend
+    kernel_args = *args[:4], scaling / (1 - p), gate, bias, p, mask_seed, backend
     if native:
         try:
             return torch.ops.deltadiff.lora_linear(*kernel_args)
@@ -244,6 +305,7 @@ def lora_linear(
     check_lora_linear(*args)
     if backend == "reference":
         return reference.lora_linear_ref(
-            *args[:4], scaling=scaling, gate=gate, bias=bias, dropout=p, seed=seed
-        )
+            *args[:4], scaling=scaling, gate=gate, bias=bias, dropout=p,
+            seed=0 if mask_seed is None else mask_seed,
+        )  # fmt: skip
     return LoraLinearFunction.apply(x, weight.detach(), *kernel_args[2:])

@@ -5,6 +5,8 @@ Gradients come from autograd. Pass float64 tensors to get the value that kernels
 these functions are also the backend of last resort.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,11 @@ from ..checks import wide_dtype
 
 
 def random_bits(
-    shape: torch.Size, seed: int | Tensor, step: int | Tensor, index: int, device
+    shape: torch.Size,
+    seed: int | Tensor,
+    step: int | Tensor,
+    index: int,
+    device: torch.device | str,
 ) -> Tensor:
     """16 random bits for each element of tensor number ``index``, as int64.
 
@@ -31,7 +37,14 @@ def random_bits(
 MASK32 = 0xFFFFFFFF
 
 
-def philox4x32(c0, c1, c2, c3, seed: int | Tensor, rounds: int = 7) -> tuple[Tensor, ...]:
+def philox4x32(
+    c0: Tensor,
+    c1: Tensor,
+    c2: int | Tensor,
+    c3: int | Tensor,
+    seed: int | Tensor,
+    rounds: int = 7,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32 on int64 tensors that hold uint32 values (Salmon et al. 2011).
 
     Seven rounds are the fewest that pass BigCrush.
@@ -82,7 +95,9 @@ def round_dropout(p: float) -> float:
     return min(round(p * 65536), 65535) / 65536
 
 
-def dropout_mask_ref(shape: torch.Size, p: float, seed: int | Tensor, device="cpu") -> Tensor:
+def dropout_mask_ref(
+    shape: torch.Size, p: float, seed: int | Tensor, device: torch.device | str = "cpu"
+) -> Tensor:
     """The keep mask: each element of x stays with probability 1 - p, p rounded by `round_dropout`.
 
     The mask is a function of ``seed`` and of the element's place alone. With the rows of x padded
@@ -119,15 +134,16 @@ def delta_update_ref_(
     """
     dtype = wide_dtype(weight.dtype)
     a, b, da, db = (t.detach().to(dtype) for t in (lora_A, lora_B, delta_A, delta_B))
-    wide = weight.detach().to(dtype)
+    wide, low = weight.detach().to(dtype), None
     if rounding == "remainder":
-        wide = join_remainder(weight.detach(), remainder)
+        assert remainder is not None
+        wide, low = join_remainder(weight.detach(), remainder), remainder
     wide = wide + scale * (db @ a + (b - db) @ da)
     with torch.no_grad():
-        if rounding == "remainder":
-            high, low = split_remainder(wide, weight.dtype)
+        if low is not None:
+            high, rest = split_remainder(wide, weight.dtype)
             weight.copy_(high)
-            remainder.copy_(low)
+            low.copy_(rest)
         elif rounding == "stochastic":
             bits = random_bits(weight.shape, seed, step, index, weight.device)
             weight.copy_(round_stochastic(wide, bits, weight.dtype))
@@ -178,7 +194,17 @@ def round_stochastic(wide: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def delta_update_list_ref_(
-    weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed, step, apply
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    delta_As: Sequence[Tensor],
+    delta_Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    rounding: str,
+    remainders: Sequence[Tensor],
+    seed: int,
+    step: int | Tensor,
+    apply: Tensor | None,
 ) -> None:
     """`delta_update_ref_` for a list; it changes nothing where the 0-dim ``apply`` is zero."""
     tensors = (weights, lora_As, lora_Bs, delta_As, delta_Bs, scales)
@@ -198,10 +224,12 @@ class OnlyWhere:
         self.condition = condition
         self.tensors = [] if condition is None else [t for t in tensors if t is not None]
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.before = [t.detach().clone() for t in self.tensors]
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
+        if self.condition is None:
+            return
         with torch.no_grad():
             for t, old in zip(self.tensors, self.before, strict=True):
                 t.copy_(torch.where(self.condition != 0, t, old))
@@ -217,10 +245,10 @@ def adamw_step_ref_(
     exp_avg_sq: Tensor,
     step: Tensor,
     *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    lr: float | Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    eps: float | Tensor,
+    weight_decay: float | Tensor,
     delta: Tensor | None = None,
 ) -> Tensor:
     """One AdamW step on one tensor, in place, as `torch.optim.AdamW` (decoupled weight decay).
@@ -246,9 +274,22 @@ def adamw_step_ref_(
 
 
 def adamw_step_list_ref_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
-    deltas, anchors, anchor_now, grad_scale, found_inf,
-) -> None:  # fmt: skip
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Tensor,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float | Tensor,
+    weight_decay: float | Tensor,
+    deltas: Sequence[Tensor | None],
+    anchors: Sequence[Tensor | None],
+    anchor_now: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
     """`adamw_step_ref_` for a list, with the options of `deltadiff.adamw_step_`.
 
     It divides gradients by ``grad_scale``, writes the anchors, and skips the step where
@@ -257,29 +298,38 @@ def adamw_step_list_ref_(
     scale = None if grad_scale is None else grad_scale.view(())
     go = None if found_inf is None else found_inf.view(()) == 0
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        delta, anchor = deltas[i], anchors[i]
         if scale is not None and g is not None:
             g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
-        with torch.no_grad(), OnlyWhere(go, p, m, v, anchors[i]):
-            if anchors[i] is not None and anchor_now is not None:
-                anchors[i].copy_(torch.where(anchor_now.view(()) != 0, p, anchors[i]))
+        with torch.no_grad(), OnlyWhere(go, p, m, v, anchor):
+            if anchor is not None and anchor_now is not None:
+                anchor.copy_(torch.where(anchor_now.view(()) != 0, p, anchor))
             if g is None:
-                if deltas[i] is not None:
-                    deltas[i].zero_()
+                if delta is not None:
+                    delta.zero_()
                 continue
             adamw_step_ref_(
                 p, g, m, v, steps[i].clone(),
-                lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, delta=deltas[i],
+                lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, delta=delta,
             )  # fmt: skip
-            if deltas[i] is not None and go is not None:
-                deltas[i].copy_(torch.where(go, deltas[i], 0))
+            if delta is not None and go is not None:
+                delta.copy_(torch.where(go, delta, 0))
 
 
 # -------------------------------------------------------------------- counters
 
 
 def advance_ref_(
-    iteration, steps, grads, firsts, flags, rank_scales, new_scales, changes, found_inf
-) -> None:  # fmt: skip
+    iteration: Tensor,
+    steps: Tensor,
+    grads: Tensor,
+    firsts: Tensor,
+    flags: Tensor,
+    rank_scales: Tensor,
+    new_scales: Tensor,
+    changes: Tensor,
+    found_inf: Tensor | None,
+) -> None:
     """Count one optimizer step in place, unless ``found_inf`` is not 0.
 
     Args:
