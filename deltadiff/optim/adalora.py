@@ -20,9 +20,10 @@ threshold, where here exactly b(t) stay, lowest index first.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import asdict
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from ..layers.targets import Targets
 from .adalora_budget import Schedule, largest
 from .adalora_importance import Triplets
 from .fused_adamw import FusedAdamW
-from .param_groups import layer_names
+from .param_groups import ModelOrParams, layer_names
 
 INITIAL_STD = 0.02  # standard deviation of P and Q at the start, as in the authors' code
 
@@ -109,8 +110,8 @@ class AdaLoRA(FusedAdamW):
 
     def __init__(
         self,
-        model_or_params: nn.Module | Iterable,
-        lr: float = 1e-3,
+        model_or_params: ModelOrParams,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -153,22 +154,24 @@ class AdaLoRA(FusedAdamW):
 
     def ranks(self) -> dict[str, int]:
         """How many singular values of each layer are not zero; waits for the device."""
-        return {name: int((m.gate != 0).sum()) for name, m in self._layers.items()}
+        return {name: int((gate != 0).sum()) for name, gate in self._gates.items()}
 
     def _build(self) -> None:
         super()._build()
-        self._layers = self._find_layers()
-        layers = list(self._layers.values())
+        found = self._find_layers()
+        self._gates: dict[str, Tensor] = {name: m.adapter[2] for name, m in found.items()}
+        layers = list(found.values())
         self._first = sum(m.r for m in layers)
         self._target = self.schedule.target_r * len(layers)
         if self._target > self._first:
             accepted = f"at most {self._first / len(layers):g}, the average rank at the start"
             raise ArgumentError("target_r", self.schedule.target_r, accepted)
-        kinds = defaultdict(list)
+        kinds: dict[tuple, list[int]] = defaultdict(list)
         for i, m in enumerate(layers):
             kinds[m.lora_A.shape, m.lora_B.shape, m.lora_A.dtype, m.lora_A.device].append(i)
         starts = list(accumulate((m.r for m in layers), initial=0))
-        self._triplets, places = [], []
+        self._triplets: list[Triplets] = []
+        places: list[int] = []
         for members in kinds.values():
             self._triplets.append(Triplets([layers[i] for i in members], self.state))
             places += [p for i in members for p in range(starts[i], starts[i + 1])]
@@ -181,10 +184,10 @@ class AdaLoRA(FusedAdamW):
 
     def _find_layers(self) -> dict[str, LoraLinear]:
         mine = {p for group in self.param_groups for p in group["params"]}
-        found = {}
+        found: dict[str, LoraLinear] = {}
         for m, name in layer_names(self._modules).items():
             there = [p in mine for p in m.adapter]
-            if len(there) == 3 and m.gate.shape == (m.r,) and any(there):
+            if len(there) == 3 and m.adapter[2].shape == (m.r,) and any(there):
                 if not all(there):
                     given = f"not all of lora_A, lora_B and gate of {name}"
                     raise ArgumentError("model_or_params", given, "all three")
@@ -205,22 +208,22 @@ class AdaLoRA(FusedAdamW):
             triplets.smooth(now, measures, self.beta1, self.beta2)
         device = self._triplets[0].device
         t = self._iteration[device].clamp(max=self.schedule.total_step)
-        scores = [triplets.importance().flatten().to(device) for triplets in self._triplets]
-        scores = torch.cat(scores)[self._in_model_order]
+        parts = [triplets.importance().flatten().to(device) for triplets in self._triplets]
+        scores = torch.cat(parts)[self._in_model_order]
         kept = largest(scores, self._kept.index_select(0, t.view(1)))
-        gates = [m.gate for m in self._layers.values()]
-        kept = kept.to(gates[0].dtype).split([g.numel() for g in gates])
-        kept = [k.to(g.device, g.dtype) for k, g in zip(kept, gates, strict=True)]
-        torch._foreach_mul_(gates, kept)
+        gates = list(self._gates.values())
+        masks = kept.to(gates[0].dtype).split([g.numel() for g in gates])
+        masks = [k.to(g.device, g.dtype) for k, g in zip(masks, gates, strict=True)]
+        torch._foreach_mul_(gates, masks)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """As `FusedAdamW.state_dict`, with the importances, the schedule and t."""
         saved = super().state_dict()
         t = next(iter(self._iteration.values())).cpu()
         saved["state"]["adalora"] = {**asdict(self.schedule), "iteration": t}
         return saved
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
 
         Raises:

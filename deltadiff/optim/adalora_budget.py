@@ -34,7 +34,7 @@ class Schedule:
     tfinal: int = 0
     deltaT: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         least = {"total_step": 1, "target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1}
         for name, value in asdict(self).items():
             check_int(name, value, least[name])

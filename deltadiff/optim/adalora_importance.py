@@ -16,18 +16,19 @@ class Triplets:
             parameter, views into the stacks here; values that it already holds are kept.
     """
 
-    def __init__(self, layers: list[LoraLinear], state: dict):
+    def __init__(self, layers: list[LoraLinear], state: dict[Tensor, dict[str, Tensor]]):
         self.device = layers[0].lora_A.device
-        self.params = {
-            "P": [m.lora_B for m in layers],
-            "Lambda": [m.gate for m in layers],
-            "Q": [m.lora_A for m in layers],
-        }
+        self.params: dict[str, list[Tensor]] = {"P": [], "Lambda": [], "Q": []}
+        for layer in layers:
+            q, p, singular_values = layer.adapter
+            self.params["P"].append(p)
+            self.params["Lambda"].append(singular_values)
+            self.params["Q"].append(q)
         self.dtype = wide_dtype(layers[0].lora_A.dtype)
         self.sensitivities = self._stack("sensitivity", state)
         self.uncertainties = self._stack("uncertainty", state)
 
-    def _stack(self, name: str, state: dict) -> dict[str, Tensor]:
+    def _stack(self, name: str, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
         stacks = {}
         for part, params in self.params.items():
             shape = (len(params), *params[0].shape)

@@ -23,7 +23,8 @@ class AddressTracker:
     def __init__(self, params: list[Tensor], weights: list[Tensor]):
         self.params, self.weights = params, weights
         self.known = [t.data_ptr() for t in (*params, *weights)]
-        self.addresses, self.copies = [0] * len(params), []
+        self.addresses = [0] * len(params)
+        self.copies: list[Tensor] = []
 
     def look(self) -> int:
         """Compare all addresses with those known.
@@ -39,7 +40,7 @@ class AddressTracker:
             p.grad if p.grad is None else p.grad.to(p.dtype).contiguous() for p in self.params
         ]
         pairs = zip(self.params, fitting, strict=True)
-        self.copies = [g for p, g in pairs if g is not p.grad]
+        self.copies = [g for p, g in pairs if g is not p.grad and g is not None]
         before = self.addresses
         self.addresses = [0 if g is None else g.data_ptr() for g in fitting]
         return (
@@ -61,8 +62,8 @@ class AddressTracker:
             increment_version(self.weights)
 
 
-def track_addresses(params: list[Tensor], weights: list[Tensor]):
-    """An `AddressTracker`, the one in C++ where that was built."""
+def track_addresses(params: list[Tensor], weights: list[Tensor]) -> AddressTracker:
+    """An `AddressTracker`; where it was built, the one in C++, which has the same methods."""
     if why_unavailable("cpp", torch.device("cpu"), torch.float32) is None:
         return torch.classes.deltadiff.AddressTracker(params, weights)
     return AddressTracker(params, weights)

@@ -12,8 +12,8 @@ the device, see `fused_adamw`; the host keeps bounds of it to save launches.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ..layers.pending_delta import LowRankFactors
 from ..layers.writable import check_writable
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
-from .param_groups import find_pairs, group_indices
+from .param_groups import ModelOrParams, find_pairs, group_indices
 from .update_start import UpdateStart
 from .weight_update import WeightUpdate
 
@@ -67,7 +67,7 @@ class DeltaLoRA(FusedAdamW):
 
     def __init__(
         self,
-        model_or_params: nn.Module | Iterable,
+        model_or_params: ModelOrParams,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -106,7 +106,8 @@ class DeltaLoRA(FusedAdamW):
 
     def _prepare(self) -> None:
         groups, index = self.param_groups, group_indices(self.param_groups)
-        kinds: dict[tuple, dict[str, LoraLinear]] = defaultdict(dict)
+        kinds: dict[tuple[int, torch.device, torch.dtype], dict[str, LoraLinear]]
+        kinds = defaultdict(dict)
         for name, layer in self._pairs.items():
             self._allocate_update(layer)
             kinds[index[layer.lora_B], layer.weight.device, layer.weight.dtype][name] = layer
@@ -137,7 +138,7 @@ class DeltaLoRA(FusedAdamW):
             low = torch.zeros_like(w.detach(), dtype=REMAINDER_DTYPES[w.dtype])  # W's strides too
             state["remainder"] = low
 
-    def _prepare_run(self, group: dict, step: DeviceStep, place: slice) -> AdamWRun:
+    def _prepare_run(self, group: dict[str, Any], step: DeviceStep, place: slice) -> AdamWRun:
         params, (_, anchor_now) = step.params[place], step.start.flags_of(group)
         deltas = [self._delta.get(p) for p in params]
         anchors = [self.state[p].get("anchor") for p in params]
@@ -150,7 +151,7 @@ class DeltaLoRA(FusedAdamW):
         same = all([update.check_layers() for update in self._weight_updates])
         return super()._look() and same
 
-    def _bind(self, restored: dict | None = None) -> None:
+    def _bind(self, restored: dict[Tensor, list[LowRankFactors] | None] | None = None) -> None:
         """Give the layers their `PendingDelta`; ``restored``: see `WeightUpdate.bind`."""
         t = self._read_iteration()
         for step in self._devices.values():
@@ -163,7 +164,7 @@ class DeltaLoRA(FusedAdamW):
         self, found_inf: dict[torch.device, Tensor], capturing: bool
     ) -> set[torch.device]:
         """Update the weights."""
-        wrote = set()
+        wrote: set[torch.device] = set()
         for update in self._weight_updates:
             t, flag = self._iteration[update.device], found_inf.get(update.device)
             if update.run(t, self._t_least, self._t_most, flag, capturing):
@@ -204,7 +205,7 @@ class DeltaLoRA(FusedAdamW):
                 raise ArgumentError("update_ratio", ratio, accepted)
         super().send_param_groups()
 
-    def _check_group(self, group: dict) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("update_ratio", group["update_ratio"], 0)
         check_int("start_step", group["start_step"], 0)
@@ -218,7 +219,7 @@ class DeltaLoRA(FusedAdamW):
                 accepted = "a run that starts with an update ratio above 0"
                 raise ArgumentError("update_ratio", f"{group['update_ratio']} after 0", accepted)
 
-    def _send(self, settings: list) -> None:
+    def _send(self, settings: list[tuple]) -> None:
         for update in self._weight_updates:
             if update.ratio != update.group["update_ratio"]:
                 update.change_ratio(self._read_iteration())
@@ -226,24 +227,24 @@ class DeltaLoRA(FusedAdamW):
 
     # --------------------------------------------------------------- checkpoints
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`; together with the model's it resumes exactly."""
         saved = super().state_dict()
         index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        layers = [m for u in self._weight_updates for m in u.layers.values() if m.delta]
+        layers = [m for u in self._weight_updates for m in u.layers.values()]
+        past_updates = {index[m.lora_B]: m.delta.past_updates for m in layers if m.delta}
         saved["state"]["delta_lora"] = {
             "iteration": next(iter(self._iteration.values())).cpu(),
             "w_update": self.w_update,
             "update_ratio": [update.ratio for update in self._weight_updates],
             "folded": {
-                index[m.lora_B]: m.delta.past_updates
-                and [(p.B, p.A, p.in_weight) for p in m.delta.past_updates]
-                for m in layers
+                i: None if past is None else [(p.B, p.A, p.in_weight) for p in past]
+                for i, past in past_updates.items()
             },
         }
         return saved
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave; dtypes and devices stay those of this optimizer.
 
         Raises:
@@ -264,7 +265,7 @@ class DeltaLoRA(FusedAdamW):
             update.set_ratio(ratio)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        restored = {}
+        restored: dict[Tensor, list[LowRankFactors] | None] = {}
         for i, past in extra["folded"].items():
             p = params[ids.index(i)]
             kept = [LowRankFactors(b.to(p.device), a.to(p.device), w) for b, a, w in past or ()]

@@ -7,6 +7,7 @@ can also be captured in a CUDA graph.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,21 @@ class AdamWRun:
         deltas, anchors, anchor_now: as for `adamw_step_`.
     """
 
-    def __init__(self, group, params, state, steps, deltas=None, anchors=None, anchor_now=None):
-        none = [None] * len(params)
+    def __init__(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        state: dict[Tensor, dict[str, Tensor]],
+        steps: Tensor,
+        deltas: list[Tensor | None] | None = None,
+        anchors: list[Tensor | None] | None = None,
+        anchor_now: Tensor | None = None,
+    ):
+        none: list[Tensor | None] = [None] * len(params)
         self.group, self.params, self.steps, self.anchor_now = group, params, steps, anchor_now
-        self.sent_lr = self.sent_options = None  # what the device has
+        # What the device has.
+        self.sent_lr: float | Tensor | None = None
+        self.sent_options: tuple[float, ...] | None = None
         backend = choose_path(params[0].device, params[0].dtype).backend
         self.launch = prepare_adamw_step(
             backend, params,
@@ -104,7 +116,8 @@ class DeviceStep:
         self.start = UpdateStart(device, [], [])
         self.weights: list[Tensor] = []
         self.seen = 0
-        self._grads: Tensor | None = None  # addresses, on the device
+        self._grads: Tensor  # addresses, on the device; there once there are launches
+        self._launches: list[tuple[AdamWRun, Tensor]] = []  # each with its part of the addresses
         self._graph_grads: list[Tensor] = []
 
     def watch(self) -> None:
@@ -122,7 +135,7 @@ class DeviceStep:
 
     def adamw(self, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
         """Launch AdamW for every parameter that had a gradient at the last look."""
-        if self.seen & GRADS or self._grads is None or capturing:
+        if self.seen & GRADS or not self._launches or capturing:
             addresses = self.tracker.grads()
             # A new vector each time, because a captured graph may be reading the old one.
             self._grads = copy_async(addresses, torch.empty_like(addresses, device=self.device))
@@ -149,7 +162,7 @@ class DeviceStep:
     def leave_to_graph(self) -> None:
         """Keep the addresses of gradients that a graph was captured with for its replays."""
         self._graph_grads.append(self._grads)
-        self._grads = None
+        self._launches = []
 
 
 def found_infs(

@@ -18,7 +18,8 @@ counts every step: a row that is seldom drawn takes smaller steps, never larger 
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from ..kernels.runtime.gpu import is_capturing
 from ..layers.lora_linear import LoraLinear, swapped_layers
 from ..layers.report import SwapReport, swap_report
 from .fused_adamw import FusedAdamW
-from .param_groups import layer_names
+from .param_groups import ModelOrParams, layer_names
 
 SCALES = ("alpha/b", "alpha/r")
 
@@ -61,8 +62,8 @@ class DyLoRA(FusedAdamW):
 
     def __init__(
         self,
-        model_or_params: nn.Module | Iterable,
-        lr: float = 1e-3,
+        model_or_params: ModelOrParams,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -83,10 +84,10 @@ class DyLoRA(FusedAdamW):
         _check_scale(scale)
         self.r_min, self.r_max, self.frozen, self.scale = r_min, r_max, frozen, scale
         self.distribution = distribution
-        self.rank: int | None = None
+        self.rank: int
         # For each device and dtype: one vector, and its two halves, the gate and a mask that is 1
         # for rows that are trained.
-        self._masks: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
+        self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self._model = model
         super().__init__(
@@ -96,13 +97,13 @@ class DyLoRA(FusedAdamW):
 
     def draw(self) -> int:
         """Draw the rank of the next step and send it to the device, without waiting for it."""
-        index = torch.multinomial(self._weights, 1, generator=self._generator).item()
-        self.rank = self.r_min + index
+        index = torch.multinomial(self._weights, 1, generator=self._generator)
+        self.rank = self.r_min + int(index)
         self._send_rank(self.rank)
         return self.rank
 
     @contextlib.contextmanager
-    def truncated(self, b: int):
+    def truncated(self, b: int) -> Iterator[None]:
         """The model runs at rank b within this context, and then at the drawn rank again."""
         self._send_rank(_check_rank(b, self._r))
         try:
@@ -118,7 +119,7 @@ class DyLoRA(FusedAdamW):
         if self.r_max > self._r:
             raise ArgumentError("r_max", self.r_max, f"at most {self._r}, the rank of the layers")
         self._weights = _check_distribution(self.distribution, self.r_max - self.r_min + 1)
-        stacks = defaultdict(list)  # (is B, shape, ...) -> parameters
+        stacks: dict[tuple, list[Tensor]] = defaultdict(list)  # (is B, shape, ...) -> parameters
         for m in layers:
             key = m.lora_A.device, wide_dtype(m.lora_A.dtype)
             if key not in self._masks:
@@ -175,14 +176,14 @@ class DyLoRA(FusedAdamW):
         if not any(map(is_capturing, self._devices)):
             self.draw()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """As `FusedAdamW.state_dict`, with the drawn rank and the generator of those to come."""
         saved = super().state_dict()
         generator = self._generator.get_state()
         saved["state"]["dylora"] = {"rank": self.rank, "generator": generator, "r": self._r}
         return saved
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave.
 
         Raises:
@@ -231,9 +232,10 @@ def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport
 
 
 def _check_rank(b: object, most: int) -> int:
-    if check_int("b", b, 1) > most:
+    rank = check_int("b", b, 1)
+    if rank > most:
         raise ArgumentError("b", b, f"1 to {most}")
-    return b
+    return rank
 
 
 def _check_scale(scale: object) -> None:

@@ -14,8 +14,9 @@ counts lie there. All kernels read them there, and a step can be captured in a C
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ..kernels.runtime.gpu import is_capturing
 from .address_tracker import ANY, MOVED
 from .device_step import AdamWRun, DeviceStep, found_infs
 from .param_groups import (
+    ModelOrParams,
     check_group,
     check_parameter,
     check_state,
@@ -33,6 +35,8 @@ from .param_groups import (
     parse_groups,
     trainable,
 )
+
+Loss = TypeVar("Loss")  # what a closure returns
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -60,15 +64,19 @@ class FusedAdamW(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then hands over found_inf without reading it
 
+    # GradScaler sets these two before a step; at other times they may be missing.
+    found_inf: Tensor
+    grad_scale: Tensor
+
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
-    _method_defaults: dict = {}  # of the values that it adds to param groups
+    _method_defaults: dict[str, Any] = {}  # of the values that it adds to param groups
     # The values of a param group that the host compares in each step; `AdamWRun` compares lr.
-    _settings_of = itemgetter("betas", "eps", "weight_decay")
+    _settings_of: Callable[[dict[str, Any]], tuple] = itemgetter("betas", "eps", "weight_decay")
 
     def __init__(
         self,
-        model_or_params: nn.Module | Iterable,
+        model_or_params: ModelOrParams,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -89,7 +97,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     # -------------------------------------------------------------------- set-up
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: parameters, or a module's trainable ones.
 
         Raises:
@@ -116,7 +124,8 @@ class FusedAdamW(torch.optim.Optimizer):
         """Allocate the state, and prepare the launches for where the tensors lie now."""
         self._check_tensors()
         self._bound = False
-        kinds: dict[torch.device, dict] = defaultdict(lambda: defaultdict(list))
+        kinds: dict[torch.device, dict[tuple[int, torch.dtype], list[Tensor]]]
+        kinds = defaultdict(lambda: defaultdict(list))
         for p, i in group_indices(self.param_groups).items():
             kinds[p.device][i, p.dtype].append(p)
         known = next(iter(self._iteration.values()), torch.zeros((), dtype=torch.int64))
@@ -128,7 +137,8 @@ class FusedAdamW(torch.optim.Optimizer):
             for p, count in zip(step.params, step.steps, strict=True):
                 self._allocate(p, count)
         self._prepare()
-        self._settings: list = [None] * len(self.param_groups)  # as last sent to the device
+        self._settings: Sequence[tuple | None]  # as last sent to the device
+        self._settings = [None] * len(self.param_groups)
         self._built = True
 
     def _check_tensors(self) -> None:
@@ -152,20 +162,26 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         """Prepare the launches; all moments are allocated."""
-        self._runs = []
+        self._runs: list[AdamWRun] = []
         for step in self._devices.values():
             for i, place in step.places:
                 step.runs.append(self._prepare_run(self.param_groups[i], step, place))
             step.watch()
             self._runs += step.runs
 
-    def _prepare_run(self, group: dict, step: DeviceStep, place: slice) -> AdamWRun:
+    def _prepare_run(self, group: dict[str, Any], step: DeviceStep, place: slice) -> AdamWRun:
         return AdamWRun(group, step.params[place], self.state, step.steps[place])
 
     # ---------------------------------------------------------------------- step
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """One step for every parameter with a gradient; returns what ``closure`` returns.
 
         Raises:
@@ -254,7 +270,7 @@ class FusedAdamW(torch.optim.Optimizer):
         if settings is not None:
             self._send(settings)
 
-    def _changed_settings(self) -> list | None:
+    def _changed_settings(self) -> list[tuple] | None:
         """The groups' values, checked; None where they are those last sent."""
         settings = [self._settings_of(group) for group in self.param_groups]
         if settings == self._settings and not any([run.lr_changed() for run in self._runs]):
@@ -268,11 +284,11 @@ class FusedAdamW(torch.optim.Optimizer):
         for run in self._runs:
             run.check_lr(self._captured)
 
-    def _check_group(self, group: dict) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
         """Raise unless every value of a param group can be used."""
         check_group(group)
 
-    def _send(self, settings: list) -> None:
+    def _send(self, settings: list[tuple]) -> None:
         for run in self._runs:
             run.send_options()
         self._settings = settings
@@ -281,7 +297,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     # `state_dict` is torch's: per parameter "step", "exp_avg" and "exp_avg_sq", as AdamW's there.
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave; dtypes and devices stay those of this optimizer.
 
         Raises:

@@ -1,6 +1,7 @@
 """What an optimizer is given: parameters, param groups and their values, a saved state."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,20 @@ from ..checks import DTYPES, check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..layers.lora_linear import LoraLinear, lora_layers
 
+# What an optimizer takes: a model, or parameters, modules and param groups in any mixture.
+ModelOrParams = nn.Module | Iterable[Tensor | nn.Module | dict[str, Any]]
 ACCEPTED = "a model, or an iterable of parameters, modules or param groups"
 
 
-def parse_groups(model_or_params: object) -> tuple[list[dict], list[nn.Module]]:
+def parse_groups(model_or_params: object) -> tuple[list[dict[str, Any]], list[nn.Module]]:
     """Param groups as `torch.optim` takes them, and the modules that they were made from."""
     if isinstance(model_or_params, nn.Module):
         return [{"params": trainable(model_or_params)}], [model_or_params]
     if isinstance(model_or_params, (Tensor, str)) or not isinstance(model_or_params, Iterable):
         raise ArgumentTypeError("model_or_params", type(model_or_params).__name__, ACCEPTED)
-    groups, modules, bare = [], [], []
+    groups: list[dict[str, Any]] = []
+    modules: list[nn.Module] = []
+    bare: list[Tensor] = []
     for item in model_or_params:
         if isinstance(item, nn.Module):
             modules.append(item)
@@ -37,19 +42,19 @@ def parse_groups(model_or_params: object) -> tuple[list[dict], list[nn.Module]]:
 
 def trainable(module: nn.Module) -> list[Tensor]:
     """The parameters of a module that require a gradient; raises where there are none."""
-    found = [p for p in module.parameters() if p.requires_grad]
+    found: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     if not found:
         given = f"{type(module).__name__} without trainable parameters"
         raise ArgumentError("model_or_params", given, "a module with some, as after `swap_`")
     return found
 
 
-def group_indices(groups: list[dict]) -> dict[Tensor, int]:
+def group_indices(groups: list[dict[str, Any]]) -> dict[Tensor, int]:
     """Every parameter, in order, with the index of its group."""
     return {p: i for i, group in enumerate(groups) for p in group["params"]}
 
 
-def check_group(group: dict) -> None:
+def check_group(group: dict[str, Any]) -> None:
     """Raise unless AdamW can use every value of a param group."""
     check_lr(group["lr"], group["params"])
     check_betas(group["betas"])
@@ -102,14 +107,15 @@ def layer_names(modules: list[nn.Module]) -> dict[LoraLinear, str]:
     return names
 
 
-def find_pairs(modules: list[nn.Module], groups: list[dict]) -> dict[str, LoraLinear]:
+def find_pairs(modules: list[nn.Module], groups: list[dict[str, Any]]) -> dict[str, LoraLinear]:
     """The layers whose weight is updated: those with a pair of their own and an update ratio > 0.
 
     Raises:
         ArgumentError: such a layer has a gate, dropout, or a pair that the groups hold in part;
             update ratios above 0 without any such layer.
     """
-    pairs, index = {}, group_indices(groups)
+    pairs: dict[str, LoraLinear] = {}
+    index = group_indices(groups)
     for layer, name in layer_names(modules).items():
         if layer.share_group is not None:
             continue
@@ -135,7 +141,12 @@ def find_pairs(modules: list[nn.Module], groups: list[dict]) -> dict[str, LoraLi
     return pairs
 
 
-def check_state(state: dict, groups: list[dict], own_state: dict, own_groups: list[dict]) -> None:
+def check_state(
+    state: dict[int, dict[str, Any]],
+    groups: list[dict[str, Any]],
+    own_state: dict[Tensor, dict[str, Tensor]],
+    own_groups: list[dict[str, Any]],
+) -> None:
     """Raise unless the two parts of a state dict fit an optimizer's own state and groups."""
     given_sizes = [len(g["params"]) for g in groups]
     own_sizes = [len(g["params"]) for g in own_groups]
@@ -145,10 +156,10 @@ def check_state(state: dict, groups: list[dict], own_state: dict, own_groups: li
     ids = [i for g in groups for i in g["params"]]
     params = [p for g in own_groups for p in g["params"]]
     for i, p in zip(ids, params, strict=True):
-        have = {k: tuple(t.shape) for k, t in own_state[p].items()}
-        given = {
+        own = {k: tuple(t.shape) for k, t in own_state[p].items()}
+        found = {
             k: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
             for k, t in state.get(i, {}).items()
         }
-        if given != have:
-            raise ArgumentError("state_dict", f"parameter {i} with {given}", str(have))
+        if found != own:
+            raise ArgumentError("state_dict", f"parameter {i} with {found}", str(own))

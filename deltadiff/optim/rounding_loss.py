@@ -1,10 +1,24 @@
 """`RoundingLoss`: how much of an update of W round-to-nearest loses, said once in a warning."""
 
+import functools
+import operator
 import warnings
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class LayerUpdate(NamedTuple):
+    """One layer's arguments of `delta_update_`: W, A', B', A' - A, B' - B and the scale."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    delta_A: Tensor
+    delta_B: Tensor
+    scale: float
 
 
 class RoundingLoss:
@@ -14,18 +28,18 @@ class RoundingLoss:
         told: whether the warning was given.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.told = False
         self._sums: Tensor | None = None  # <got, wanted> and |wanted|^2, on the host
         self._copied: torch.cuda.Event | None = None  # when they are there
 
-    def measure(self, updates: Iterable[tuple]) -> None:
-        """Measure the coming update unless one is under way already; warn if its figures are there.
+    def measure(self, updates: Iterable[LayerUpdate]) -> None:
+        """Measure the coming update of all layers, unless one is being measured already.
 
-        ``updates``: for each layer the arguments of `update_shares`.
+        Warn if the figures are there.
         """
         if self._sums is None:
-            sums = sum(update_shares(*update) for update in updates)
+            sums = functools.reduce(operator.add, map(update_shares, updates))
             if sums.is_cuda:
                 stream = torch.cuda.current_stream(sums.device)
                 sums = torch.empty(2, pin_memory=True).copy_(sums, non_blocking=True)
@@ -45,12 +59,13 @@ class RoundingLoss:
             )
 
 
-def update_shares(weight, lora_A, lora_B, delta_A, delta_B, scale: float) -> Tensor:
+def update_shares(update: LayerUpdate) -> Tensor:
     """<got, wanted> and |wanted|^2 of the next update under round-to-nearest, of one layer.
 
     (2,) float32 on the device. Their ratio is the share of the wanted update that reaches W. Blocks
     of rows keep temporaries smaller than W.
     """
+    weight, lora_A, lora_B, delta_A, delta_B, scale = update
     sums = torch.zeros(2, dtype=torch.float32, device=weight.device)
     a, da = lora_A.detach().float(), delta_A.float()
     rows = max(1, 2**20 // weight.shape[1])

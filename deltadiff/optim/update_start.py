@@ -5,10 +5,13 @@ lays down beforehand what shall hold from which iteration on, and the launch tha
 it into force (`ops.reference.advance_ref_`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import wide_dtype
+from .weight_update import WeightUpdate
 
 NEVER = 2**62  # an iteration that is not reached
 
@@ -44,7 +47,9 @@ class UpdateStart:
         rank_scales: one for each dtype of the factors, at least one.
     """
 
-    def __init__(self, device: torch.device, groups: list[dict], updates: list):
+    def __init__(
+        self, device: torch.device, groups: list[dict[str, Any]], updates: list[WeightUpdate]
+    ):
         """``updates``: the device's `WeightUpdate`s, which get their flag and factors."""
         firsts = [group["start_step"] + 1 for group in groups]
         self.firsts = torch.tensor(firsts, dtype=torch.int64, device=device)
@@ -55,13 +60,13 @@ class UpdateStart:
         for update in updates:
             update.started, _ = self.flags_of(update.group)
 
-    def flags_of(self, group: dict) -> tuple[Tensor, Tensor]:
+    def flags_of(self, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """0-dim views: t > K and t == K + 1 of a param group."""
         return self._group_flags[id(group)]
 
-    def _give_rank_scales(self, device: torch.device, updates: list) -> None:
+    def _give_rank_scales(self, device: torch.device, updates: list[WeightUpdate]) -> None:
         """Each update gets one vector for each rank of its layers."""
-        wanted: dict[torch.dtype, list] = {}
+        wanted: dict[torch.dtype, list[tuple[WeightUpdate, int]]] = {}
         for update in updates:
             for layer in update.layers.values():
                 pairs = wanted.setdefault(wide_dtype(layer.lora_A.dtype), [])

@@ -4,6 +4,8 @@ It knows when the updates of its layers start, gives each layer its `PendingDelt
 what an earlier run, an adapter file or an earlier lambda left there.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from ..layers.lora_linear import LoraLinear
 from ..layers.pending_delta import LowRankFactors, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
-from .rounding_loss import RoundingLoss
+from .rounding_loss import LayerUpdate, RoundingLoss
 
 MAX_PAST_UPDATES = 8  # how many updates by earlier values of lambda are kept as factors
 
@@ -39,12 +41,12 @@ class WeightUpdate:
 
     def __init__(
         self,
-        group: dict,
+        group: dict[str, Any],
         layers: dict[str, LoraLinear],
         inplace: bool,
         rounding: str,
         seed: int,
-        state: dict[Tensor, dict],
+        state: dict[Tensor, dict[str, Tensor]],
         delta: dict[Tensor, Tensor],
     ):
         w = next(iter(layers.values())).weight
@@ -54,7 +56,7 @@ class WeightUpdate:
         self.start_step, self.ratio = group["start_step"], group["update_ratio"]
         weight_dtype = w.dtype if w.dtype in DTYPES else torch.float32
         self.backend = choose_path(w.device, weight_dtype).backend
-        self.started: Tensor | None = None
+        self.started: Tensor
         self.rank_scales: dict[int, Tensor] = {}
         self.rank_scales_after: dict[int, Tensor] = {}
         self._launches: list = []
@@ -76,14 +78,25 @@ class WeightUpdate:
             low = []
             if self.rounding == "remainder":
                 low = [self.state[m.lora_B]["remainder"] for m in layers]
-            lists = map(list, zip(*map(self._arguments, layers), strict=True))
-            launch = prepare_delta_update(self.backend, *lists, self.rounding, low, self.seed)
+            updates = [self._update_of(m) for m in layers]
+            launch = prepare_delta_update(
+                self.backend,
+                [u.weight for u in updates],
+                [u.lora_A for u in updates],
+                [u.lora_B for u in updates],
+                [u.delta_A for u in updates],
+                [u.delta_B for u in updates],
+                [u.scale for u in updates],
+                self.rounding,
+                low,
+                self.seed,
+            )
             self._launches.append((launch, layers))
 
-    def _arguments(self, layer: LoraLinear) -> tuple:
-        """W, A', B', A' - A, B' - B and scale of a layer, as for `delta_update_`."""
+    def _update_of(self, layer: LoraLinear) -> LayerUpdate:
         a, b = layer.lora_A, layer.lora_B
-        return layer.matrix, a, b, self.delta[a], self.delta[b], self.ratio * layer.scaling
+        scale = self.ratio * layer.scaling
+        return LayerUpdate(layer.matrix, a, b, self.delta[a], self.delta[b], scale)
 
     # ---------------------------------------------------------------------- a step
 
@@ -93,7 +106,8 @@ class WeightUpdate:
             given = f"{self.group['start_step']} after {self.start_step}"
             raise ArgumentError("start_step", given, "one value for the whole run")
         if not self.inplace and self.ratio != self.group["update_ratio"]:
-            kept = max(len(m.delta.past_updates) for m in self.layers.values() if m.delta)
+            past_updates = [m.delta.past_updates for m in self.layers.values() if m.delta]
+            kept = max(MAX_PAST_UPDATES if past is None else len(past) for past in past_updates)
             if kept >= MAX_PAST_UPDATES:
                 given = f"{self.group['update_ratio']}, change number {MAX_PAST_UPDATES + 1}"
                 accepted = f"at most {MAX_PAST_UPDATES} changes while w_update is 'factored'"
@@ -136,7 +150,7 @@ class WeightUpdate:
         if found_inf is not None:
             apply = self.started * (found_inf.view(()) == 0)
         if self._loss is not None and not self._loss.told and not early and not capturing:
-            self._loss.measure(map(self._arguments, self.layers.values()))
+            self._loss.measure(map(self._update_of, self.layers.values()))
         for launch, _ in self._launches:
             launch(t, apply)
         self._launched = True
@@ -150,6 +164,7 @@ class WeightUpdate:
         ratio, started = self.group["update_ratio"], t > self.start_step + 1
         for layer in self.layers.values():
             delta = layer.delta
+            assert delta is not None  # `bind` gave it
             if started:
                 if delta.update_ratio and delta.past_updates is not None:
                     delta.past_updates.append(
@@ -197,20 +212,21 @@ class WeightUpdate:
             if started and not own and restored is None:  # joins a run past its first update
                 anchor_A.copy_(a)
                 anchor_B.copy_(b)
-            layer.delta = PendingDelta(
+            delta = layer.delta = PendingDelta(
                 anchor_A, anchor_B, self.ratio, self.rank_scales[layer.r],
                 in_weight=self.inplace, remainder=self.state[b].get("remainder"),
             )  # fmt: skip
             if before is not None and not own:
-                self._take_over(layer, before, restored is not None)
+                self._take_over(layer, before, delta, restored is not None)
             elif restored is not None:
-                layer.delta.past_updates = restored[b]
-            elif own:
-                layer.delta.past_updates = before.past_updates
+                delta.past_updates = restored[b]
+            elif before is not None:
+                delta.past_updates = before.past_updates
 
-    def _take_over(self, layer: LoraLinear, before: PendingDelta, restored: bool) -> None:
-        """Keep what ``before`` says is part of the model; W gets what it may hold."""
-        delta = layer.delta
+    def _take_over(
+        self, layer: LoraLinear, before: PendingDelta, delta: PendingDelta, restored: bool
+    ) -> None:
+        """Keep in ``delta`` what ``before`` says is part of the model; W gets what it may hold."""
         if before.remainder is not None and delta.remainder is not None and not restored:
             delta.remainder.copy_(before.remainder)
         past = None if before.past_updates is None else list(before.past_updates)
