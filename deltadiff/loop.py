@@ -4,6 +4,7 @@ import contextlib
 import functools
 import signal
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 
@@ -33,14 +34,16 @@ LOSS_SYNC_INTERVAL = 10
 
 
 @contextlib.contextmanager
-def catch_interrupt() -> Iterator[list]:
+def catch_interrupt() -> Iterator[list[int]]:
     """A list that gets an entry with the first Ctrl-C or SIGTERM; a second one ends the process."""
     received: list[int] = []
     earlier = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else earlier[number])
+        signal.signal(
+            number, signal.SIG_DFL if number == signal.SIGTERM else earlier[signal.Signals(number)]
+        )
 
     for number in earlier:
         signal.signal(number, note)

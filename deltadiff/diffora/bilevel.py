@@ -23,7 +23,7 @@ from ..layers.lora_linear import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets import Targets
 from ..optim.fused_adamw import FusedAdamW
-from .candidates import Candidates, find_candidates
+from .candidates import Candidates, find_candidates, swapped_candidate
 from .gate_logits import GateLogits
 from .gates import GateMatrix
 from .step_log import Place, StepLog
@@ -99,10 +99,12 @@ class Search:
             lora_dropout=lora_dropout, adapter_dtype=adapter_dtype,
             modules_to_save=modules_to_save, backend=backend, seed=seed,
         )  # fmt: skip
-        self.layers = {name: model.get_submodule(name) for name in places}
+        self.layers = {name: swapped_candidate(model, name) for name in places}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
-        self.heads = {name: p for name, p in self.trained.items() if id(p) not in pairs}
+        self.heads: dict[str, Tensor] = {
+            name: p for name, p in self.trained.items() if id(p) not in pairs
+        }
         self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
         try:
             self.optimizer = FusedAdamW(self.trained.values(), lr, betas, weight_decay=weight_decay)
@@ -117,7 +119,9 @@ class Search:
             fused=True,  # only this one skips a step without a read of ``found_inf`` by the host
         )  # fmt: skip
         self.log = StepLog(self.logits.device)
-        self.optimizer.found_inf = self.gate_optimizer.found_inf = self.log.failed
+        for optimizer in (self.optimizer, self.gate_optimizer):
+            # Optimizers read this attribute, which GradScaler sets too, but do not declare it.
+            optimizer.found_inf = self.log.failed  # type: ignore[union-attr]
         self.round = self.index = 0
         self.gate_losses: list[float] = []
         self.inner_losses: list[float] = []
@@ -186,7 +190,9 @@ class Search:
         return value.view(())
 
     @torch.no_grad()
-    def _take(self, optimizer, place: Place, loss: Tensor, params: list[Tensor]) -> None:
+    def _take(
+        self, optimizer: torch.optim.Optimizer, place: Place, loss: Tensor, params: list[Tensor]
+    ) -> None:
         """Step to ``place``, unless the loss or a gradient, now or before, is not finite."""
         self.log.judge(loss, [p.grad for p in params if p.grad is not None])
         optimizer.step()

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..layers.linear import is_peft
+from ..layers.lora_linear import LoraLinear
 from ..layers.targets import Targets, choose_modules
 
 
@@ -93,6 +94,13 @@ def find_candidates(
             given = f"one module in {layer}: {types[0]}"
             raise ArgumentError("target_modules", given, "at least two modules in each layer")
     return Candidates(tuple(layers), tuple(map(tuple, layers.values())), tuple(outside))
+
+
+def swapped_candidate(model: nn.Module, name: str) -> LoraLinear:
+    """The layer that `swap_` put in the place of the candidate called ``name``."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, LoraLinear)
+    return layer
 
 
 def _split(name: str, lists: set[str]) -> tuple[str, str]:

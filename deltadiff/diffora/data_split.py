@@ -22,7 +22,7 @@ class Split:
     train: tuple[int, ...]
     valid: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, part in (("train", self.train), ("valid", self.valid)):
             if not part:
                 raise ArgumentError(name, "no examples", "at least one")

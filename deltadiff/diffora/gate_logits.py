@@ -54,7 +54,7 @@ class GateLogits:
         self.inner_gates.copy_(self._softmax())
 
     def _softmax(self) -> Tensor:
-        logits = self.logits
+        logits: Tensor = self.logits
         if self._missing is not None:
             logits = logits.masked_fill(self._missing, -torch.inf)
         return logits.softmax(1)

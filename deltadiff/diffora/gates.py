@@ -16,6 +16,7 @@ from .candidates import Candidates
 from .json_table import VERSION, JsonFile, nest_by_layer, parse_table
 
 Choose = Callable[[int, tuple[str, ...], int], list[str]]
+Rows = list[list[float | None]]  # the values of a `GateMatrix` while they are filled in
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class GateMatrix(JsonFile):
     @classmethod
     def from_tensor(cls, candidates: Candidates, values: Tensor) -> "GateMatrix":
         """The gates in a (layers, types) tensor; its entries without a module are ignored."""
-        table: list[list] = [[None] * len(candidates.types) for _ in candidates.layers]
+        table: Rows = [[None] * len(candidates.types) for _ in candidates.layers]
         numbers = values.detach().tolist()
         for i, j in candidates.places.values():
             table[i][j] = numbers[i][j]
         return cls(candidates, tuple(map(tuple, table)))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = (len(self.candidates.types),) * len(self.candidates.layers)
         if tuple(map(len, self.values)) != shape:
             given = f"rows of {', '.join(str(len(row)) for row in self.values)}"
@@ -68,7 +69,8 @@ class GateMatrix(JsonFile):
         """
 
         def largest(i: int, types: tuple[str, ...], k: int) -> list[str]:
-            gates = dict(zip(self.candidates.types, self.values[i], strict=True))
+            row = zip(self.candidates.types, self.values[i], strict=True)
+            gates = {t: value for t, value in row if value is not None}
             return sorted(types, key=lambda t: -gates[t])[:k]  # a stable sort
 
         return _select(self.candidates, ratio, largest, self)
@@ -83,7 +85,7 @@ class GateMatrix(JsonFile):
         """Parse what `to_json` gave; ArgumentError where something else is in the data."""
         candidates, table = parse_table(data, cls.FORMAT, (int, float))
         column = {t: j for j, t in enumerate(candidates.types)}
-        rows = [[None] * len(column) for _ in candidates.layers]
+        rows: Rows = [[None] * len(column) for _ in candidates.layers]
         for row, gates in zip(rows, table, strict=True):
             for t, value in gates.items():
                 row[column[t]] = float(value)
@@ -108,7 +110,7 @@ class Selection(JsonFile):
     ratio: float
     gates: GateMatrix | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = sorted(self.selected - set(self.candidates.places))
         if unknown:
             raise ArgumentError("selected", unknown[0], "names of candidates")
@@ -133,6 +135,7 @@ class Selection(JsonFile):
     def from_json(cls, data: object) -> "Selection":
         """Parse what `to_json` gave; ArgumentError where something else is in the data."""
         candidates, table = parse_table(data, cls.FORMAT, (bool,))
+        assert isinstance(data, dict)  # `parse_table` accepts nothing else
         pairs = zip(candidates.layers, table, strict=True)
         selected = {f"{layer}.{t}" for layer, row in pairs for t, chosen in row.items() if chosen}
         gates = None if data.get("gates") is None else GateMatrix.from_json(data["gates"])
@@ -160,9 +163,10 @@ def random_selection(candidates: Candidates, ratio: float, seed: int = 0) -> Sel
 
 
 def _check_ratio(ratio: object) -> float:
-    if not 0 < check_number("ratio", ratio) <= 1:
+    share = check_number("ratio", ratio)
+    if not 0 < share <= 1:
         raise ArgumentError("ratio", ratio, "a share in (0, 1]")
-    return float(ratio)
+    return share
 
 
 def _select(

@@ -51,8 +51,8 @@ def plot_gates(
         figsize=(max(4.5, size[0] + 3.2), size[1] * (1 if beside else panels)),
         dpi=130, layout="constrained",
     )  # fmt: skip
-    shape = {"ncols": panels} if beside else {"nrows": panels}
-    axes = figure.subplots(squeeze=False, sharex=True, sharey=True, **shape).flatten()
+    rows, columns = (1, panels) if beside else (panels, 1)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     figure.suptitle(title)
 
     values = [[row[j] for row in gates.values] for j in range(types)]

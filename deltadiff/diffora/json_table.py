@@ -4,6 +4,7 @@ The value of a file is an object with ``format``, ``version`` and ``layers``: an
 layer, which holds a value for each of its module types.
 """
 
+import abc
 import json
 import os
 from collections.abc import Callable
@@ -16,10 +17,20 @@ from .candidates import Candidates
 
 VERSION = 1
 T = TypeVar("T", bound="JsonFile")
+Value = TypeVar("Value")
 
 
-class JsonFile:
+class JsonFile(abc.ABC):
     """`save` and `load` for a class that has ``to_json`` and ``from_json``."""
+
+    @abc.abstractmethod
+    def to_json(self) -> dict:
+        """The plain data of the JSON file."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_json(cls: type[T], data: object) -> T:
+        """Parse what `to_json` gave; ArgumentError where something else is in the data."""
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a JSON file, atomically; `load` makes an equal object of it."""
@@ -50,8 +61,8 @@ def nest_by_layer(candidates: Candidates, value: Callable[[str, int, int], objec
 
 
 def parse_table(
-    data: object, form: str, kinds: tuple[type, ...]
-) -> tuple[Candidates, list[dict[str, object]]]:
+    data: object, form: str, kinds: tuple[type[Value], ...]
+) -> tuple[Candidates, list[dict[str, Value]]]:
     """The candidates of a table of format ``form``, and the values of each layer by module type.
 
     Raises:

@@ -5,6 +5,7 @@ and then T steps on the low-rank pairs with training data.
 """
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -114,11 +115,11 @@ def search(
                     raise Interrupted(save())
                 if state.round == 0 or state.index == inner_steps:
                     indices = batch(data.valid, seed + 1, state.round)
-                    state.gate_step(lambda indices=indices: loss(indices))
+                    state.gate_step(functools.partial(loss, indices))
                     continue
                 step = (state.round - 1) * inner_steps + state.index
                 indices = batch(data.train, seed, step)
-                state.inner_step(lambda indices=indices: loss(indices))
+                state.inner_step(functools.partial(loss, indices))
                 if state.index == inner_steps:
                     show(state.round, rounds, _last_losses(state))
                     if state.round % save_every == 0:

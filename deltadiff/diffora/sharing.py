@@ -5,11 +5,12 @@ rank may differ from that of the other pairs (the paper's weight sharing). Sever
 same `Parameter` for A and for B, so autograd sums their gradients, always in the same order.
 """
 
+import functools
 from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_int, dtype_name
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
@@ -20,6 +21,7 @@ from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_, unswap_
 from ..layers.targets import choose_modules
 from .bilevel import Search
+from .candidates import swapped_candidate
 from .gates import Selection
 
 
@@ -83,24 +85,21 @@ def apply_(
     if warm_start is not None:
         _check_search(warm_start, selection, r)
 
-    options = {
-        "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "adapter_dtype": adapter_dtype,
-        "modules_to_save": modules_to_save, "backend": backend,
-    }  # fmt: skip
-    swap_(model, r=r, target_modules=lambda name, _: name in own, seed=seed, **options)
+    swap = functools.partial(
+        swap_, model, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+        adapter_dtype=adapter_dtype, modules_to_save=modules_to_save, backend=backend,
+    )  # fmt: skip
+    swap(r=r, target_modules=lambda name, _: name in own, seed=seed)
     if shared:
         # Another seed, so that shared pairs do not start with the numbers of the own ones.
         other_seed = None if seed is None else seed + 2**32
         try:
-            swap_(
-                model, r=share_r, target_modules=lambda name, _: name in shared,
-                seed=other_seed, **options,
-            )  # fmt: skip
+            swap(r=share_r, target_modules=lambda name, _: name in shared, seed=other_seed)
         except ArgumentError:
             unswap_(model)
             raise
-    for group, names in groups.items():
-        _share_pair(group, [model.get_submodule(name) for name in names])
+    for group, members in groups.items():
+        _share_pair(group, [swapped_candidate(model, name) for name in members])
     if warm_start is not None:
         _start_warm(model, selection, warm_start)
     if not share and selection.others:
@@ -132,33 +131,40 @@ def _share_pair(group: str, layers: list[LoraLinear]) -> None:
 # ---------------------------------------------------------------------- who shares
 
 
-def _groups(selection: Selection, modules: dict) -> tuple[dict[str, list[str]], list[str]]:
+def _groups(
+    selection: Selection, modules: dict[str, nn.Module]
+) -> tuple[dict[str, list[str]], list[str]]:
     """The modules of each group by its name, and notes on the types that had to be split."""
-    candidates, kinds = selection.candidates, {}
+    candidates = selection.candidates
+    kinds: dict[str, dict[tuple[str, ...], list[str]]] = {}  # by group, then by kind
     stacks = {layer.rpartition(".")[0] for layer in candidates.layers}
     for name in selection.others:
         i, j = candidates.places[name]
         stack, w = candidates.layers[i].rpartition(".")[0], modules[name].weight
+        assert isinstance(w, Tensor)  # The module is a linear layer.
         group = candidates.types[j] if len(stacks) == 1 else f"{stack}.*.{candidates.types[j]}"
         shape = " x ".join(map(str, linear_shape(modules[name])))
         kind = shape, dtype_name(w.dtype), str(w.device)
         kinds.setdefault(group, {}).setdefault(kind, []).append(name)
-    groups, notes = {}, []
+    groups: dict[str, list[str]] = {}
+    notes: list[str] = []
     for group, parts in kinds.items():
         if len(parts) == 1:
             groups[group] = next(iter(parts.values()))
             continue
         columns = [k for k in range(3) if len({kind[k] for kind in parts}) > 1]
-        parts = {", ".join(kind[k] for k in columns): names for kind, names in parts.items()}
-        groups |= {f"{group} ({part})": names for part, names in parts.items()}
-        notes.append(f"{group}: {len(parts)} shared pairs, for weights of {'; '.join(parts)}")
+        named = {", ".join(kind[k] for k in columns): names for kind, names in parts.items()}
+        groups |= {f"{group} ({part})": names for part, names in named.items()}
+        notes.append(f"{group}: {len(named)} shared pairs, for weights of {'; '.join(named)}")
     return groups, notes
 
 
 # ---------------------------------------------------------------------- checks
 
 
-def _find(model: nn.Module, selection: Selection, modules_to_save) -> dict[str, nn.Module]:
+def _find(
+    model: nn.Module, selection: Selection, modules_to_save: Collection[str]
+) -> dict[str, nn.Module]:
     """The linear layers of the model by name, among them all candidates of the selection."""
     modules = choose_modules(model, lambda *_: True, modules_to_save)
     for name in selection.candidates.places:
@@ -184,10 +190,12 @@ def _start_warm(model: nn.Module, selection: Selection, search: Search) -> None:
     """Copy the pairs of the selected modules and the heads from a search."""
     gates = search.gates()
     for name in selection.selected:
-        layer, before = model.get_submodule(name), search.layers[name]
+        layer, before = swapped_candidate(model, name), search.layers[name]
         i, j = search.candidates.places[name]
+        gate = gates.values[i][j]
+        assert gate is not None  # Every candidate has a gate.
         layer.lora_A.copy_(before.lora_A)
-        layer.lora_B.copy_(before.lora_B * (gates.values[i][j] * before.scaling / layer.scaling))
+        layer.lora_B.copy_(before.lora_B * (gate * before.scaling / layer.scaling))
     for name, p in model.named_parameters():
         if name in search.heads and p.requires_grad:
             p.copy_(search.heads[name])
