@@ -84,13 +84,12 @@ void adamw_step_(
   }
 
   const auto dtype = params[0].scalar_type(), moment_dtype = exp_avgs[0].scalar_type();
-  TORCH_CHECK(
-      (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) &&
-          (moment_dtype == dtype || moment_dtype == at::kFloat),
-      "adamw_step_: no kernel for ", dtype, " with moments in ", moment_dtype);
   const Kernel update = best_kernel(
       dtype, moment_dtype == at::kFloat ? KernelOption::wide_moments
                                         : KernelOption::moments_like_params);
+  TORCH_CHECK(
+      update && (moment_dtype == dtype || moment_dtype == at::kFloat),
+      "adamw_step_: no kernel for ", dtype, " with moments in ", moment_dtype);
   const bool keep_anchors = is_set(anchor_now);
   const float scale = grad_scale ? grad_scale->item<float>() : 1.f;
 

@@ -50,13 +50,9 @@ static void update(const Chunk& chunk, const Step& step) {
   if (anchor) memcpy(anchor + whole, tail_anchor, rest * sizeof(P));
 }
 
-template <class Param>
-static Kernel kernel_for(KernelOption moments) {
-  return moments == KernelOption::wide_moments ? update<Param, Float32> : update<Param, Param>;
-}
-
 static Kernel kernel(at::ScalarType dtype, KernelOption moments) {
-  if (dtype == at::kBFloat16) return kernel_for<BFloat16>(moments);
-  if (dtype == at::kHalf) return kernel_for<Float16>(moments);
-  return update<Float32, Float32>;
+  return choose_by_dtype(dtype, [moments](auto storage) -> Kernel {
+    using Param = decltype(storage);
+    return moments == KernelOption::wide_moments ? update<Param, Float32> : update<Param, Param>;
+  });
 }

@@ -15,8 +15,6 @@
 namespace deltadiff {
 namespace {
 
-enum class KernelOption { nearest, stochastic, remainder };
-
 // Some rows of one strip of a weight. Strides count elements.
 struct Block {
   void* weight;
@@ -40,6 +38,7 @@ struct Block {
 struct Kernel {
   void (*update)(const Block&);
   int rows, tile;
+  bool keeps_remainder;
 };
 
 }  // namespace
@@ -165,22 +164,18 @@ void delta_update_(
     const OptionalTensor& apply) {
   const PlainTensors plain;
   const size_t n = weights.size();
-  const auto option = rounding == "remainder"    ? KernelOption::remainder
-                      : rounding == "stochastic" ? KernelOption::stochastic
-                                                 : KernelOption::nearest;
-  const bool keeps_remainder = option == KernelOption::remainder;
   TORCH_CHECK(
       lora_As.size() == n && lora_Bs.size() == n && delta_As.size() == n && delta_Bs.size() == n &&
-          scales.size() == n && (!keeps_remainder || remainders.size() == n),
+          scales.size() == n,
       "delta_update_: the lists differ in length");
   if (n == 0 || (apply && apply->item().toDouble() == 0)) return;
 
   const auto dtype = weights[0].scalar_type();
+  const Kernel kernel = best_kernel(dtype, rounding);
+  TORCH_CHECK(kernel.update, "delta_update_: no kernel for ", dtype, " with rounding ", rounding);
   TORCH_CHECK(
-      dtype == at::kFloat ? option == KernelOption::nearest
-                          : dtype == at::kBFloat16 || dtype == at::kHalf,
-      "delta_update_: no kernel for ", dtype, " with rounding ", rounding);
-  const Kernel kernel = best_kernel(dtype, option);
+      !kernel.keeps_remainder || remainders.size() == n,
+      "delta_update_: the lists differ in length");
   const auto step_now = static_cast<uint32_t>(step.item<int64_t>());
   std::vector<Job> jobs;
   jobs.reserve(n);
@@ -188,7 +183,7 @@ void delta_update_(
   for (size_t i = 0; i < n; ++i) {
     TORCH_CHECK(weights[i].scalar_type() == dtype, "delta_update_: weights of several dtypes");
     if (weights[i].numel() == 0) continue;
-    const at::Tensor* low = keeps_remainder ? &remainders[i] : nullptr;
+    const at::Tensor* low = kernel.keeps_remainder ? &remainders[i] : nullptr;
     Job job = plan(weights[i], lora_As[i], lora_Bs[i], delta_As[i], delta_Bs[i], low, kernel);
     job.block.scale = static_cast<float>(scales[i]);
     job.block.seed = static_cast<uint64_t>(seed);

@@ -11,6 +11,10 @@ constexpr int kPanel = 512;  // number of columns whose random bits are made at 
 // ---- Storage of an element: `read` and `write` take its float32 value from, and put it into,
 // ---- the weight and, where there is one, the remainder.
 
+// A rounding mode derives from this for each dtype that it is not written for, so that there is no
+// kernel for the two.
+struct Unsupported {};
+
 template <class Storage>
 struct Nearest {
   using Weight = typename Storage::Item;
@@ -23,7 +27,7 @@ struct Nearest {
 };
 
 template <class Storage>
-struct Remainder;
+struct Remainder : Unsupported {};
 
 template <>
 struct Remainder<BFloat16> {
@@ -60,7 +64,7 @@ struct Remainder<Float16> {
 };
 
 template <class Storage>
-struct Stochastic;
+struct Stochastic : Unsupported {};
 
 template <>
 struct Stochastic<BFloat16> {
@@ -187,16 +191,20 @@ static void update(const Block& job) {
   }
 }
 
-template <class Storage>
-static Kernel kernel_for(KernelOption rounding) {
-  const auto run = rounding == KernelOption::remainder    ? update<Remainder<Storage>>
-                   : rounding == KernelOption::stochastic ? update<Stochastic<Storage>>
-                                                          : update<Nearest<Storage>>;
-  return {run, kRows, kTile};
+template <class Format>
+static Kernel kernel_of() {
+  if constexpr (std::is_base_of_v<Unsupported, Format>) {
+    return {};
+  } else {
+    return {update<Format>, kRows, kTile, Format::kRemainder};
+  }
 }
 
-static Kernel kernel(at::ScalarType dtype, KernelOption rounding) {
-  if (dtype == at::kBFloat16) return kernel_for<BFloat16>(rounding);
-  if (dtype == at::kHalf) return kernel_for<Float16>(rounding);
-  return {update<Nearest<Float32>>, kRows, kTile};
+static Kernel kernel(at::ScalarType dtype, std::string_view rounding) {
+  return choose_by_dtype(dtype, [rounding](auto storage) -> Kernel {
+    using Storage = decltype(storage);
+    if (rounding == "remainder") return kernel_of<Remainder<Storage>>();
+    if (rounding == "stochastic") return kernel_of<Stochastic<Storage>>();
+    return kernel_of<Nearest<Storage>>();
+  });
 }

@@ -6,6 +6,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "dtypes.h"
 #include "ops.h"
 
 namespace deltadiff {
@@ -130,7 +131,7 @@ bool fits(
     const OptionalTensor& bias, double dropout, const OptionalTensor& seed) {
   const auto dtype = x.scalar_type();
   const auto is_ours = [](at::ScalarType t) {
-    return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
+    return has_kernels(t) || t == at::kDouble;  // float64 goes to the reference
   };
   if (x.dim() < 1 || weight.dim() != 2 || lora_A.dim() != 2) return false;
   const auto out = weight.sym_size(0), in = weight.sym_size(1), r = lora_A.sym_size(0);

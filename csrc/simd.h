@@ -110,7 +110,7 @@ DELTADIFF_INLINE void store_pairs(uint64_t* out, u64v a, u64v b) {
 #endif
 }
 
-// How each dtype lies in memory. 16-bit floats are handled as their bits.
+// How each dtype of dtypes.h lies in memory. 16-bit floats are handled as their bits.
 
 struct Float32 {
   using Item = float;
@@ -156,3 +156,18 @@ struct Float16 {
   DELTADIFF_INLINE f32v read(const uint16_t* p) { return expand(load<u16v>(p)); }
   DELTADIFF_INLINE void write(uint16_t* p, f32v v) { store(p, round(v)); }
 };
+
+// The kernel that `choose` returns when it is called with the struct of `dtype`, one of those
+// above. For a dtype that is not in dtypes.h, there is none: the kernel is null.
+template <class Choose>
+static Kernel choose_by_dtype(at::ScalarType dtype, Choose choose) {
+  switch (dtype) {
+#define DELTADIFF_CASE(type, Storage) \
+  case type:                          \
+    return choose(Storage{});
+    DELTADIFF_DTYPES(DELTADIFF_CASE)
+#undef DELTADIFF_CASE
+    default:
+      return {};
+  }
+}

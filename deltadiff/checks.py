@@ -1,4 +1,4 @@
-"""Checks of arguments, and the one table of dtypes and roundings.
+"""Checks of arguments; the dtypes, from the kernels' one table, and the one list of roundings.
 
 Callers check every argument before they change anything. Each error names the argument.
 """
@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
+from .kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 
 # ---------------------------------------------------------------- dtypes and roundings
 
-# The dtypes of weights and activations, in the order in which tables show them.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The dtypes of weights and activations, in the order in which tables show them. For float64 there
+# are no kernels.
+DTYPES = (*KERNEL_DTYPES, torch.float64)
 # The 16-bit dtypes, each with the dtype of the remainder that is kept beside such a weight.
-REMAINDER_DTYPES = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
+REMAINDER_DTYPES = {
+    dtype: facts.remainder for dtype, facts in KERNEL_DTYPES.items() if facts.remainder is not None
+}
 HALF_DTYPES = tuple(REMAINDER_DTYPES)
 # The dtypes that models are trained in, by the names that command lines take. float64 is left out:
 # it is for checking.

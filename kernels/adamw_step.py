@@ -14,9 +14,10 @@ import triton.language as tl
 
 from .runtime.async_copy import copy_async
 from .runtime.cached_launch import launch_cached
+from .runtime.dtypes import triton_dtype
 from .runtime.gpu import on_device
 from .runtime.launch_cache import LaunchCache
-from .runtime.multi_tensor import TRITON_DTYPES, device_numbers, find_row
+from .runtime.multi_tensor import device_numbers, find_row
 
 # A row of the table: the addresses of p, m, v, delta and anchor, 0 for none; the number of
 # elements; the position in ``grads`` and ``steps``.
@@ -129,7 +130,7 @@ class AdamWStep:
 
     def __init__(self, params, exp_avgs, exp_avg_sqs, deltas, anchors, positions=None):
         self.device, self.aligned = params[0].device, True
-        self.dtypes = TRITON_DTYPES[params[0].dtype], TRITON_DTYPES[exp_avgs[0].dtype]
+        self.dtypes = triton_dtype(params[0].dtype), triton_dtype(exp_avgs[0].dtype)
         self.rows, self.blocks = len(params), 0
         positions = range(len(params)) if positions is None else positions
         rows, first_blocks = [], []

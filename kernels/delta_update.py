@@ -8,15 +8,15 @@ import struct
 
 import torch
 import triton
-import triton.language as tl
 
 from .delta_update_kernel import MAX_KEPT_BLOCKS, RANK_BLOCK, SCALE, _delta_update_kernel
 from .runtime import gpu
 from .runtime.async_copy import copy_async
 from .runtime.cached_launch import launch_cached
+from .runtime.dtypes import triton_dtype
 from .runtime.float32_product import product_precision
 from .runtime.launch_cache import LaunchCache
-from .runtime.multi_tensor import TRITON_DTYPES, new_numbers
+from .runtime.multi_tensor import new_numbers
 from .runtime.tuned import LaunchConfig
 
 
@@ -65,15 +65,12 @@ class DeltaUpdate:
         self, weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed,
         positions=None,
     ):  # fmt: skip
-        w, a = weights[0], lora_As[0]
+        w, a, low = weights[0], lora_As[0], (remainders or weights)[0]
         self.device, self.seed, self.rows = w.device, seed, len(weights)
         matrices = list(
             zip(weights, lora_As, lora_Bs, delta_As, delta_Bs, remainders or weights, strict=True)
         )
-        dtypes = (
-            TRITON_DTYPES[w.dtype], TRITON_DTYPES[a.dtype],
-            tl.int16 if w.dtype == torch.bfloat16 else tl.float16,
-        )  # fmt: skip
+        dtypes = [triton_dtype(t.dtype) for t in (w, a, low)]
         rank = 2 * max(a.shape[0] for a in lora_As)
         self.options = DELTA_UPDATE.choose(
             self.device,

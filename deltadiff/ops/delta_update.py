@@ -79,7 +79,7 @@ def check_delta_update(
         raise ArgumentError(
             "rounding",
             repr(rounding),
-            f"remainder, stochastic or nearest for a {lists[0][0].dtype} weight",
+            f"{', '.join(ROUNDINGS[:0:-1])} or {ROUNDINGS[0]} for a {lists[0][0].dtype} weight",
         )
     if rounding == "remainder" and not remainders:
         raise ArgumentError(

@@ -20,10 +20,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import HALF_DTYPES
+from ..checks import HALF_DTYPES, dtype_name
 from ..errors import ArgumentError, BackendUnavailableError
 
 BACKENDS = ("hopper", "triton", "cpp", "reference")
+
+_HALF_NAMES = " and ".join(map(dtype_name, HALF_DTYPES))
 
 # The modules that launch the kernels of lora_linear from Python, by the name of the kernel. Each
 # has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments.
@@ -94,7 +96,7 @@ def _why_no_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     if (major, minor) != (9, 0):
         return f"the sm_90 kernel needs sm_90; {device} is sm_{major}{minor}"
     if dtype not in HALF_DTYPES:
-        return "the sm_90 kernel is for bfloat16 and float16"
+        return f"the sm_90 kernel is for {_HALF_NAMES}"
     return _TRITON_MISSING or _GLUON_MISSING
 
 
@@ -173,7 +175,7 @@ def _why_not_few_tokens(layer: Layer) -> str | None:
     if layer.dropout:
         return "the kernel for few tokens has no dropout"
     if layer.dtype not in HALF_DTYPES:
-        return "the kernel for few tokens is for bfloat16 and float16"
+        return f"the kernel for few tokens is for {_HALF_NAMES}"
     if layer.r > 64:
         return f"rank {layer.r} > 64"
     if layer.n % 8 or layer.k % 8:  # rows that start anywhere cannot be loaded ahead

@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..runtime.cached_launch import launch_cached
+from ..runtime.dtypes import triton_dtype
 from ..runtime.gpu import current_stream, is_capturing, on_device
 from .hopper import (
     COLUMN_ITEMS_RANK,
@@ -264,8 +265,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _layout(block: tuple[int, int], dtype: torch.dtype):
-    gluon_dtype = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for(list(block), gluon_dtype)
+    return gl.NVMMASharedLayout.get_default_for(list(block), triton_dtype(dtype))
 
 
 def _descriptor(t: torch.Tensor, *block: int) -> TensorDescriptor:

@@ -2,6 +2,7 @@
 
 A table is a vector of int64. It begins with the number of the first tile of each tensor; then come
 rows of numbers, one row for each tensor, with its address and whatever else the kernel needs.
+Addresses in a table have no type, so a kernel is told the dtypes.
 """
 
 import functools
@@ -12,13 +13,6 @@ import triton.language as tl
 
 from .async_copy import copy_async
 from .gpu import current_stream, is_capturing
-
-# Addresses in a table have no type, so a kernel is told the dtypes.
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 def device_numbers(numbers: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .dtypes import DTYPES
+
 POINTER, INT32, INT64, SCALING, DESCRIPTOR = range(5)
 
 
 INTEGERS = {"i32": INT32, "i64": INT64}
-
-
-TENSOR_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 
 
 class CannotPlanError(RuntimeError):
@@ -117,7 +116,8 @@ def _parameter(arg, kind: str, descriptors) -> list[int]:
     if kind == "fp32":
         return [SCALING]
     meta = next(descriptors, None) if kind.startswith("tensordesc") else None
-    element = TENSOR_MAP_TYPES.get(arg.base.dtype) if meta else None
+    facts = DTYPES.get(arg.base.dtype) if meta else None
+    element = facts.tensor_map if facts else None
     if element is None or meta["fp4_padded"] or len(arg.shape) != 2 or arg.padding != "zero":
         raise CannotPlanError(f"a parameter of type {kind}")
     base, size = arg.base, meta["elem_size"]

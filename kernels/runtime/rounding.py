@@ -5,8 +5,9 @@ keep what it loses: on average, by stochastic rounding; or exactly, in a *remain
 beside the weight. Both work on the bits of the float32 value.
 
 To add a rounding mode, add its name to `deltadiff.checks.ROUNDINGS` and its code here, in
-`delta_update.py`, in `deltadiff/ops/reference.py` and in `csrc/delta_update_kernel.h`; its test
-goes to `tests/ops/test_delta_update.py`.
+`delta_update_kernel.py`, in `deltadiff/ops/reference.py` and in `csrc/delta_update_kernel.h`; its
+test goes to `tests/ops/test_delta_update.py`, and `deltadiff verify` checks it by what
+`verify/delta_update.py` knows of it. `dtypes.py` says what a new dtype needs.
 """
 
 import triton
