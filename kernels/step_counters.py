@@ -58,7 +58,7 @@ def advance_counters_(
     """Count one optimizer step as done, unless ``found_inf`` is set.
 
     From iteration ``new_from`` on, ``rank_scales`` (1 + lambda of Delta-LoRA) are ``new_scales``.
-    `deltadiff.ops.reference.advance_ref_` describes the arguments.
+    `deltadiff.ops.reference.advance_counters_ref_` describes the arguments.
     """
     with on_device(iteration.device):
         launch_cached(

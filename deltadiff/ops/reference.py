@@ -319,7 +319,7 @@ def adamw_step_list_ref_(
 # -------------------------------------------------------------------- counters
 
 
-def advance_ref_(
+def advance_counters_ref_(
     iteration: Tensor,
     steps: Tensor,
     grads: Tensor,
@@ -327,7 +327,7 @@ def advance_ref_(
     flags: Tensor,
     rank_scales: Tensor,
     new_scales: Tensor,
-    changes: Tensor,
+    new_from: Tensor,
     found_inf: Tensor | None,
 ) -> None:
     """Count one optimizer step in place, unless ``found_inf`` is not 0.
@@ -338,11 +338,11 @@ def advance_ref_(
         firsts: (g,) int64, K + 1 of each param group.
         flags: (g, 2) int32, t > K and t == K + 1 for the coming iteration.
         rank_scales: (m,) float32 or float64, Delta-LoRA's factors on the ranks; each becomes its
-            entry of ``new_scales`` from its iteration in ``changes`` (int64) on.
+            entry of ``new_scales`` from its iteration in ``new_from`` (int64) on.
     """
     done = 1 if found_inf is None else (found_inf.view(()) == 0).to(torch.int64)
     iteration += done
     steps += done * (grads != 0)
     flags[:, 0] = iteration >= firsts
     flags[:, 1] = iteration == firsts
-    rank_scales.copy_(torch.where(iteration >= changes, new_scales, rank_scales))
+    rank_scales.copy_(torch.where(iteration >= new_from, new_scales, rank_scales))

@@ -10,7 +10,7 @@ with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not
     from ..kernels.step_counters import advance_counters_
 
 
-def run_advance(
+def advance_counters(
     backend: str,
     iteration: Tensor,
     steps: Tensor,
@@ -19,12 +19,12 @@ def run_advance(
     flags: Tensor,
     rank_scales: Tensor,
     new_scales: Tensor,
-    changes: Tensor,
+    new_from: Tensor,
     found_inf: Tensor | None,
 ) -> None:
-    """Count one optimizer step, in place; `reference.advance_ref_` describes the arguments.
+    """Count one optimizer step, in place; see `reference.advance_counters_ref_`.
 
     It checks nothing, and ``backend`` must be there.
     """
-    run = advance_counters_ if backend == "triton" else reference.advance_ref_
-    run(iteration, steps, grads, firsts, flags, rank_scales, new_scales, changes, found_inf)
+    run = advance_counters_ if backend == "triton" else reference.advance_counters_ref_
+    run(iteration, steps, grads, firsts, flags, rank_scales, new_scales, new_from, found_inf)

@@ -16,7 +16,7 @@ from ..errors import ArgumentError
 from ..kernels.runtime.async_copy import copy_async
 from ..ops.adamw_step import prepare_adamw_step
 from ..ops.dispatch import choose_path
-from ..ops.step_counters import run_advance
+from ..ops.step_counters import advance_counters
 from .address_tracker import ALIGNED, GRADS, track_addresses
 from .update_start import UpdateStart
 
@@ -151,7 +151,7 @@ class DeviceStep:
         """Count the step."""
         start = self.start
         first, *others = start.rank_scales
-        run_advance(
+        advance_counters(
             self.backend, self.iteration, self.steps, self._grads, start.firsts, start.flags,
             first.now, first.after, first.from_iteration, found_inf,
         )  # fmt: skip

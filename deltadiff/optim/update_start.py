@@ -2,7 +2,7 @@
 
 The device alone knows the iteration t, because it alone knows which steps were skipped. So the host
 lays down beforehand what shall hold from which iteration on, and the launch that counts a step puts
-it into force (`ops.reference.advance_ref_`).
+it into force (`ops.reference.advance_counters_ref_`).
 """
 
 from typing import Any

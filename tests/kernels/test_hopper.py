@@ -9,11 +9,10 @@ from lora_linear_calls import assert_frozen_A_keeps_no_x, doubles, inputs
 
 from deltadiff import lora_linear
 from deltadiff.errors import BackendUnavailableError
+from deltadiff.kernels.lora_linear import hopper_launch as hopper
+from deltadiff.kernels.lora_linear import schedule
+from deltadiff.kernels.lora_linear.portable import rank_part
 from deltadiff.ops.reference import lora_linear_ref
-
-hopper = pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
-schedule = pytest.importorskip("deltadiff.kernels.lora_linear.schedule")
-rank_part = pytest.importorskip("deltadiff.kernels.lora_linear.portable").rank_part
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,8 +7,6 @@ import torch
 from hopper_calls import on_hopper, run
 from lora_linear_calls import inputs
 
-pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
-
 BF16 = torch.bfloat16
 
 

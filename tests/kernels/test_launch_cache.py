@@ -5,8 +5,6 @@ import torch
 
 from deltadiff.kernels.runtime.launch_cache import LaunchCache, fingerprint
 
-pytest.importorskip("deltadiff._C", exc_type=ImportError)
-
 
 def test_a_fingerprint_tells_all_that_a_launch_depends_on():
     t = torch.zeros(4, 6)

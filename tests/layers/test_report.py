@@ -1,6 +1,5 @@
 """The report on swapped layers: what runs them, at which number of tokens, and why."""
 
-import pytest
 import torch
 from torch import nn
 
@@ -28,7 +27,6 @@ def test_a_layer_on_the_cpu():
 
 def test_calls_with_few_tokens_on_sm_90_are_told(monkeypatch):
     """The layer's backend is "hopper", but not every call runs on that kernel."""
-    pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
     gpu = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     dispatch.choose_path.cache_clear()

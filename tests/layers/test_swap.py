@@ -81,7 +81,6 @@ def test_a_backend_that_is_not_there_is_refused():
 @pytest.mark.parametrize("make", [lambda: Model(), lambda: peft_model()], ids=["linear", "peft"])
 def test_a_layer_that_a_backend_cannot_take_is_refused(make, monkeypatch):
     """The sm_90 kernel takes widths that are multiples of 8: q_proj is 8 x 8, v_proj 6 x 8."""
-    pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
     monkeypatch.setattr(paths, "_why_no_hopper", lambda device, dtype: None)
     paths.choose_path.cache_clear()
     model = make()

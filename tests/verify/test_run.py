@@ -116,7 +116,6 @@ def test_what_a_backend_does_not_take_is_skipped(monkeypatch):
 
 def test_the_path_of_a_call(monkeypatch):
     """Rows name the backend whose kernel runs the call; the operation is asked for the layer's."""
-    pytest.importorskip("deltadiff.kernels.lora_linear.hopper_launch")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch, "Generator", lambda device: torch.default_generator)
     choose_path.cache_clear()
