@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from threads import single_thread
 
 transformers = pytest.importorskip("transformers")
 FUN = ["great", "fine", "clever", "warm", "bright"]
@@ -14,11 +15,9 @@ NEUTRAL = ["the", "film", "is", "a", "story", "with", "plot", "and", "cast", "ve
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """One thread, because the models are so small that a second one only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """The tests of a module run on one thread."""
+    with single_thread():
+        yield
 
 
 def save_tokenizer(folder: Path) -> None:
