@@ -231,8 +231,12 @@ class DeltaLoRA(FusedAdamW):
         """As `torch.optim.Optimizer.state_dict`; together with the model's it resumes exactly."""
         saved = super().state_dict()
         index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        layers = [m for u in self._weight_updates for m in u.layers.values()]
-        past_updates = {index[m.lora_B]: m.delta.past_updates for m in layers if m.delta}
+        past_updates = {
+            index[m.lora_B]: m.delta.past_updates
+            for update in self._weight_updates
+            for m in update.layers.values()
+            if m.delta is not None and update.owns(m.delta, m.lora_B)
+        }
         saved["state"]["delta_lora"] = {
             "iteration": next(iter(self._iteration.values())).cpu(),
             "w_update": self.w_update,

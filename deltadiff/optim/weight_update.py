@@ -107,8 +107,8 @@ class WeightUpdate:
             raise ArgumentError("start_step", given, "one value for the whole run")
         if not self.inplace and self.ratio != self.group["update_ratio"]:
             past_updates = [m.delta.past_updates for m in self.layers.values() if m.delta]
-            kept = max(MAX_PAST_UPDATES if past is None else len(past) for past in past_updates)
-            if kept >= MAX_PAST_UPDATES:
+            kept = [MAX_PAST_UPDATES if past is None else len(past) for past in past_updates]
+            if max(kept, default=0) >= MAX_PAST_UPDATES:  # before the first step there are none
                 given = f"{self.group['update_ratio']}, change number {MAX_PAST_UPDATES + 1}"
                 accepted = f"at most {MAX_PAST_UPDATES} changes while w_update is 'factored'"
                 raise ArgumentError("update_ratio", given, accepted)
@@ -201,14 +201,15 @@ class WeightUpdate:
 
         Args:
             started: whether W was updated before.
-            restored: the past updates by lora_B, from a state that was loaded; None at the start of
-                a run, which takes over what it finds.
+            restored: the past updates by lora_B, from a state that was loaded. A layer is not among
+                them if the state was saved before its first step: such a layer, and with None every
+                layer, starts a run, which takes over what it finds.
         """
         self._fill_rank_scales(self.ratio, started)
         for layer in self.layers.values():
             a, b, before = layer.lora_A, layer.lora_B, layer.delta
             anchor_A, anchor_B = self.state[a]["anchor"], self.state[b]["anchor"]
-            own = before is not None and before.anchor_B is anchor_B
+            own = self.owns(before, b)
             if started and not own and restored is None:  # joins a run past its first update
                 anchor_A.copy_(a)
                 anchor_B.copy_(b)
@@ -217,11 +218,15 @@ class WeightUpdate:
                 in_weight=self.inplace, remainder=self.state[b].get("remainder"),
             )  # fmt: skip
             if before is not None and not own:
-                self._take_over(layer, before, delta, restored is not None)
+                self._take_over(layer, before, delta, restored is not None and b in restored)
             elif restored is not None:
-                delta.past_updates = restored[b]
+                delta.past_updates = restored.get(b, [])
             elif before is not None:
                 delta.past_updates = before.past_updates
+
+    def owns(self, delta: PendingDelta | None, lora_B: Tensor) -> bool:
+        """Whether ``delta`` was made by this optimizer, not by an earlier run or from a file."""
+        return delta is not None and delta.anchor_B is self.state[lora_B]["anchor"]
 
     def _take_over(
         self, layer: LoraLinear, before: PendingDelta, delta: PendingDelta, restored: bool

@@ -7,7 +7,7 @@ import pytest
 import torch
 from delta_lora_runs import W_UPDATES, loss_of, make_model, output, snapshot, train, trainable
 
-from deltadiff import DeltaLoRA
+from deltadiff import DeltaLoRA, load_adapter, save_adapter
 from deltadiff.errors import ArgumentError
 
 
@@ -39,6 +39,59 @@ def test_state_dict_round_trip_resumes_exactly(w_update, dtype):
         assert torch.equal(output(second), output(first))
         train(second, second_optimizer, 12 - cut, start=cut, lr_at=lr_at)
         assert torch.equal(output(second), output(model))
+
+
+def train_after_reloading(model, w_update, reload: bool) -> torch.Tensor:
+    """The output after four steps of an optimizer that may have loaded its own state before."""
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=1.0, w_update=w_update)
+    if reload:  # as accelerate does when it prepares an optimizer
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 4)
+    return output(model)
+
+
+@pytest.mark.parametrize("w_update", W_UPDATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_from_before_the_first_step(w_update, dtype):
+    runs = [train_after_reloading(make_model(dtype), w_update, reload) for reload in (True, False)]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("w_update", W_UPDATES)
+def test_a_state_from_before_the_first_step_keeps_a_loaded_adapter(w_update, tmp_path):
+    earlier = make_model()
+    train(earlier, DeltaLoRA(earlier, lr=1e-2, update_ratio=1.0), 3)
+    save_adapter(earlier, tmp_path)
+    runs = []
+    for reload in (True, False):
+        model = make_model()
+        load_adapter(model, tmp_path)
+        runs.append(train_after_reloading(model, w_update, reload))
+    # Loading moves the adapter's update into W, which rounds otherwise than the first forward pass.
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_state_from_before_the_first_step_takes_back_what_was_done():
+    model = make_model()
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=1.0, w_update="factored")
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    before = output(model)
+    train(model, optimizer, 4, ratio_at=lambda t: 1.0 + t)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    assert torch.equal(output(model), before)
+
+
+@pytest.mark.parametrize("w_update", W_UPDATES)
+def test_lambda_may_change_before_the_first_step(w_update):
+    found = []
+    for first in (1.0, 0.3):
+        model = make_model()
+        optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=first, w_update=w_update)
+        optimizer.param_groups[0]["update_ratio"] = 0.3
+        train(model, optimizer, 4)
+        found.append(output(model))
+    assert torch.equal(*found)
 
 
 def test_remainder_is_saved_with_the_state():
