@@ -60,7 +60,8 @@ class DeltaLoRA(FusedAdamW):
         ArgumentTypeError, ArgumentError: an argument that cannot be used, by name; a weight that
             cannot be written in place (quantised, tied, shared, expanded); parameters without a
             swapped layer; a layer with dropout whose weight is to be updated.
-        SwapError: (in `step`) the model was un-swapped or merged.
+        SwapError: (in `step`) the model was un-swapped or merged; or this run is factored, and so
+            was the last one, over weights that hold more values of lambda than are kept.
     """
 
     _settings_of = itemgetter("betas", "eps", "weight_decay", "update_ratio", "start_step")
@@ -153,6 +154,8 @@ class DeltaLoRA(FusedAdamW):
 
     def _bind(self, restored: dict[Tensor, list[LowRankFactors] | None] | None = None) -> None:
         """Give the layers their `PendingDelta`; ``restored``: see `WeightUpdate.bind`."""
+        for update in self._weight_updates:
+            update.check_earlier_run(restored)
         t = self._read_iteration()
         for step in self._devices.values():
             step.set_iteration(t)

@@ -224,6 +224,23 @@ class WeightUpdate:
             elif before is not None:
                 delta.past_updates = before.past_updates
 
+    def check_earlier_run(self, restored: dict[Tensor, list[LowRankFactors] | None] | None) -> None:
+        """Raise where `bind` could not keep what an earlier run left; ``restored``: as there.
+
+        Raises:
+            SwapError: the forward pass adds the update of that run, this run's update would be
+                added beside it, and the list that keeps such updates was given up (it is None).
+        """
+        for name, layer in self.layers.items():
+            before, b = layer.delta, layer.lora_B
+            if before is None or before.in_weight or before.past_updates is not None:
+                continue
+            starts_run = not self.owns(before, b) and (restored is None or b not in restored)
+            if starts_run and not self.inplace and before.started():
+                given = "a factored update after too many values of update_ratio to be kept"
+                accepted = "`merge_` and `swap_` before the next run, or w_update='inplace' in it"
+                raise SwapError(name, given, accepted)
+
     def owns(self, delta: PendingDelta | None, lora_B: Tensor) -> bool:
         """Whether ``delta`` was made by this optimizer, not by an earlier run or from a file."""
         return delta is not None and delta.anchor_B is self.state[lora_B]["anchor"]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from delta_lora_runs import W_UPDATES, loss_of, make_model, output, snapshot, train, trainable
 
-from deltadiff import DeltaLoRA, load_adapter, save_adapter
-from deltadiff.errors import ArgumentError
+from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_
+from deltadiff.errors import ArgumentError, SwapError
 
 
 @pytest.mark.parametrize("w_update", W_UPDATES)
@@ -141,3 +141,32 @@ def test_a_second_run_keeps_the_remainder_of_the_first():
     optimizer = DeltaLoRA(model, lr=0.0, weight_decay=0, update_ratio=0.1)
     train(model, optimizer, 3)
     assert low.any() and torch.equal(optimizer.state[model[0].lora_B]["remainder"], low)
+
+
+@pytest.mark.parametrize("way_on", ["inplace", "merge"])
+def test_a_run_that_would_lose_the_factored_update_before_it_is_refused(way_on):
+    model = make_model()
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=0.1)
+    for change in range(12):  # more values of lambda than are kept as factors
+        optimizer.param_groups[0]["update_ratio"] = 0.1 + 0.05 * change
+        train(model, optimizer, 2)
+    assert model[0].delta.past_updates is None
+    train(model, DeltaLoRA(model, lr=1e-2, update_ratio=0.5, w_update="factored"), 5)
+    before = output(model)
+
+    third = DeltaLoRA(model, lr=1e-9, weight_decay=0, update_ratio=0.5, w_update="factored")
+    tensors = snapshot(model, third)
+    loss_of(model, 0).backward()
+    with pytest.raises(SwapError, match="0.*`merge_` and `swap_`"):
+        third.step()
+    assert all(map(torch.equal, tensors, snapshot(model, third)))
+    assert torch.equal(output(model), before)
+
+    if way_on == "merge":
+        merge_(model)
+        swap_(model, r=2)
+    third = DeltaLoRA(model, lr=1e-9, weight_decay=0, update_ratio=0.5, w_update="inplace")
+    third.zero_grad()
+    loss_of(model, 0).backward()
+    third.step()
+    torch.testing.assert_close(output(model), before, atol=1e-6, rtol=0)
