@@ -108,6 +108,8 @@ class AdaLoRA(FusedAdamW):
             `swap_adalora_`, or only some parameters of one; a target_r above the average rank.
     """
 
+    _copied = (*FusedAdamW._copied, "schedule", "beta1", "beta2", "orth_reg_weight")
+
     def __init__(
         self,
         model_or_params: ModelOrParams,

@@ -64,6 +64,9 @@ class DeltaLoRA(FusedAdamW):
             was the last one, over weights that hold more values of lambda than are kept.
     """
 
+    _copied = (
+        *FusedAdamW._copied, "w_update", "rounding", "seed", "_t_least", "_t_most", "_delta",
+    )  # fmt: skip
     _settings_of = itemgetter("betas", "eps", "weight_decay", "update_ratio", "start_step")
 
     def __init__(
@@ -278,3 +281,16 @@ class DeltaLoRA(FusedAdamW):
             kept = [LowRankFactors(b.to(p.device), a.to(p.device), w) for b, a, w in past or ()]
             restored[p] = None if past is None else kept
         self._bind(restored)
+
+    def _to_copy(self) -> dict[str, Any]:
+        # A lambda that no step has seen yet lies in the param group alone. The copy's next step
+        # ends the update by the last one, as ours does.
+        updates = self._weight_updates
+        sent = {m.lora_B: update.ratio for update in updates for m in update.layers.values()}
+        return {**super()._to_copy(), "sent": sent}
+
+    def _become_copy(self, attributes: dict[str, Any]) -> None:
+        sent = attributes.pop("sent")
+        super()._become_copy(attributes)
+        for update in self._weight_updates:
+            update.set_ratio(next(sent[m.lora_B] for m in update.layers.values()))

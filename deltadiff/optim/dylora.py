@@ -60,6 +60,11 @@ class DyLoRA(FusedAdamW):
             that differ, or a layer with a gate of another method; nothing was changed.
     """
 
+    _copied = (
+        *FusedAdamW._copied, "r_min", "r_max", "frozen", "scale", "distribution", "rank",
+        "_generator",
+    )  # fmt: skip
+
     def __init__(
         self,
         model_or_params: ModelOrParams,
@@ -196,6 +201,11 @@ class DyLoRA(FusedAdamW):
         super().load_state_dict(state_dict)
         self._generator.set_state(extra["generator"].cpu())
         self.rank = extra["rank"]
+        self._send_rank(self.rank)
+
+    def _become_copy(self, attributes: dict[str, Any]) -> None:
+        self._masks = {}  # the gate of a copied layer need not be a view of copied masks
+        super()._become_copy(attributes)
         self._send_rank(self.rank)
 
 

@@ -16,7 +16,7 @@ counts lie there. All kernels read them there, and a step can be captured in a C
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ class FusedAdamW(torch.optim.Optimizer):
     gradients and parameters then stay where they were). Replays count; call `send_param_groups`
     between them after changing a value of ``param_groups``.
 
+    `copy.deepcopy((model, optimizer))`, or pickling both in one call, gives a pair that trains on
+    as this one does.
+
     Args:
         model_or_params: a model, whose trainable parameters are taken, or an iterable of
             parameters, modules or param groups (whose "params" may be a module). Groups may set
@@ -71,6 +74,10 @@ class FusedAdamW(torch.optim.Optimizer):
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
     _method_defaults: dict[str, Any] = {}  # of the values that it adds to param groups
+    # What a copy takes over; derived methods add theirs. `_build` makes the rest anew.
+    _copied: tuple[str, ...] = (
+        "defaults", "state", "param_groups", "skip_nonfinite", "_modules", "_iteration",
+    )  # fmt: skip
     # The values of a param group that the host compares in each step; `AdamWRun` compares lr.
     _settings_of: Callable[[dict[str, Any]], tuple] = itemgetter("betas", "eps", "weight_decay")
 
@@ -321,6 +328,34 @@ class FusedAdamW(torch.optim.Optimizer):
             for name, value in state[i].items():
                 own_state[p][name].copy_(value)
 
+    def __copy__(self) -> NoReturn:
+        """Refused: two optimizers would count the steps of one state."""
+        given = f"a shallow copy of {type(self).__name__}"
+        raise ArgumentTypeError("copy", given, "`copy.deepcopy((model, optimizer))`")
+
+    def __reduce__(self) -> tuple:
+        """For `copy.deepcopy` and pickle, of a model and its optimizer in one call.
+
+        Hooks, what a learning rate scheduler put here, and captured graphs stay behind.
+        """
+        return _make_copy, (type(self), self._to_copy())
+
+    def _to_copy(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self._copied}
+
+    def _become_copy(self, attributes: dict[str, Any]) -> None:
+        """The constructor of a copy; ``attributes`` are its own."""
+        super().__setstate__(attributes)  # torch's, which also adds what stayed behind, empty
+        self._devices = {}
+        self._captured = self._bound = self._built = False
+        self._build()
+
     def _set_iteration(self, t: Tensor) -> None:
         for own in self._iteration.values():
             own.copy_(t)
+
+
+def _make_copy(kind: type[FusedAdamW], attributes: dict[str, Any]) -> FusedAdamW:
+    optimizer = kind.__new__(kind)
+    optimizer._become_copy(attributes)
+    return optimizer
