@@ -15,7 +15,21 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .errors import ArgumentError, CheckpointError
+from .errors import ArgumentError, ArgumentTypeError, CheckpointError
+
+
+def as_folder(name: str, value: object) -> Path:
+    """The folder that argument ``name`` gives.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: it is no path, or an empty one, which would be the current
+            folder, where nobody meant to write.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise ArgumentTypeError(name, f"{value!r:.60}", "a folder, as a str or a path")
+    if not os.fspath(value):
+        raise ArgumentError(name, "''", "a folder; '.' is the current one")
+    return Path(value)
 
 
 def write_bytes(path: Path, blob: bytes) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import SwapError
-from ..files import write_bytes, write_text
+from ..files import as_folder, write_bytes, write_text
 from . import adapter_format
 from .adapter_format import check_base, pair_owner, plain_name, read_adapter, sha256_of_json
 from .lora_linear import LoraLinear, lora_layers, swapped_layers
@@ -34,15 +34,18 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
 
     Args:
         model: a swapped model.
-        folder: made where it is missing; an adapter in it is replaced, atomically.
+        folder: made where it is missing; an adapter in it is replaced, atomically. Files that
+            `save_adapter` did not write stay.
 
     Returns:
         The path of ``adapter.json``.
 
     Raises:
+        ArgumentTypeError, ArgumentError: ``folder`` is no path, or empty; nothing was written.
         SwapError: the model has no swapped layer; or lambda changed so often that the update of W
             is not kept as factors any more (call `merge_` and save the whole model instead).
     """
+    folder = as_folder("folder", folder)
     layers = swapped_layers(model)
     tensors: dict[str, Tensor] = {}
     entries, owners = {}, _owners(layers)
@@ -68,13 +71,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     if selection is not None:
         config["selection"] = selection
     config["checksum"] = sha256_of_json(config)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / adapter_format.CONFIG_FILE
     write_bytes(folder / weights, blob)
     write_text(path, json.dumps(config, indent=1))
     for old in folder.glob("adapter-*.safetensors"):
-        if old.name != weights:
+        if old.name != weights and adapter_format.is_weights_file(old):
             old.unlink(missing_ok=True)
     return path
 
@@ -97,6 +99,7 @@ def load_adapter(
         A report of the layers, their paths and the reasons; it prints as a table.
 
     Raises:
+        ArgumentTypeError, ArgumentError: ``folder`` is no path, or empty; nothing was changed.
         CheckpointError: a file is missing, truncated, garbled or foreign, or was made for a base
             model with other names or shapes; nothing was changed.
         SwapError: the model is swapped with other layers or gates, or its W was already updated.

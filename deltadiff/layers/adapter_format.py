@@ -39,10 +39,11 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import reading
+from ..files import as_folder, reading
 
 FORMAT, VERSION = "deltadiff-adapter", 1
 CONFIG_FILE = "adapter.json"
+WEIGHTS_NAME = r"adapter-[0-9a-f]{16}\.safetensors"
 
 
 def plain_name(name: str) -> str:
@@ -54,6 +55,16 @@ def plain_name(name: str) -> str:
 def weights_name(digest: str) -> str:
     """The name of the weights file whose SHA-256 is ``digest``."""
     return f"adapter-{digest[:16]}.safetensors"
+
+
+def is_weights_file(path: Path) -> bool:
+    """Whether `save_adapter` wrote this file: its name tells the SHA-256 of what is in it."""
+    if not re.fullmatch(WEIGHTS_NAME, path.name):
+        return False
+    try:
+        return weights_name(hashlib.sha256(path.read_bytes()).hexdigest()) == path.name
+    except OSError:  # a folder, or not ours to read
+        return False
 
 
 def pair_owner(name: str, entry: dict) -> str:
@@ -73,10 +84,11 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
     """The JSON object of an adapter (see above), without its checksum; no tensor is read.
 
     Raises:
+        ArgumentTypeError, ArgumentError: ``folder`` is no path, or empty.
         CheckpointError: ``adapter.json`` is missing, garbled, foreign, of another version, or was
             changed after `save_adapter` wrote it.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = as_folder("folder", folder) / CONFIG_FILE
     with reading(path, "a file that save_adapter wrote"):
         config = json.loads(path.read_bytes())
     if not isinstance(config, dict) or config.get("format") != FORMAT:
@@ -86,7 +98,7 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
         raise CheckpointError(str(path), f"version {config.get('version')}", f"version {VERSION}")
     if config.pop("checksum", None) != sha256_of_json(config):
         raise CheckpointError(str(path), "another checksum (changed by hand?)", "an unchanged file")
-    if not re.fullmatch(r"adapter-[0-9a-f]{16}\.safetensors", str(config["weights"])):
+    if not re.fullmatch(WEIGHTS_NAME, str(config["weights"])):
         raise CheckpointError(str(path), config["weights"], "a weights file in the same folder")
     selection = config.get("selection")
     if selection is not None and not isinstance(selection, dict):

@@ -1,5 +1,6 @@
 """`save_adapter` and `load_adapter`: what comes back, and what a crash leaves."""
 
+import json
 import os
 
 import peft
@@ -9,7 +10,7 @@ from torch import nn
 from trained_adapters import base, output, train, trained
 
 from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_
-from deltadiff.errors import SwapError
+from deltadiff.errors import ArgumentError, SwapError
 
 
 def changes(t):
@@ -96,6 +97,32 @@ def test_saving_replaces_and_leaves_no_other_file(tmp_path):
     save_adapter(model, tmp_path)
     second = {f.name for f in tmp_path.iterdir()}
     assert len(first) == len(second) == 2 and first != second
+
+
+def test_saving_leaves_files_of_others(tmp_path):
+    model, optimizer = trained()
+    save_adapter(model, tmp_path)
+    (tmp_path / "adapter-best.safetensors").write_bytes(b"a user's own copy")
+    (tmp_path / f"adapter-{'0' * 16}.safetensors").write_bytes(b"no weights of this name")
+    (tmp_path / f"adapter-{'1' * 16}.safetensors").mkdir()
+    train(model, optimizer, 2)
+    config = save_adapter(model, tmp_path)
+    mine = {config, tmp_path / json.loads(config.read_text())["weights"]}
+    assert {f.name for f in tmp_path.iterdir() if f not in mine} == {
+        "adapter-best.safetensors", f"adapter-{'0' * 16}.safetensors",
+        f"adapter-{'1' * 16}.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["", None, 3, b"folder"])
+def test_what_is_no_folder_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = trained()
+    before = output(model)
+    for call in (save_adapter, load_adapter):
+        with pytest.raises(ArgumentError, match="^folder: got"):
+            call(model, folder)
+    assert not any(tmp_path.iterdir()) and torch.equal(output(model), before)
 
 
 def test_a_crash_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
