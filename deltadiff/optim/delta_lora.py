@@ -260,6 +260,7 @@ class DeltaLoRA(FusedAdamW):
         Raises:
             ArgumentError: the state is not one of DeltaLoRA, of another w_update, of other groups
                 or of parameters of other shapes; nothing was changed.
+            SwapError: an earlier run's update would be lost, as in `step`; nothing was changed.
         """
         extra = state_dict["state"].get("delta_lora")
         if extra is None or extra["w_update"] != self.w_update:
@@ -268,18 +269,24 @@ class DeltaLoRA(FusedAdamW):
         if len(extra["update_ratio"]) != len(self._weight_updates):
             given = f"{len(extra['update_ratio'])} update ratios"
             raise ArgumentError("state_dict", given, str(len(self._weight_updates)))
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        known = dict(zip(ids, params, strict=False))  # `FusedAdamW.load_state_dict` compares them
+        foreign = sorted(extra["folded"].keys() - known.keys())
+        if foreign:
+            raise ArgumentError("state_dict", f"past updates of {foreign}", "those of its groups")
+        restored: dict[Tensor, list[LowRankFactors] | None] = {}
+        for i, past in extra["folded"].items():
+            p = known[i]
+            kept = [LowRankFactors(b.to(p.device), a.to(p.device), w) for b, a, w in past or ()]
+            restored[p] = None if past is None else kept
+        for update in self._weight_updates:
+            update.check_earlier_run(restored)
         super().load_state_dict(state_dict)
         self._set_iteration(extra["iteration"])
         self._bound_iteration(extra["iteration"])
         for update, ratio in zip(self._weight_updates, extra["update_ratio"], strict=True):
             update.set_ratio(ratio)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        restored: dict[Tensor, list[LowRankFactors] | None] = {}
-        for i, past in extra["folded"].items():
-            p = params[ids.index(i)]
-            kept = [LowRankFactors(b.to(p.device), a.to(p.device), w) for b, a, w in past or ()]
-            restored[p] = None if past is None else kept
         self._bind(restored)
 
     def _to_copy(self) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def test_foreign_state_dict_is_refused():
     other = DeltaLoRA(make_model(), w_update="factored")
     bad = copy.deepcopy(optimizer.state_dict())
     bad["state"][0]["exp_avg"] = torch.zeros(1)
-    for state in (adamw.state_dict(), other.state_dict(), bad):
+    unknown = copy.deepcopy(optimizer.state_dict())
+    unknown["state"]["delta_lora"]["folded"][99] = []
+    for state in (adamw.state_dict(), other.state_dict(), bad, unknown):
         with pytest.raises(ArgumentError, match="state_dict"):
             optimizer.load_state_dict(state)
     assert all(map(torch.equal, before, snapshot(model, optimizer)))
@@ -159,6 +161,11 @@ def test_a_run_that_would_lose_the_factored_update_before_it_is_refused(way_on):
     loss_of(model, 0).backward()
     with pytest.raises(SwapError, match="0.*`merge_` and `swap_`"):
         third.step()
+    saved = third.state_dict()
+    saved["param_groups"][0]["lr"] = 0.5
+    with pytest.raises(SwapError, match="0.*`merge_` and `swap_`"):
+        third.load_state_dict(saved)
+    assert third.param_groups[0]["lr"] == 1e-9
     assert all(map(torch.equal, tensors, snapshot(model, third)))
     assert torch.equal(output(model), before)
 
