@@ -6,14 +6,11 @@ they would launch, with the configurations that they would use.
 
 import concurrent.futures
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
+from cubins import cuobjdump, records_of
 
 # Shared memory that CUDA gives one block, in bytes (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability").
@@ -47,15 +44,7 @@ class _StandInDriver:
 
 def _resources(cubin: bytes) -> dict:
     """Registers and bytes of local memory (stack, where spills go) of a compiled kernel."""
-    from triton.backends import nvidia
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+    text = cuobjdump(cubin, "-res-usage")
     found = {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK")}
     local = re.search(r"\bLOCAL:(\d+)", text)
     return {"registers": found["REG"], "spilled": found["STACK"] + (int(local[1]) if local else 0)}
@@ -174,21 +163,13 @@ def compile_all(capability: int):
 # ----------------------------------------------------------------------- the tests
 
 
-def _compile(capability: int) -> list[dict]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "OMP_NUM_THREADS": "1"
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, str(capability)], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def compiled():
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return {capability: pool.submit(_compile, capability) for capability in SHARED_LIMITS}
+        return {
+            capability: pool.submit(records_of, __file__, str(capability))
+            for capability in SHARED_LIMITS
+        }
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMITS)

@@ -7,15 +7,14 @@ addresses, and the compiled kernel says how large its parameters are.
 import ctypes
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from cubins import cuobjdump, records_of
 
 STREAM = 0x5EA0
 NO_DROPOUT = 0.0, None
@@ -79,15 +78,7 @@ def _stand_in_cuda(folder: Path) -> ctypes.CDLL:
 
 
 def _parameter_sizes(cubin: bytes) -> list[int]:
-    from triton.backends import nvidia
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        text = subprocess.run(
-            [tool, "-elf", file.name], check=True, capture_output=True, text=True
-        ).stdout
+    text = cuobjdump(cubin, "-elf")
     found = re.findall(r"KPARAM_INFO\n.*\n.*Ordinal : (0x\w+).*Size *: (0x\w+)", text)
     sizes = {int(ordinal, 16): int(size, 16) for ordinal, size in found}
     return [sizes[i] for i in range(len(sizes))]
@@ -263,16 +254,10 @@ def recorded(tmp_path_factory):
     if torch.version.cuda:
         pytest.skip("needs a PyTorch without CUDA, which the stand-ins would be mixed up with")
     folder = tmp_path_factory.mktemp("cuda")
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "OMP_NUM_THREADS": "1",
-        "TRITON_LIBCUDA_PATH": str(folder),
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, folder], env=env, capture_output=True, text=True
+    cache = str(folder / "cache")
+    return records_of(
+        __file__, str(folder), TRITON_LIBCUDA_PATH=str(folder), TRITON_CACHE_DIR=cache
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_launches_are_tritons_own(recorded):
