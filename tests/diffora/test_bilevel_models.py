@@ -9,7 +9,7 @@ from torch import nn
 from deltadiff import DeltaLoRA, merge_
 from deltadiff.diffora import Search
 from deltadiff.errors import ArgumentError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 class Halves(nn.Module):
