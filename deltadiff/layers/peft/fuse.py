@@ -15,6 +15,9 @@ from .update_guards import check_kept
 class FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel``, which asks all layers before a call changes the first of them."""
 
+    def _get_name(self) -> str:
+        return LoraModel.__name__
+
     def _check_kept(self, call: str) -> None:
         for layer in self.modules():
             if isinstance(layer, FusedLinear):
