@@ -52,9 +52,14 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
     return _why_not_tensors(layer, base.weight, names, x)
 
 
+# MiCA chooses the first values of A and B and freezes B; its forward pass is that of LoRA.
+_PLAIN_VARIANTS = ("MiCALinearVariant",)
+
+
 def _why_not_adapter(layer: "Linear", name: str) -> str | None:
-    if name in layer.lora_variant:
-        return f"a variant of LoRA: {type(layer.lora_variant[name]).__name__}"
+    variant = type(layer.lora_variant.get(name)).__name__
+    if name in layer.lora_variant and variant not in _PLAIN_VARIANTS:
+        return f"a variant of LoRA: {variant}"
     if layer.lora_bias[name]:
         return "lora_bias"
     kinds = type(layer.lora_A[name]), type(layer.lora_B[name])
