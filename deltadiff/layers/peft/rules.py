@@ -24,6 +24,13 @@ def dropout_of(layer: "Linear", adapter: str) -> float:
     return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
 
+def kind_of(module: object) -> str:
+    """The class of a module in words; PEFT has many a ``Linear``."""
+    kind = type(module)
+    tuner = kind.__module__.removeprefix("peft.tuners.")
+    return kind.__name__ if tuner == kind.__module__ else f"PEFT's {tuner}.{kind.__name__}"
+
+
 def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
     """None where `lora_linear` computes what PEFT's forward pass would, else the reason in words.
 
@@ -35,7 +42,7 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
         return "its adapters are merged"
     base = layer.base_layer
     if type(base) is not nn.Linear and not is_conv1d(base):
-        return f"its base layer is {type(base).__name__}"
+        return f"its base layer is {kind_of(base)}"
     names = active_adapters(layer)
     if not names:
         return "it has no active adapter"
