@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from ...checks import HALF_DTYPES
 from ..base_format import base_format
@@ -56,7 +58,18 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
         return "dropout under several active adapters, each with a mask of its own"
     if any(map(_has_hooks, modules)):
         return "hooks on the modules inside of it"
-    return _why_not_tensors(layer, base.weight, names, x)
+    return why_not_now() or _why_not_tensors(layer, base.weight, names, x)
+
+
+def why_not_now() -> str | None:
+    """What keeps all layers from `lora_linear` at this moment, in words."""
+    if _has_any_global_hook():
+        return "hooks on all modules"
+    if torch.compiler.is_compiling():  # it follows the transforms itself
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a transform of torch.func or forward-mode derivatives"
+    return None
 
 
 # MiCA chooses the first values of A and B and freezes B; its forward pass is that of LoRA.
