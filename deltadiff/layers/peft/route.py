@@ -51,6 +51,7 @@ class Route:
         self._places = [(owner, key, owner[key]) for owner, key in owners]
         self._empty = [getattr(m, hooks) for m in modules for hooks in _HOOKS]
         self._attributes = [m.__dict__ for m in modules]
+        self._kinds = [(m, type(m)) for m in modules]
         self._dtypes = self.weight.dtype, self.factors[0][0].dtype
 
     def holds(self, layer: "FusedLinear", x: Tensor) -> bool:
@@ -68,6 +69,9 @@ class Route:
                 return False
         for attributes in self._attributes:
             if "forward" in attributes:
+                return False
+        for module, kind in self._kinds:
+            if module.__class__ is not kind:
                 return False
         if why_not_now() is not None:
             return False
