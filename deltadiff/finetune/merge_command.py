@@ -14,6 +14,7 @@ from ..files import whole_folder
 from ..layers.adapter_file import load_adapter
 from ..layers.adapter_format import read_adapter_config
 from ..layers.merge import merge_
+from ..layers.read_peft import is_peft_folder, read_peft
 from .models import find_model, load_model
 from .tasks.base import Task
 from .tasks.classes import ClassTask
@@ -30,7 +31,7 @@ TOKENIZER_FILES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `deltadiff merge`."""
     parser.add_argument("model", metavar="MODEL_FOLDER", help="the base model, as saved on disk")
-    parser.add_argument("adapter", metavar="ADAPTER_FOLDER", help="what save_adapter wrote")
+    parser.add_argument("adapter", metavar="ADAPTER_FOLDER", help="what save_adapter or PEFT wrote")
     parser.add_argument("output", metavar="OUTPUT", help="a new or empty folder")
 
 
@@ -59,8 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _labels(adapter: Path) -> tuple[str, ...]:
     """The classes of the head that was trained beside the adapter, if there is one."""
-    config = read_adapter_config(adapter)
-    shapes = [config["base"][name] for name in config["saved"]]
+    if is_peft_folder(adapter):
+        shapes = [t.shape for t in read_peft(adapter).saved.values()]
+    else:
+        config = read_adapter_config(adapter)
+        shapes = [config["base"][name] for name in config["saved"]]
     rows = [shape[0] for shape in shapes if len(shape) == 2]
     return tuple(str(i) for i in range(min(rows, default=0)))
 
