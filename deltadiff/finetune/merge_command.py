@@ -14,7 +14,7 @@ from ..files import whole_folder
 from ..layers.adapter_file import load_adapter
 from ..layers.adapter_format import read_adapter_config
 from ..layers.merge import merge_
-from ..layers.read_peft import is_peft_folder, read_peft
+from ..layers.peft_files.read import is_peft_folder, read_peft
 from .models import find_model, load_model
 from .tasks.base import Task
 from .tasks.classes import ClassTask

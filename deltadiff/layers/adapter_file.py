@@ -20,12 +20,12 @@ from ..errors import SwapError
 from ..files import as_folder, write_bytes, write_text
 from . import adapter_format
 from .adapter_format import check_base, pair_owner, plain_name, read_adapter, sha256_of_json
-from .load_peft import load_peft
 from .lora_layers import lora_layers
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import note_selection, noted_selection
+from .peft_files.load import load_peft
+from .peft_files.read import is_peft_folder
 from .pending_delta import LowRankFactors, PendingDelta
-from .read_peft import is_peft_folder
 from .report import SwapReport, swap_report
 from .swap import swap_
 
