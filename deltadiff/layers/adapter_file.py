@@ -117,8 +117,7 @@ def load_adapter(
         layers = {plain_name(name): layer for name, layer in lora_layers(model).items()}
     for name, layer in layers.items():
         entry = config["layers"][name]
-        owner, layer.share_group = layers[pair_owner(name, entry)], entry.get("share_group")
-        layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
+        layer.share_pair(layers[pair_owner(name, entry)], entry.get("share_group"))
     if config.get("selection") is not None:
         note_selection(model, config["selection"])
     for name, layer in layers.items():
