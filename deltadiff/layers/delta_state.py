@@ -70,18 +70,15 @@ def load_delta(
             follow_module(saved, layer.lora_A)
         return
     check_loadable(own, saved)
-    past = [] if saved is None else saved.past_updates
-    if saved is not None and saved.started():
-        if own.started() and saved.update_ratio == own.update_ratio:
-            own.anchor_A.copy_(saved.anchor_A)
-            own.anchor_B.copy_(saved.anchor_B)
-            own.past_updates = past
-            follow_module(own, layer.lora_A)
-            return
-        past = None if past is None else [*past, saved.product(lora_A, lora_B, layer.scaling)]
-    own.past_updates = past
-    own.anchor_A.copy_(lora_A)
-    own.anchor_B.copy_(lora_B)
+    same = saved is not None and saved.started() == own.started()
+    if saved is not None and same and (saved.update_ratio == own.update_ratio or not own.started()):
+        anchors, own.past_updates = (saved.anchor_A, saved.anchor_B), saved.past_updates
+    else:
+        anchors, own.past_updates = (lora_A, lora_B), [] if saved is None else saved.past_updates
+        if saved is not None and saved.started() and own.past_updates is not None:
+            own.past_updates.append(saved.product(lora_A, lora_B, layer.scaling))
+    own.anchor_A.copy_(anchors[0])
+    own.anchor_B.copy_(anchors[1])
     follow_module(own, layer.lora_A)
 
 

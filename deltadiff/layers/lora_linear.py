@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..errors import SwapError
 from ..ops.dispatch import Dispatch, choose_path
 from .base_format import base_format
-from .delta_state import delta_to_state, follow_module, load_delta, take_saved_delta
+from .delta_state import check_loadable, delta_to_state, follow_module, load_delta, take_saved_delta
 from .layer_state import LayerState
 from .linear import is_conv1d, linear_shape
 from .lora_layers import HoldsPairs, LoraLayer, Place, swapped_layers
@@ -176,6 +176,7 @@ class LoraLinear(HoldsPairs, LayerState):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         saved = take_saved_delta(state_dict, f"{prefix}delta.")
+        check_loadable(self.delta, saved)
         remainder = None if self.delta is None else self.delta.remainder
         before = None if remainder is None else self.matrix.detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -119,7 +119,7 @@ class DeltaLoRA(FusedAdamW):
         for name, layer in self._pairs.items():
             self._allocate_update(layer)
             kinds[index[layer.lora_B], layer.weight.device, layer.weight.dtype][name] = layer
-        self._weight_updates = [
+        self.weight_updates = [
             WeightUpdate(
                 groups[i], layers, self.w_update == "inplace", self.rounding or "remainder",
                 self.seed + number, self.state, self._delta,
@@ -128,7 +128,7 @@ class DeltaLoRA(FusedAdamW):
         ]  # fmt: skip
         self._groups_without_update = [g for g in groups if not g["update_ratio"]]
         for device, step in self._devices.items():
-            here = [update for update in self._weight_updates if update.device == device]
+            here = [update for update in self.weight_updates if update.device == device]
             step.start = UpdateStart(device, groups, here)
             written = [update for update in here if update.inplace]
             step.weights = [m.weight for update in written for m in update.layers.values()]
@@ -156,17 +156,17 @@ class DeltaLoRA(FusedAdamW):
     # ---------------------------------------------------------------------- step
 
     def _look(self) -> bool:
-        same = all([update.check_layers() for update in self._weight_updates])
+        same = all([update.check_layers() for update in self.weight_updates])
         return super()._look() and same
 
     def _bind(self, restored: dict[Tensor, list[LowRankFactors] | None] | None = None) -> None:
         """Give the layers their `PendingDelta`; ``restored``: see `WeightUpdate.bind`."""
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.check_earlier_run(restored)
         t = self._read_iteration()
         for step in self._devices.values():
             step.set_iteration(t)
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.bind(t > update.start_step + 1, restored)
         super()._bind()
 
@@ -175,7 +175,7 @@ class DeltaLoRA(FusedAdamW):
     ) -> set[torch.device]:
         """Update the weights."""
         wrote: set[torch.device] = set()
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             t, flag = self._iteration[update.device], found_inf.get(update.device)
             if update.run(t, self._t_least, self._t_most, flag, capturing):
                 wrote.add(update.device)
@@ -207,7 +207,7 @@ class DeltaLoRA(FusedAdamW):
             ArgumentError: as there; a changed update_ratio with w_update "factored", where the
                 forward pass changes its form, or without Triton's kernels.
         """
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             ratio = update.group["update_ratio"]
             follows = update.inplace and update.backend == "triton"
             if self._captured and not follows and update.ratio != ratio:
@@ -222,7 +222,7 @@ class DeltaLoRA(FusedAdamW):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.check_settings()
         for group in self._groups_without_update:
             if group["update_ratio"]:
@@ -230,7 +230,7 @@ class DeltaLoRA(FusedAdamW):
                 raise ArgumentError("update_ratio", f"{group['update_ratio']} after 0", accepted)
 
     def _send(self, settings: list[tuple]) -> None:
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             if update.ratio != update.group["update_ratio"]:
                 update.change_ratio(self._read_iteration())
         super()._send(settings)
@@ -247,17 +247,17 @@ class DeltaLoRA(FusedAdamW):
         index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         past_updates = {
             index[m.lora_B]: m.delta.past_updates
-            for update in self._weight_updates
+            for update in self.weight_updates
             for m in update.layers.values()
             if m.delta is not None and update.owns(m.delta, m.lora_B)
         }
-        written = [update for update in self._weight_updates if update.inplace]
+        written = [update for update in self.weight_updates if update.inplace]
         layers = [m for update in written for m in update.layers.values()]
         saved["state"]["delta_lora"] = {
             "weights": {index[m.lora_B]: m.weight.detach() for m in layers},
             "iteration": next(iter(self._iteration.values())).cpu(),
             "w_update": self.w_update,
-            "update_ratio": [update.ratio for update in self._weight_updates],
+            "update_ratio": [update.ratio for update in self.weight_updates],
             "folded": {
                 i: None if past is None else [(p.B, p.A, p.in_weight) for p in past]
                 for i, past in past_updates.items()
@@ -278,9 +278,9 @@ class DeltaLoRA(FusedAdamW):
         if extra is None or extra["w_update"] != self.w_update:
             given = "no Delta-LoRA state" if extra is None else f"w_update={extra['w_update']!r}"
             raise ArgumentError("state_dict", given, f"a state of w_update={self.w_update!r}")
-        if len(extra["update_ratio"]) != len(self._weight_updates):
+        if len(extra["update_ratio"]) != len(self.weight_updates):
             given = f"{len(extra['update_ratio'])} update ratios"
-            raise ArgumentError("state_dict", given, str(len(self._weight_updates)))
+            raise ArgumentError("state_dict", given, str(len(self.weight_updates)))
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         known = dict(zip(ids, params, strict=False))  # `FusedAdamW.load_state_dict` compares them
@@ -293,7 +293,7 @@ class DeltaLoRA(FusedAdamW):
             p = known[i]
             kept = [LowRankFactors(b.to(p.device), a.to(p.device), w) for b, a, w in past or ()]
             restored[p] = None if past is None else kept
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.check_earlier_run(restored)
         super().load_state_dict(state_dict)
         with torch.no_grad():
@@ -301,7 +301,7 @@ class DeltaLoRA(FusedAdamW):
                 own.copy_(stored)
         self._set_iteration(extra["iteration"])
         self._bound_iteration(extra["iteration"])
-        for update, ratio in zip(self._weight_updates, extra["update_ratio"], strict=True):
+        for update, ratio in zip(self.weight_updates, extra["update_ratio"], strict=True):
             update.set_ratio(ratio)
         self._bind(restored)
 
@@ -315,7 +315,7 @@ class DeltaLoRA(FusedAdamW):
         """
         stored = {known[i]: w for i, w in extra.get("weights", {}).items() if i in known}
         pairs = []
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             for name, layer in update.layers.items() if update.inplace else ():
                 w, saved = layer.weight, stored.get(layer.lora_B)
                 form = None if saved is None else (tuple(saved.shape), saved.dtype)
@@ -329,12 +329,12 @@ class DeltaLoRA(FusedAdamW):
     def _to_copy(self) -> dict[str, Any]:
         # A lambda that no step has seen yet lies in the param group alone. The copy's next step
         # ends the update by the last one, as ours does.
-        updates = self._weight_updates
+        updates = self.weight_updates
         sent = {m.lora_B: update.ratio for update in updates for m in update.layers.values()}
         return {**super()._to_copy(), "sent": sent}
 
     def _become_copy(self, attributes: dict[str, Any]) -> None:
         sent = attributes.pop("sent")
         super()._become_copy(attributes)
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.set_ratio(next(sent[m.lora_B] for m in update.layers.values()))

@@ -81,7 +81,8 @@ def unfuse_(model: nn.Module) -> None:
             accepted = "`model.merge_and_unload()`, or `export_peft` and the base model"
             raise SwapError(name, given, accepted)
     for layer in layers.values():
-        del layer.deltas, layer.backend
+        for name in ("deltas", "backend", "_route"):
+            vars(layer).pop(name, None)
         layer.__class__ = Linear
     for module in model.modules():
         if isinstance(module, FusedLoraModel):

@@ -15,11 +15,11 @@ from ..delta_state import (
     load_delta,
     take_saved_delta,
 )
-from ..linear import is_conv1d
 from ..lora_layers import HoldsPairs, LoraLayer
 from ..pending_delta import PendingDelta
 from .pair import PeftPair
-from .rules import active_adapters, dropout_of, why_peft
+from .route import Route, find_route
+from .rules import active_adapters
 from .update_guards import check_kept, keep_in_weight, warn_dropped, warn_saved
 
 
@@ -29,6 +29,7 @@ class FusedLinear(HoldsPairs, Linear):
     Attributes:
         deltas: what Delta-LoRA has added so far, by adapter.
         backend: as for `swap_`.
+        _route: the way of the last call that was fast, see `Route`.
         unmerged: W as it was before PEFT merged adapters into it; only while they are merged, and
             only where Delta-LoRA updates W in place.
     """
@@ -36,6 +37,7 @@ class FusedLinear(HoldsPairs, Linear):
     deltas: dict[str, PendingDelta]
     backend: str | None
     unmerged: Tensor
+    _route: Route | None = None
 
     def pairs(self) -> dict[str, LoraLayer]:
         pairs = {name: PeftPair(self, name) for name in self.lora_A}
@@ -44,41 +46,32 @@ class FusedLinear(HoldsPairs, Linear):
     # ------------------------------------------------------------------ forward pass
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or why_peft(self, x) is not None:
+        route = None if args or kwargs else find_route(self, x)
+        if route is None:
             return self._peft_forward(x, *args, **kwargs)
-        base, names = self.base_layer, active_adapters(self)
-        matrix = base.weight.T if is_conv1d(base) else base.weight
-        dropout = dropout_of(self, names[0])  # rules: several active adapters have none
-        a, b, scaling, gate = self._product(names, dropout)
-        return fused_branch(x, matrix, base.bias, a, b, scaling, gate, dropout, self.backend)
+        a, b, scaling, gate, dropout = self._product(route)
+        return fused_branch(x, route.matrix, route.bias, a, b, scaling, gate, dropout, self.backend)
 
-    def _product(
-        self, names: list[str], dropout: float
-    ) -> tuple[Tensor, Tensor, float, Tensor | None]:
-        """(A, B, scaling, gate) of the one low-rank product of the active adapters."""
-        if len(names) == 1:
-            a, b, gate = self._factors(names[0], dropout)
-            s = self.scaling[names[0]]
-            if isinstance(s, Tensor):  # made one for hot-swapping without a new compilation
-                return a, b, 1.0, s if gate is None else gate * s
-            return a, b, float(s), gate
+    def _product(self, route: Route) -> tuple[Tensor, Tensor, float, Tensor | None, float]:
+        """(A, B, scaling, gate, dropout) of the one low-rank product of the active adapters."""
         stacked = []
-        for name in names:
-            a, b, gate = self._factors(name, dropout)
-            s = self.scaling[name]
+        for name, (a, b, drop) in zip(route.names, route.factors, strict=True):
+            dropout = getattr(drop, "p", 0.0) if drop.training else 0.0
+            s, delta, gate = self.scaling[name], self.deltas.get(name), None
+            if delta is not None and not delta.in_weight:
+                if dropout:
+                    given = f"{dropout} on a layer whose branch holds a Delta-LoRA update"
+                    accepted = "0, or the adapter that `export_peft` writes"
+                    raise SwapError("lora_dropout", given, accepted)
+                a, b, gate = delta.stack(a, b, s)
+            if len(route.names) == 1:
+                if isinstance(s, Tensor):  # made one for hot-swapping without a new compilation
+                    return a, b, 1.0, s if gate is None else gate * s, dropout
+                return a, b, float(s), gate, dropout
             factor = s if gate is None else gate * s
             stacked.append((a, b * (factor.to(b.dtype) if isinstance(factor, Tensor) else factor)))
-        return torch.cat([a for a, _ in stacked]), torch.cat([b for _, b in stacked], 1), 1.0, None
-
-    def _factors(self, name: str, dropout: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A, B and what they are multiplied by beside the scaling, with the update of W in them."""
-        a, b, delta = self.lora_A[name].weight, self.lora_B[name].weight, self.deltas.get(name)
-        if delta is None or delta.in_weight:
-            return a, b, None
-        if dropout:
-            given = f"{dropout} on a layer whose branch holds a Delta-LoRA update"
-            raise SwapError("lora_dropout", given, "0, or the adapter that `export_peft` writes")
-        return delta.stack(a, b, self.scaling[name])
+        a, b = torch.cat([a for a, _ in stacked]), torch.cat([b for _, b in stacked], dim=1)
+        return a, b, 1.0, None, 0.0  # `why_peft`: several active adapters have no dropout
 
     def _peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward pass, and beside it what Delta-LoRA adds to W without writing it."""
@@ -156,6 +149,9 @@ class FusedLinear(HoldsPairs, Linear):
         return self.get_base_layer()
 
     # ---------------------------------------------------------- moves, and the layer's state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_route": None}  # a copy has other parameters
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLinear":
         super()._apply(fn, recurse)

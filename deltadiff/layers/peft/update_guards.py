@@ -39,7 +39,7 @@ def warn_dropped(adapter: str, in_weight: bool) -> None:
     warnings.warn(
         f"adapter {adapter!r} was loaded from a file without Delta-LoRA's update; the update that "
         f"the model had {where}. `optimizer.load_state_dict` brings back the one that belongs to "
-        "A and B; under a Trainer, `deltadiff.DeltaLoRACallback` does that",
+        "A and B; under a Trainer, `deltadiff.trainer.DeltaLoRACallback` does that",
         LostUpdateWarning, stacklevel=2,
     )  # fmt: skip
 
