@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ArgumentError
-from ..files import write_csv, write_json
+from ..files import as_folder, write_csv, write_json
 from . import report
 from .checkpoints import Progress, find_checkpoints, load_checkpoint, save_checkpoint
 from .generation import complete, write_completions
@@ -39,7 +39,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         ArgumentError: settings, text or a model that cannot be used; a folder that holds a run.
         NonFiniteLossError, Interrupted: see `train`.
     """
-    output = Path(settings.output)
+    output = as_folder("output", settings.output)
     if resume and (output / "result.json").exists():
         raise ArgumentError("resume", f"{output}, a finished run", "a run that was interrupted")
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
