@@ -62,8 +62,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     scaler = torch.amp.GradScaler(inputs.device.type, enabled=inputs.dtype == torch.float16)
 
     def evaluate() -> dict[str, float]:
-        with setup.evaluating():
-            rows = runner.predict(inputs.heldout, settings.measured_at_once)
+        rows = runner.predict(inputs.heldout, settings.measured_at_once)
         return task.score(rows, inputs.heldout)[0]
 
     checkpoints = find_checkpoints(output) if resume else []
@@ -80,10 +79,9 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         save=lambda: save_checkpoint(output, progress, setup, scaler), evaluate=evaluate,
     )  # fmt: skip
     peak = memory.read()
-    with setup.evaluating():
-        measured = _measure(runner, inputs, settings)
-        if export:
-            setup.write(output)
+    measured = _measure(runner, inputs, settings)
+    if export:
+        setup.write(output)
     result = {
         "settings": asdict(settings),
         **report.course(inputs, setup.module, progress, settings.batch_size),
