@@ -80,6 +80,33 @@ def test_what_people_train_with(options, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
 
 
+def test_a_compiled_model(tmp_path):
+    """Compiled and not, a swapped PEFT model takes the same steps."""
+    losses = []
+    for options in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}):
+        model = make("peft")
+        trainer = trainer_of(model, METHODS["factored"](model), tmp_path, 3, **options)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"fp16": True}, {"bf16": True}, {"torch_compile": True}])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_on_a_gpu_is_bit_equal(kind, method, options, tmp_path):
+    assert_resumes(lambda: make(kind).cuda(), METHODS[method], tmp_path, use_cpu=False, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", ["remainder", "stochastic", "nearest"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_bfloat16_model_on_a_gpu_is_bit_equal(kind, rounding, tmp_path):
+    optimizer = lambda model: delta_lora(model, "inplace", rounding)  # noqa: E731
+    assert_resumes(lambda: make(kind, BF16).cuda(), optimizer, tmp_path, use_cpu=False)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_best_model_comes_back_with_its_update(kind, method, tmp_path):

@@ -73,5 +73,5 @@ def everything(model, optimizer) -> list[torch.Tensor]:
     state = optimizer.state_dict()["state"]
     kept = [t for entry in state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
     with torch.no_grad():
-        logits = model.eval()(Tokens().rows[:2]).logits
+        logits = model.eval()(Tokens().rows[:2].to(model.device)).logits
     return [logits, *(p.detach() for p in model.parameters()), *kept]
