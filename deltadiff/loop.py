@@ -61,8 +61,8 @@ def catch_interrupt() -> Iterator[list[int]]:
             earlier[number] = handler
         yield received
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for caught, handler in earlier.items():
+            signal.signal(caught, handler)
 
 
 def rng_states() -> dict[str, object]:

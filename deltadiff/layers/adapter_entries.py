@@ -17,8 +17,9 @@ def _is_count(value: object, least: int = 0) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and abs(value) < 1e30  # no infinity, no NaN, nothing that is none in float32
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e30  # no infinity, no NaN, nothing that float32 cannot hold
 
 
 def _is_shape(value: object) -> bool:

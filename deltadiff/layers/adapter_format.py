@@ -270,13 +270,12 @@ def _check_tensors(folder: str | os.PathLike, config: dict, tensors: dict[str, T
         for i in range(c["folded"]):  # of any rank, but the same for both factors
             rank = tensors.get(f"{name}.folded_A.{i}", torch.empty(0)).shape[:1]
             expected |= {f"{name}.folded_A.{i}": [*rank, k], f"{name}.folded_B.{i}": [n, *rank]}
-    given = {name: list(t.shape) for name, t in tensors.items()}
-    differ = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))
+    found = {name: list(t.shape) for name, t in tensors.items()}
+    differ = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     if differ:
         name = differ[0]
-        raise CheckpointError(
-            str(folder), f"tensor {name} of shape {given.get(name)}", f"shape {expected.get(name)}"
-        )
+        given = f"tensor {name} of shape {found.get(name)}"
+        raise CheckpointError(str(folder), given, f"shape {expected.get(name)}")
     for name, t in tensors.items():
         if not (t.is_floating_point() or name.endswith(".saved")) or t.is_complex():
             raise CheckpointError(str(folder), f"tensor {name} of {t.dtype}", "real numbers")

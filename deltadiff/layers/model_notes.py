@@ -17,7 +17,8 @@ _SELECTION = "_deltadiff_selection"
 
 def note_required_grad(model: nn.Module) -> None:
     """Note which parameters require gradients, for those that are not noted yet."""
-    model, earlier = unwrapped(model), {}
+    model = unwrapped(model)
+    earlier: dict[nn.Parameter | None, bool] = {}
     for module in _noted(model, _REQUIRED_GRAD):
         parameters = dict(module.named_parameters())
         for name, required in module.__dict__[_REQUIRED_GRAD].items():

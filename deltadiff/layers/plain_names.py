@@ -107,11 +107,10 @@ def rename_to_fit(model: nn.Module, names: Iterable[str], here: Iterable[str]) -
         here: plain names of the linear layers of ``model``.
     """
     names, here = list(names), set(here)
-    models = (m for m in model.modules() if getattr(type(m), "base_model_prefix", ""))
-    inner = next(models, None)
-    if inner is None or all(name in here for name in names):
+    prefixes = ((m, getattr(type(m), "base_model_prefix", "")) for m in model.modules())
+    inner, prefix = next(((m, prefix) for m, prefix in prefixes if prefix), (model, ""))
+    if not prefix or all(name in here for name in names):
         return "", ""
-    prefix = f"{type(inner).base_model_prefix}."
-    if prefix[:-1] not in inner._modules:
-        return (prefix, "") if all(name.startswith(prefix) for name in names) else ("", "")
-    return ("", "") if any(name in here for name in names) else ("", prefix)
+    if prefix not in inner._modules:
+        return (f"{prefix}.", "") if all(n.startswith(f"{prefix}.") for n in names) else ("", "")
+    return ("", "") if any(name in here for name in names) else ("", f"{prefix}.")

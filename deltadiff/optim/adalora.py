@@ -190,11 +190,13 @@ class AdaLoRA(FusedAdamW):
         found: dict[str, LoraLinear] = {}
         for m, name in layer_names(self._modules).items():
             there = [p in mine for p in m.adapter]
-            if len(there) == 3 and m.adapter[2].shape == (m.r,) and any(there):
-                if not all(there):
-                    given = f"not all of lora_A, lora_B and gate of {name}"
-                    raise ArgumentError("model_or_params", given, "all three")
-                found[name] = m
+            with_lambda = len(there) == 3 and m.adapter[2].shape == (m.r,)
+            if not isinstance(m, LoraLinear) or not with_lambda or not any(there):
+                continue
+            if not all(there):
+                given = f"not all of lora_A, lora_B and gate of {name}"
+                raise ArgumentError("model_or_params", given, "all three")
+            found[name] = m
         if not found:
             given, accepted = "no layer with a Lambda", "a model that `swap_adalora_` changed"
             raise ArgumentError("model_or_params", given, accepted)

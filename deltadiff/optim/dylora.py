@@ -184,7 +184,11 @@ class DyLoRA(FusedAdamW):
             refuse_peft("DyLoRA", model)
         mine = {p for group in self.param_groups for p in group["params"]}
         known = layer_names(self._modules)
-        layers = {m: name for m, name in known.items() if m.lora_A in mine or m.lora_B in mine}
+        layers = {
+            m: name
+            for m, name in known.items()
+            if isinstance(m, LoraLinear) and (m.lora_A in mine or m.lora_B in mine)
+        }
         if not layers:
             accepted = "a model that `swap_` changed, or model="
             raise ArgumentError("model_or_params", "no pair of a swapped layer", accepted)
