@@ -222,3 +222,27 @@ def test_peft_models_are_refused():
     accepted = "`swap_` that, and `deltadiff.export_peft` the result"
     with pytest.raises(ArgumentTypeError, match=f"which DyLoRA cannot train.*{accepted}"):
         DyLoRA(model)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device():
+    model = swapped(torch.float32).cuda()
+    optimizer = DyLoRA(model, lr=0.02)
+    x = data(0, torch.float32)[0].cuda()
+
+    def use():
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()(x)
+        with optimizer.truncated(3):
+            model(x)
+        model.train()
+        optimizer.draw()
+
+    use()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        use()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
