@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checks import need_package
 from ..errors import ArgumentError
-from ..files import whole_folder
+from ..files import as_folder, whole_folder
 from ..layers.adapter_file import load_adapter
 from ..layers.adapter_format import read_adapter_config
 from ..layers.merge import merge_
@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge and save; the output folder appears when all of it is written."""
-    adapter, output = Path(args.adapter), Path(args.output)
+    adapter = as_folder("ADAPTER_FOLDER", args.adapter)
+    output = as_folder("OUTPUT", args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ArgumentError("OUTPUT", f"{output}, which is not empty", "a new or an empty folder")
     place, labels = find_model(args.model), _labels(adapter)
