@@ -22,7 +22,13 @@ def restore_required_grad(model: nn.Module) -> None:
     parameters = dict(model.named_parameters())
     for name, required in model.__dict__.get(_REQUIRED_GRAD, {}).items():
         if name in parameters:
-            parameters[name].requires_grad_(required)
+            parameters[name].requires_grad = required
+
+
+def stopped_training(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that required gradients when they were noted and do not now."""
+    noted = model.__dict__.get(_REQUIRED_GRAD, {})
+    return {n: p for n, p in model.named_parameters() if noted.get(n) and not p.requires_grad}
 
 
 def note_selection(model: nn.Module, selection: dict) -> None:
