@@ -34,7 +34,15 @@ def restore_required_grad(model: nn.Module) -> None:
         parameters = dict(module.named_parameters())
         for name, required in module.__dict__[_REQUIRED_GRAD].items():
             if name in parameters:
-                parameters[name].requires_grad_(required)
+                parameters[name].requires_grad = required
+
+
+def stopped_training(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that required gradients when they were noted and do not now."""
+    for module in _noted(model, _REQUIRED_GRAD):  # the outermost knows what the others note
+        noted, named = module.__dict__[_REQUIRED_GRAD], module.named_parameters()
+        return {n: p for n, p in named if noted.get(n) and not p.requires_grad}
+    return {}
 
 
 def note_selection(model: nn.Module, selection: dict) -> None:
