@@ -63,7 +63,8 @@ def test_no_rank_is_above_the_smaller_side():
 
 
 def test_what_has_no_values_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4, device="meta"))
+    model = nn.Sequential(nn.Linear(4, 4))
     swap_(model, r=2)
+    model.to("meta")
     with pytest.raises(ArgumentTypeError, match="0: got a tensor on meta"):
         low_rank_sum("0", [model[0]])

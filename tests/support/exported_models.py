@@ -216,7 +216,8 @@ def dylora(rank=4) -> Case:
     model = copy.deepcopy(base)
     swap_(model, r=4, seed=0)
     optimizer = DyLoRA(model, lr=1e-2)
-    train(model, optimizer)
+    train(model.train(), optimizer)  # the drawn ranks hold in training mode alone
+    model.eval()
     with optimizer.truncated(rank):
         return case(base, model, {rank}, context=optimizer.truncated(rank))
 
