@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .examples import Example
+from .data.examples import Example
 
 IGNORED = -100  # the label of a token without loss, the default of torch's cross_entropy
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..files import write_csv
-from .examples import Example
+from .data.examples import Example
 from .runner import ModelRunner
 from .tasks.text import prompt_tokens
 

@@ -9,9 +9,9 @@ import torch
 from ..checks import NAMED_DTYPES
 from ..devices import default_device, find_device
 from .batches import EncodedExamples
-from .examples import split_examples
+from .data.examples import split_examples
+from .data.reading import read_examples
 from .models import Model, load_model
-from .reading import read_examples
 from .tasks.choose import find_task
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def load_inputs(settings: "Settings") -> RunInputs:
     settings.check()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     device = device_of(settings)
-    examples = read_examples(settings.data, settings.columns, settings.format)
+    examples = read_examples(settings.data, settings.layout)
     try:
         share = float(settings.heldout)
     except ValueError:
-        heldout = read_examples(settings.heldout, settings.columns, settings.format)
+        heldout = read_examples(settings.heldout, settings.layout)
     else:
         examples, heldout = split_examples(examples, share, settings.seed)
     task, dtype = find_task(examples, settings), NAMED_DTYPES[settings.dtype]

@@ -3,7 +3,6 @@
 Nothing is downloaded: a model is a folder, a GGUF file, or an installed package that ships one.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +11,8 @@ from torch import nn
 
 from ..checks import need_package
 from ..errors import ArgumentError
+from .packages import package_folder
 from .tasks.base import Task
-
-
-def package_folder(name: str) -> Path | None:
-    """The folder of an installed package, which is found without importing it."""
-    name = name.replace("-", "_")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) if places else None
 
 
 def find_model(name: str) -> Path:

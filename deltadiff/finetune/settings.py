@@ -9,7 +9,8 @@ from pathlib import Path
 from ..checks import NAMED_DTYPES, ROUNDINGS
 from ..errors import ArgumentError, CheckpointError
 from ..optim.delta_lora import W_UPDATES
-from .formats import FORMATS, Columns, is_column
+from .data.formats import FORMATS
+from .data.layout import Layout, is_column
 from .methods.table import METHODS
 from .presets import find_preset
 
@@ -60,6 +61,13 @@ class Settings:
     group_column: str | None = _text(None, "column with groups, which --heldout keeps whole")
     format: str | None = _text(
         None, "format of the files (default: by their ending)", choices=tuple(FORMATS)
+    )
+    delimiter: str | None = _text(
+        None,
+        'between the cells of a CSV file, such as ";" or "tab" (default: what its header shows)',
+    )
+    encoding: str | None = _text(
+        None, "of text files, such as cp1252 (default: that of the byte order mark, else UTF-8)"
     )
     regression: bool = _text(False, "learn numbers: one output, mean squared error")
     heldout: str = _text("0.1", "share of the examples to evaluate on, or a file with others")
@@ -173,9 +181,12 @@ class Settings:
             raise ArgumentError("regression", "no label column", "--label-column with numbers")
 
     @property
-    def columns(self) -> Columns:
-        """The columns of the files, for `read_examples`."""
-        return Columns(self.text_column, self.label_column, self.prompt_column, self.group_column)
+    def layout(self) -> Layout:
+        """How the files are written, for `read_examples`."""
+        return Layout(
+            self.text_column, self.label_column, self.prompt_column, self.group_column,
+            format=self.format, delimiter=self.delimiter, encoding=self.encoding,
+        )  # fmt: skip
 
     @property
     def measured_at_once(self) -> int:

@@ -6,7 +6,7 @@ import os
 import signal
 
 from deltadiff.finetune import command
-from deltadiff.finetune.examples import Example
+from deltadiff.finetune.data.examples import Example
 from deltadiff.finetune.inputs import RunInputs, load_inputs
 from deltadiff.finetune.methods.table import METHODS
 from deltadiff.finetune.settings import Settings, make_settings

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..batches import EncodedExamples
-from ..examples import Example
+from ..data.examples import Example
 from ..metrics import Scores
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from ...errors import ArgumentError
 from ..batches import EncodedExamples
-from ..examples import Example
+from ..data.examples import Example
 from ..metrics import Scores, add_metrics
 from .base import Task
 

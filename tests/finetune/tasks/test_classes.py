@@ -9,7 +9,7 @@ from character_tokenizer import CharacterTokenizer
 
 from deltadiff.errors import ArgumentError
 from deltadiff.finetune.batches import EncodedExamples
-from deltadiff.finetune.examples import Example
+from deltadiff.finetune.data.examples import Example
 from deltadiff.finetune.tasks.classes import ClassTask, find_labels
 
 

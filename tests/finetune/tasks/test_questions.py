@@ -10,9 +10,9 @@ import torch
 from finetune_runs import squad, train
 
 from deltadiff.__main__ import main
-from deltadiff.finetune.examples import Example, split_examples
+from deltadiff.finetune.data.examples import Example, split_examples
+from deltadiff.finetune.data.reading import read_examples
 from deltadiff.finetune.models import load_model
-from deltadiff.finetune.reading import read_examples
 from deltadiff.finetune.runner import ModelRunner
 from deltadiff.finetune.tasks.spans import SpanTask, best_answers
 

@@ -8,7 +8,7 @@ from character_tokenizer import CharacterTokenizer
 
 from deltadiff.errors import ArgumentError
 from deltadiff.finetune.batches import IGNORED
-from deltadiff.finetune.examples import Example
+from deltadiff.finetune.data.examples import Example
 from deltadiff.finetune.tasks.text import EncodedText, TextTask
 
 
