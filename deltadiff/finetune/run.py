@@ -47,7 +47,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     inputs = load_inputs(settings)
     task = inputs.model.task
     if settings.epochs is not None:
-        steps = math.ceil(settings.epochs * len(inputs.train) / settings.batch_size)
+        steps = math.ceil(settings.epochs * len(inputs.train) / settings.step_size)
         settings = dataclasses.replace(settings, steps=steps)
     memory = PeakMemory(inputs.device)
     setup = METHODS[settings.method].prepare(inputs, settings)
@@ -86,7 +86,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
             setup.write(output)
     result = {
         "settings": asdict(settings),
-        **report.course(inputs, setup.module, progress, settings.batch_size),
+        **report.course(inputs, setup.module, progress, settings.step_size),
         "before": progress.before,
         "metric_curve": progress.curve,
         **measured,
