@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError, NonFiniteLossError, SwapError
-from ..layers.lora_linear import lora_layers
+from ..layers.lora_layers import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets import Targets
 from ..optim.fused_adamw import FusedAdamW

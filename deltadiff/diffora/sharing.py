@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..checks import check_int, dtype_name
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
 from ..layers.linear import check_rank, linear_shape
-from ..layers.lora_linear import LoraLinear, lora_layers
+from ..layers.lora_layers import lora_layers
+from ..layers.lora_linear import LoraLinear
 from ..layers.model_notes import note_selection, noted_selection
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_, unswap_

@@ -6,7 +6,7 @@ import re
 import torch
 from torch import nn
 
-from ..layers.lora_linear import lora_layers
+from ..layers.lora_layers import lora_layers
 
 
 @torch.no_grad()

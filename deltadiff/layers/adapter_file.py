@@ -20,7 +20,8 @@ from ..errors import SwapError
 from ..files import as_folder, write_bytes, write_text
 from . import adapter_format
 from .adapter_format import check_base, pair_owner, plain_name, read_adapter, sha256_of_json
-from .lora_linear import LoraLinear, lora_layers, swapped_layers
+from .lora_layers import lora_layers
+from .lora_linear import LoraLinear, own_layers
 from .model_notes import note_selection, noted_selection
 from .pending_delta import LowRankFactors, PendingDelta
 from .report import SwapReport, swap_report
@@ -46,7 +47,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
             is not kept as factors any more (call `merge_` and save the whole model instead).
     """
     folder = as_folder("folder", folder)
-    layers = swapped_layers(model)
+    instead = "`model.save_pretrained`, or `export_peft` after Delta-LoRA"
+    layers = own_layers(model, "save_adapter", instead)
     tensors: dict[str, Tensor] = {}
     entries, owners = {}, _owners(layers)
     for name, layer in layers.items():

@@ -55,15 +55,31 @@ def check_backend(base_layer: "LinearLayer", r: int, dropout: float, backend: st
         choose_path(w.device, w.dtype, backend, (*linear_shape(base_layer), r), dropout > 0)
 
 
-def _fused(
-    layer: "LoraLinear", x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, dropout: float
+def fused_branch(
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    dropout: float,
+    backend: str | None,
 ) -> Tensor:
     """One call of `lora_linear`; with dropout, PyTorch's generator gives the seed of the mask."""
     seed = torch.randint(2**63 - 1, (), device=x.device) if dropout else 0
     return lora_linear(
-        x, layer.matrix, a, b, scaling=layer.scaling, gate=gate, bias=layer.bias,
-        dropout=dropout, seed=seed, backend=layer.backend,
+        x, matrix, a, b, scaling=scaling, gate=gate, bias=bias,
+        dropout=dropout, seed=seed, backend=backend,
     )  # fmt: skip
+
+
+def _fused(
+    layer: "LoraLinear", x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, dropout: float
+) -> Tensor:
+    return fused_branch(
+        x, layer.matrix, layer.bias, a, b, layer.scaling, gate, dropout, layer.backend
+    )
 
 
 def _beside_base_layer(

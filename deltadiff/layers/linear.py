@@ -48,8 +48,14 @@ def is_conv1d(module: nn.Module) -> TypeGuard["Conv1D"]:
 
 def is_peft(module: nn.Module) -> TypeGuard["PeftLayer"]:
     """Whether this is one of PEFT's LoRA layers."""
-    kind = type(module)
-    return kind.__module__.startswith("peft.tuners.lora") and hasattr(module, "base_layer")
+    lora = any(kind.__module__.startswith("peft.tuners.lora") for kind in type(module).__mro__)
+    return lora and hasattr(module, "base_layer")
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether a model holds layers or wrappers of PEFT, also layers that `swap_` made faster."""
+    ours = f"{__package__}.peft."
+    return any(type(m).__module__.startswith(("peft.", ours)) for m in model.modules())
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

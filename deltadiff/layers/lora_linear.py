@@ -1,20 +1,22 @@
 """`LoraLinear`: a linear layer with a low-rank branch, the layer that `swap_` puts in."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..errors import SwapError
 from ..ops.dispatch import Dispatch, choose_path
 from .base_format import base_format
+from .delta_state import check_loadable, delta_to_state, follow_module, load_delta, take_saved_delta
 from .linear import is_conv1d, linear_shape
+from .lora_layers import HoldsPairs, LoraLayer, Place, swapped_layers
 from .pending_delta import PendingDelta
 
 if TYPE_CHECKING:
     from .linear import LinearLayer
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(HoldsPairs, nn.Linear):
     """Linear layer with a low-rank branch: y = x W^T + bias + s g (x A^T) B^T.
 
     `deltadiff.swap_` makes it. It shares ``weight`` and ``bias`` with the layer that it replaces.
@@ -37,9 +39,7 @@ class LoraLinear(nn.Linear):
             None means 1.
         share_group: name of the group of layers that hold this same pair (DiffoRA's weight
             sharing); Delta-LoRA does not update their weights. None for a pair of the layer's own.
-        original: the layer that was here before; `unswap_` puts it back.
-        base_layer: the linear layer that holds W: ``original``, or the layer inside of it where
-            ``original`` is PEFT's.
+        base_layer: the layer that was here before; `unswap_` puts it back.
         delta: what Delta-LoRA has added so far; None for plain LoRA.
         branch_delta: ``delta`` where the forward pass adds it, None where W holds all of it.
         swapped_in: False once `unswap_` or `merge_` took the layer out.
@@ -57,14 +57,15 @@ class LoraLinear(nn.Linear):
     gate: Tensor | None
     share_group: str | None
     transposed: bool
-    original: nn.Module
     base_layer: "LinearLayer"
     branch_delta: PendingDelta | None
     swapped_in: bool
 
+    in_peft = False
+    active = True
+
     def __init__(
         self,
-        original: nn.Module,
         base_layer: "LinearLayer",
         lora_A: Tensor,
         lora_B: Tensor,
@@ -82,8 +83,11 @@ class LoraLinear(nn.Linear):
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
         self.delta = self.gate = None
         self.swapped_in = True
-        # They are not registered as submodules, because their parameters are this layer's.
-        self.__dict__["original"], self.__dict__["base_layer"] = original, base_layer
+        # It is not registered as a submodule, because its parameters are this layer's.
+        self.__dict__["base_layer"] = base_layer
+
+    def pairs(self) -> dict[str, LoraLayer]:
+        return {"": self}
 
     @property
     def delta(self) -> PendingDelta | None:
@@ -108,9 +112,17 @@ class LoraLinear(nn.Linear):
         return [self.lora_A, self.lora_B, *gate]
 
     @property
-    def from_peft(self) -> bool:
-        """Whether the layer stands for one of PEFT's, whose pair it trains."""
-        return self.original is not self.base_layer
+    def holder(self) -> nn.Module:
+        return self
+
+    def places(self) -> list[Place]:
+        held = self._parameters if "weight" in self._parameters else vars(self)
+        return [(held, "weight", self.weight), (vars(self), "swapped_in", True)]
+
+    def why_no_update(self) -> str | None:
+        if self.lora_dropout:
+            return f"lora_dropout={self.lora_dropout:g}, which Delta-LoRA forbids"
+        return None if self.gate is None else "a gate"
 
     @property
     def quantised(self) -> bool:
@@ -147,15 +159,43 @@ class LoraLinear(nn.Linear):
         dropout = f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha:g}{dropout}"
 
+    # ---------------------------------------------------------- moves, and the layer's state
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """The `LoraLinear` layers of a model by name; empty for a model that is not swapped."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoraLinear":
+        super()._apply(fn, recurse)
+        if self.delta is not None:
+            follow_module(self.delta, self.lora_A)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.delta is not None:
+            destination |= delta_to_state(self.delta, f"{prefix}delta.")
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        saved = take_saved_delta(state_dict, f"{prefix}delta.")
+        check_loadable(self.delta, saved)
+        remainder = None if self.delta is None else self.delta.remainder
+        before = None if remainder is None else self.matrix.detach().clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if f"{prefix}lora_A" not in state_dict or f"{prefix}lora_B" not in state_dict:
+            return  # a part of a state, which says nothing of the update
+        load_delta(self, saved, self.lora_A, self.lora_B)
+        if remainder is not None and before is not None:
+            # The remainder belongs to the bits of W that were there, and stays where they stayed.
+            remainder.mul_(before == self.matrix)
 
 
-def swapped_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """`lora_layers` of a model that has some; SwapError for a model that is not swapped."""
-    layers = lora_layers(model)
-    if not layers:
-        raise SwapError("model", "a model without swapped layers", "a model that `swap_` changed")
+def own_layers(model: nn.Module, call: str, instead: str) -> dict[str, LoraLinear]:
+    """The `LoraLinear` layers of a swapped model by name, for a call that is for them alone.
+
+    Raises:
+        SwapError: the model has no swapped layer, or has layers of PEFT; the message names what to
+            call ``instead``.
+    """
+    layers: dict[str, LoraLinear] = {}
+    for name, layer in swapped_layers(model).items():
+        if not isinstance(layer, LoraLinear):
+            raise SwapError(call, f"{name}, a layer of PEFT", f"for PEFT's layers, {instead}")
+        layers[name] = layer
     return layers

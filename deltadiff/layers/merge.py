@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..checks import dtype_name, wide_dtype
 from ..ops.reference import join_remainder
 from ..text import align_columns
-from .lora_linear import LoraLinear, swapped_layers
+from .lora_layers import LoraLayer
+from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes
 from .pending_delta import LowRankFactors
 from .swap import take_out
@@ -60,11 +61,11 @@ def merge_(model: nn.Module) -> MergeReport:
         A report with the relative rounding error of each weight; it prints as a table.
 
     Raises:
-        SwapError: the model has no swapped layer.
+        SwapError: the model has no swapped layer, or has layers of PEFT.
         ArgumentTypeError, ArgumentError: a weight that cannot be written (quantised, tied,
             shared); nothing was changed.
     """
-    layers = swapped_layers(model)
+    layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
     check_writable(layers, [model])
     rows = []
     for name, layer in layers.items():
@@ -94,7 +95,7 @@ def _merge_layer(layer: LoraLinear) -> float:
     return math.sqrt(lost / norm) if norm else 0.0
 
 
-def branch_products(layer: LoraLinear) -> list[LowRankFactors]:
+def branch_products(layer: LoraLayer) -> list[LowRankFactors]:
     """The products that the forward pass adds to W, as factors in float32 (or float64)."""
     wide = wide_dtype(layer.lora_A.dtype)
 
@@ -105,7 +106,5 @@ def branch_products(layer: LoraLinear) -> list[LowRankFactors]:
     b = b if layer.gate is None else b * widen(layer.gate)
     products = [LowRankFactors(b, widen(layer.lora_A), in_weight=False)]
     if layer.delta is not None:
-        products += [p for p in layer.delta.past_updates or () if not p.in_weight]
-        if not layer.delta.in_weight and layer.delta.started():
-            products.append(layer.delta.product(layer.lora_A, layer.lora_B, layer.scaling))
+        products += layer.delta.unwritten(layer.lora_A, layer.lora_B, layer.scaling)
     return products

@@ -80,6 +80,29 @@ class PendingDelta:
         a = torch.cat([lora_A.detach().to(wide), self.anchor_A.to(wide)])
         return LowRankFactors(b, a, self.in_weight)
 
+    def unwritten(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> list[LowRankFactors]:
+        """What the forward pass adds to W of the update, as factors; reads from the device."""
+        found = [p for p in self.past_updates or () if not p.in_weight]
+        if not self.in_weight and self.started():
+            found.append(self.product(lora_A, lora_B, scaling))
+        return found
+
+    def changes_model(self) -> bool:
+        """Whether the model is another than its base and its pairs; reads from the device."""
+        return self.started() or self.past_updates is None or bool(self.past_updates)
+
+    def added(
+        self, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+    ) -> list[LowRankFactors]:
+        """As `unwritten`, without a read from the device: zero before the updates have started."""
+        wide, r = self.rank_scale.dtype, lora_A.shape[0]
+        factor = self.rank_scale.clone()
+        factor[:r] -= 1
+        b = torch.cat([lora_B, self.anchor_B], dim=1).to(wide) * (factor * scaling)
+        a = torch.cat([lora_A, self.anchor_A]).to(wide)
+        past = [p for p in self.past_updates or () if not p.in_weight]
+        return [*past, LowRankFactors(b, a, in_weight=False)]
+
     def stack(
         self, lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..text import align_columns
-from .lora_linear import lora_layers
+from .linear import is_peft_model
+from .lora_layers import lora_layers
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,17 @@ class SwapReport:
 def swap_report(model: nn.Module) -> SwapReport:
     """Which kernels run each swapped layer of ``model`` now, and why."""
     rows = []
-    for name, layer in lora_layers(model).items():
+    layers = {name: layer for name, layer in lora_layers(model).items() if layer.active}
+    for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
         chosen, group = layer.dispatch, layer.share_group or ""
         row = chosen.backend, chosen.reason, group, chosen.in_words()
         rows.append(SwapRow(name, shape, layer.r, *row))
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters))
+    notes: list[str] = []
+    if is_peft_model(model):
+        from .peft.fuse import describe_others
+
+        notes = describe_others(model)
+    return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters), tuple(notes))

@@ -1,5 +1,6 @@
 """`swap_` puts `LoraLinear` layers in the place of eager ones, `unswap_` takes them out again."""
 
+import inspect
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ import torch
 from torch import nn
 
 from ..checks import check_dropout, check_int, check_number
-from ..errors import ArgumentError, ArgumentTypeError, SwapError
+from ..errors import ArgumentError, ArgumentTypeError
 from .base_format import base_format, check_backend
-from .linear import check_rank, is_peft, linear_shape
-from .lora_linear import LoraLinear, lora_layers, swapped_layers
+from .linear import check_rank, is_peft_model, linear_shape
+from .lora_layers import lora_layers, swapped_layers
+from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
-from .peft import from_peft
 from .report import SwapReport, swap_report
+from .swap_peft import swap_peft_
 from .targets import Targets, choose_modules, is_linear, match_names
 
 if TYPE_CHECKING:
@@ -38,9 +40,12 @@ def swap_(
     """Replace linear layers by fast LoRA layers, in place. Weights are shared, not copied.
 
     An ``nn.Linear`` (or GPT-2's ``Conv1D``) gets a new low-rank pair: A by Kaiming's uniform rule,
-    B = 0 (Delta-LoRA, Algorithm 1). PEFT's ``lora.Linear`` keeps its pair, scaling and dropout;
-    ``r``, ``lora_alpha``, ``lora_dropout``, ``use_rslora`` and ``adapter_dtype`` do not apply to
-    it. All other parameters are frozen, except those of ``modules_to_save``.
+    B = 0 (Delta-LoRA, Algorithm 1). All other parameters are frozen, except those of
+    ``modules_to_save``.
+
+    In a PEFT model nothing is replaced or frozen: its LoRA layers stay PEFT's, with their adapters,
+    and only their forward pass becomes faster. The report says which calls take PEFT's own forward
+    pass, and why. Such a model takes ``target_modules`` and ``backend`` alone.
 
     Args:
         model: any module that contains linear layers.
@@ -66,9 +71,22 @@ def swap_(
         ArgumentTypeError, ArgumentError: a value outside the limits above; nothing was changed.
             Where targets match nothing, the message lists similar names.
         BackendUnavailableError: ``backend`` cannot run here, or cannot run one of these layers.
+        SwapError: a PEFT model none of whose layers can be faster; the message says why.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
+    if is_peft_model(model):
+        settled = {
+            "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
+            "use_rslora": use_rslora, "adapter_dtype": adapter_dtype,
+            "modules_to_save": modules_to_save, "seed": seed,
+        }  # fmt: skip
+        defaults = inspect.signature(swap_).parameters
+        for name, value in settled.items():
+            if value != defaults[name].default:
+                accepted = "the default, because PEFT's configuration of this model settles it"
+                raise ArgumentError(name, repr(value), accepted)
+        return swap_peft_(model, target_modules, backend)
     check_int("r", r, 1)
     if check_number("lora_alpha", lora_alpha, 0) == 0:
         raise ArgumentError("lora_alpha", lora_alpha, "a number above 0")
@@ -84,19 +102,15 @@ def swap_(
     for name, module in chosen.items():
         if module in layers:
             continue
-        if is_peft(module):
-            layers[module] = from_peft(name, module, backend)
-        else:
-            assert is_linear(module)
-            layers[module] = _new_layer(name, module, branch, generator)
+        assert is_linear(module)
+        layers[module] = _new_layer(name, module, branch, generator)
 
     note_required_grad(model)
     earlier = {id(p) for m in lora_layers(model).values() for p in m.adapter}
     for name, p in model.named_parameters():
         saved = any(name.startswith(f"{k}.") for k in kept) and p.is_floating_point()
-        peft_saved = ".modules_to_save." in name and p.requires_grad
         if id(p) not in earlier:
-            p.requires_grad_(saved or peft_saved)
+            p.requires_grad_(saved)
     for layer in layers.values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
@@ -107,21 +121,21 @@ def swap_(
 def unswap_(model: nn.Module) -> nn.Module:
     """Put the eager layers back and restore which parameters require gradients.
 
-    What Delta-LoRA wrote into W in place stays there. The low-rank branch of a layer that was an
-    ``nn.Linear`` is dropped (call `merge_` instead to keep it); PEFT's layers keep their pair.
+    What Delta-LoRA wrote into W in place stays there. The low-rank branch is dropped (call `merge_`
+    instead to keep it). PEFT's layers get PEFT's own forward pass back and keep all that they have.
 
     Raises:
-        SwapError: the model has no swapped layer, or a PEFT layer would lose a factored delta.
+        SwapError: the model has no swapped layer; or a layer of PEFT holds an update of Delta-LoRA,
+            of which PEFT knows nothing. Nothing was changed.
     """
     layers = swapped_layers(model)
-    for name, layer in layers.items():
-        delta = layer.delta
-        if layer.from_peft and delta and not delta.in_weight and delta.started():
-            raise SwapError(
-                name, "a PEFT layer with a factored delta, which PEFT cannot hold",
-                "`merge_`, or DeltaLoRA(w_update='inplace')",
-            )  # fmt: skip
-    take_out(model, {layer: layer.original for layer in layers.values()})
+    if any(layer.in_peft for layer in layers.values()):
+        from .peft.fuse import unfuse_
+
+        unfuse_(model)
+        return model
+    own = own_layers(model, "unswap_", "")
+    take_out(model, {layer: layer.base_layer for layer in own.values()})
     restore_required_grad(model)
     drop_notes(model)
     return model
@@ -182,6 +196,6 @@ def _new_layer(
     b = torch.zeros(n, r, dtype=dtype, device=w.device)
     a = a.to(w.device, dtype)
     layer = LoraLinear(
-        module, module, a, b, branch.lora_alpha, branch.scaling, branch.lora_dropout, branch.backend
+        module, a, b, branch.lora_alpha, branch.scaling, branch.lora_dropout, branch.backend
     )
     return layer.train(module.training)

@@ -1,13 +1,15 @@
 """The check that base weights may be written in place."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError
 from .base_format import base_format
-from .lora_linear import LoraLinear
+from .lora_layers import LoraLayer
 
 
-def check_writable(layers: dict[str, LoraLinear], models: list[nn.Module]) -> None:
+def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> None:
     """Raise unless W of every layer can be updated in place without changing anything else.
 
     Args:
@@ -33,10 +35,10 @@ def check_writable(layers: dict[str, LoraLinear], models: list[nn.Module]) -> No
             raise ArgumentTypeError(argument, given, "a whole tensor (no DTensor, no shard)")
         if 0 in w.stride():
             raise ArgumentError(argument, f"strides {w.stride()}", "a weight with its own memory")
-        same = {**holders.get(_memory(w), {})}
-        same |= {id(m): n for n, m in layers.items() if _memory(m.weight) == _memory(w)}
+        same = {n for m, n in holders.get(_memory(w), {}).items() if m != id(layer.holder)}
+        same |= {n for n, m in layers.items() if _memory(m.weight) == _memory(w)}
         if len(same) > 1:
-            given = f"shared by {', '.join(sorted(same.values()))}"
+            given = f"shared by {', '.join(sorted(same))}"
             accepted = "a weight of its own in place; else w_update='factored'"
             raise ArgumentError(argument, given, accepted)
 

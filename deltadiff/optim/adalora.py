@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from ..checks import check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
-from ..layers.lora_linear import LoraLinear, lora_layers
+from ..layers.lora_layers import lora_layers
+from ..layers.lora_linear import LoraLinear
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_
 from ..layers.targets import Targets

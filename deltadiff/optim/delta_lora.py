@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, check_int, check_number
 from ..errors import ArgumentError
-from ..layers.lora_linear import LoraLinear
+from ..layers.lora_layers import LoraLayer
 from ..layers.pending_delta import LowRankFactors
 from ..layers.writable import check_writable
 from .device_step import AdamWRun, DeviceStep
@@ -50,7 +50,8 @@ class DeltaLoRA(FusedAdamW):
             then stays in the model.
         start_step: K, an int >= 0; W is updated where t > K, so K = 0 skips the first step.
         w_update: "inplace" writes W (Algorithm 1); "factored" does not, and adds the same update
-            in the forward pass, also for a weight that cannot be written.
+            in the forward pass, also for a weight that cannot be written. None is "inplace", but
+            "factored" for PEFT's layers, whose base weights PEFT still needs as they were.
         rounding: of a 16-bit W: "remainder" (default; 2 bytes an element), "stochastic" or
             "nearest" (warns once, with the share of the update that is lost). A wider W needs none.
         seed: of the random bits of "stochastic".
@@ -78,14 +79,14 @@ class DeltaLoRA(FusedAdamW):
         weight_decay: float = 0.01,
         update_ratio: float = 0.5,
         start_step: int = 0,
-        w_update: str = "inplace",
+        w_update: str | None = None,
         rounding: str | None = None,
         seed: int = 0,
         skip_nonfinite: bool = False,
         model: nn.Module | None = None,
     ):
-        if w_update not in W_UPDATES:
-            raise ArgumentError("w_update", repr(w_update), " or ".join(map(repr, W_UPDATES)))
+        if w_update not in (None, *W_UPDATES):
+            raise ArgumentError("w_update", repr(w_update), f"None, {' or '.join(W_UPDATES)}")
         if rounding not in (None, *ROUNDINGS):
             raise ArgumentError("rounding", repr(rounding), f"None, {', '.join(ROUNDINGS)}")
         if not isinstance(seed, int) or not 0 <= seed < 2**62:
@@ -104,18 +105,21 @@ class DeltaLoRA(FusedAdamW):
 
     def _check_tensors(self) -> None:
         self._pairs = find_pairs(self._modules, self.param_groups)
+        if self.w_update is None:
+            in_peft = any(layer.in_peft for layer in self._pairs.values())
+            self.w_update = "factored" if in_peft else "inplace"
         super()._check_tensors()
         if self.w_update == "inplace":
             check_writable(self._pairs, self._modules)
 
     def _prepare(self) -> None:
         groups, index = self.param_groups, group_indices(self.param_groups)
-        kinds: dict[tuple[int, torch.device, torch.dtype], dict[str, LoraLinear]]
+        kinds: dict[tuple[int, torch.device, torch.dtype], dict[str, LoraLayer]]
         kinds = defaultdict(dict)
         for name, layer in self._pairs.items():
             self._allocate_update(layer)
             kinds[index[layer.lora_B], layer.weight.device, layer.weight.dtype][name] = layer
-        self._weight_updates = [
+        self.weight_updates = [
             WeightUpdate(
                 groups[i], layers, self.w_update == "inplace", self.rounding or "remainder",
                 self.seed + number, self.state, self._delta,
@@ -124,13 +128,13 @@ class DeltaLoRA(FusedAdamW):
         ]  # fmt: skip
         self._groups_without_update = [g for g in groups if not g["update_ratio"]]
         for device, step in self._devices.items():
-            here = [update for update in self._weight_updates if update.device == device]
+            here = [update for update in self.weight_updates if update.device == device]
             step.start = UpdateStart(device, groups, here)
             written = [update for update in here if update.inplace]
             step.weights = [m.weight for update in written for m in update.layers.values()]
         super()._prepare()
 
-    def _allocate_update(self, layer: LoraLinear) -> None:
+    def _allocate_update(self, layer: LoraLayer) -> None:
         for p in (layer.lora_A, layer.lora_B):
             if "anchor" not in self.state[p]:
                 self.state[p]["anchor"] = torch.zeros_like(p.detach())
@@ -152,17 +156,17 @@ class DeltaLoRA(FusedAdamW):
     # ---------------------------------------------------------------------- step
 
     def _look(self) -> bool:
-        same = all([update.check_layers() for update in self._weight_updates])
+        same = all([update.check_layers() for update in self.weight_updates])
         return super()._look() and same
 
     def _bind(self, restored: dict[Tensor, list[LowRankFactors] | None] | None = None) -> None:
         """Give the layers their `PendingDelta`; ``restored``: see `WeightUpdate.bind`."""
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.check_earlier_run(restored)
         t = self._read_iteration()
         for step in self._devices.values():
             step.set_iteration(t)
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.bind(t > update.start_step + 1, restored)
         super()._bind()
 
@@ -171,7 +175,7 @@ class DeltaLoRA(FusedAdamW):
     ) -> set[torch.device]:
         """Update the weights."""
         wrote: set[torch.device] = set()
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             t, flag = self._iteration[update.device], found_inf.get(update.device)
             if update.run(t, self._t_least, self._t_most, flag, capturing):
                 wrote.add(update.device)
@@ -203,7 +207,7 @@ class DeltaLoRA(FusedAdamW):
             ArgumentError: as there; a changed update_ratio with w_update "factored", where the
                 forward pass changes its form, or without Triton's kernels.
         """
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             ratio = update.group["update_ratio"]
             follows = update.inplace and update.backend == "triton"
             if self._captured and not follows and update.ratio != ratio:
@@ -218,7 +222,7 @@ class DeltaLoRA(FusedAdamW):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.check_settings()
         for group in self._groups_without_update:
             if group["update_ratio"]:
@@ -226,7 +230,7 @@ class DeltaLoRA(FusedAdamW):
                 raise ArgumentError("update_ratio", f"{group['update_ratio']} after 0", accepted)
 
     def _send(self, settings: list[tuple]) -> None:
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             if update.ratio != update.group["update_ratio"]:
                 update.change_ratio(self._read_iteration())
         super()._send(settings)
@@ -234,19 +238,26 @@ class DeltaLoRA(FusedAdamW):
     # --------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`; together with the model's it resumes exactly."""
+        """As `torch.optim.Optimizer.state_dict`; with the values of A and B it resumes bit by bit.
+
+        In place, it refers to W and holds its remainder: on disk it has the size of these weights,
+        which A and B could give back only rounded otherwise.
+        """
         saved = super().state_dict()
         index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         past_updates = {
             index[m.lora_B]: m.delta.past_updates
-            for update in self._weight_updates
+            for update in self.weight_updates
             for m in update.layers.values()
             if m.delta is not None and update.owns(m.delta, m.lora_B)
         }
+        written = [update for update in self.weight_updates if update.inplace]
+        layers = [m for update in written for m in update.layers.values()]
         saved["state"]["delta_lora"] = {
+            "weights": {index[m.lora_B]: m.weight.detach() for m in layers},
             "iteration": next(iter(self._iteration.values())).cpu(),
             "w_update": self.w_update,
-            "update_ratio": [update.ratio for update in self._weight_updates],
+            "update_ratio": [update.ratio for update in self.weight_updates],
             "folded": {
                 i: None if past is None else [(p.B, p.A, p.in_weight) for p in past]
                 for i, past in past_updates.items()
@@ -258,46 +269,72 @@ class DeltaLoRA(FusedAdamW):
         """Restore what `state_dict` gave; dtypes and devices stay those of this optimizer.
 
         Raises:
-            ArgumentError: the state is not one of DeltaLoRA, of another w_update, of other groups
-                or of parameters of other shapes; nothing was changed.
+            ArgumentError: the state is not one of DeltaLoRA, of another w_update, of other groups,
+                of parameters or weights of other shapes, or from a version that did not save W;
+                nothing was changed.
             SwapError: an earlier run's update would be lost, as in `step`; nothing was changed.
         """
         extra = state_dict["state"].get("delta_lora")
         if extra is None or extra["w_update"] != self.w_update:
             given = "no Delta-LoRA state" if extra is None else f"w_update={extra['w_update']!r}"
             raise ArgumentError("state_dict", given, f"a state of w_update={self.w_update!r}")
-        if len(extra["update_ratio"]) != len(self._weight_updates):
+        if len(extra["update_ratio"]) != len(self.weight_updates):
             given = f"{len(extra['update_ratio'])} update ratios"
-            raise ArgumentError("state_dict", given, str(len(self._weight_updates)))
+            raise ArgumentError("state_dict", given, str(len(self.weight_updates)))
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         known = dict(zip(ids, params, strict=False))  # `FusedAdamW.load_state_dict` compares them
         foreign = sorted(extra["folded"].keys() - known.keys())
         if foreign:
             raise ArgumentError("state_dict", f"past updates of {foreign}", "those of its groups")
+        weights = self._saved_weights(extra, known)
         restored: dict[Tensor, list[LowRankFactors] | None] = {}
         for i, past in extra["folded"].items():
             p = known[i]
             kept = [LowRankFactors(b.to(p.device), a.to(p.device), w) for b, a, w in past or ()]
             restored[p] = None if past is None else kept
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.check_earlier_run(restored)
         super().load_state_dict(state_dict)
+        with torch.no_grad():
+            for own, stored in weights:
+                own.copy_(stored)
         self._set_iteration(extra["iteration"])
         self._bound_iteration(extra["iteration"])
-        for update, ratio in zip(self._weight_updates, extra["update_ratio"], strict=True):
+        for update, ratio in zip(self.weight_updates, extra["update_ratio"], strict=True):
             update.set_ratio(ratio)
         self._bind(restored)
+
+    def _saved_weights(
+        self, extra: dict[str, Any], known: dict[int, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The weights that are written in place, each with what the state holds of it, if other.
+
+        Raises:
+            ArgumentError: the state lacks a weight, or has it in another shape or dtype.
+        """
+        stored = {known[i]: w for i, w in extra.get("weights", {}).items() if i in known}
+        pairs = []
+        for update in self.weight_updates:
+            for name, layer in update.layers.items() if update.inplace else ():
+                w, saved = layer.weight, stored.get(layer.lora_B)
+                form = None if saved is None else (tuple(saved.shape), saved.dtype)
+                if form != (tuple(w.shape), w.dtype):
+                    accepted = f"{tuple(w.shape)} of {w.dtype}, as in this model"
+                    raise ArgumentError(f"weight of {name} in state_dict", form, accepted)
+                if saved.data_ptr() != w.data_ptr():
+                    pairs.append((w, saved))
+        return pairs
 
     def _to_copy(self) -> dict[str, Any]:
         # A lambda that no step has seen yet lies in the param group alone. The copy's next step
         # ends the update by the last one, as ours does.
-        updates = self._weight_updates
+        updates = self.weight_updates
         sent = {m.lora_B: update.ratio for update in updates for m in update.layers.values()}
         return {**super()._to_copy(), "sent": sent}
 
     def _become_copy(self, attributes: dict[str, Any]) -> None:
         sent = attributes.pop("sent")
         super()._become_copy(attributes)
-        for update in self._weight_updates:
+        for update in self.weight_updates:
             update.set_ratio(next(sent[m.lora_B] for m in update.layers.values()))

@@ -28,7 +28,7 @@ from ..checks import check_int, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
 from ..kernels.runtime.async_copy import copy_async
 from ..kernels.runtime.gpu import is_capturing
-from ..layers.lora_linear import LoraLinear, swapped_layers
+from ..layers.lora_linear import LoraLinear, own_layers
 from ..layers.report import SwapReport, swap_report
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, layer_names
@@ -226,12 +226,12 @@ def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport
         SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update;
             nothing was changed.
     """
-    layers = swapped_layers(model)
+    layers = own_layers(model, "truncate_", "PEFT's own calls")
     _check_rank(b, min(m.r for m in layers.values()))
     _check_scale(scale)
     for name, m in layers.items():
-        if m.from_peft or m.delta is not None or isinstance(m.gate, nn.Parameter):
-            given = "a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update"
+        if m.delta is not None or isinstance(m.gate, nn.Parameter):
+            given = "a layer of AdaLoRA, or with a Delta-LoRA update"
             raise SwapError(name, given, "layers that `swap_` made and DyLoRA trained")
     for m in layers.values():
         m.lora_A = nn.Parameter(m.lora_A[:b].clone(), m.lora_A.requires_grad)

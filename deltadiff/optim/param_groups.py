@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..checks import DTYPES, check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError
-from ..layers.lora_linear import LoraLinear, lora_layers
+from ..layers.lora_layers import LoraLayer, lora_layers
 
 # What an optimizer takes: a model, or parameters, modules and param groups in any mixture.
 ModelOrParams = nn.Module | Iterable[Tensor | nn.Module | dict[str, Any]]
@@ -91,7 +91,7 @@ def check_parameter(p: Tensor) -> None:
         raise ArgumentTypeError("model_or_params", given, accepted)
 
 
-def layer_names(modules: list[nn.Module]) -> dict[LoraLinear, str]:
+def layer_names(modules: list[nn.Module]) -> dict[LoraLayer, str]:
     """The swapped layers of some modules, with their names.
 
     Where two modules have a layer of one name, names start with the module's place in the list.
@@ -107,14 +107,14 @@ def layer_names(modules: list[nn.Module]) -> dict[LoraLinear, str]:
     return names
 
 
-def find_pairs(modules: list[nn.Module], groups: list[dict[str, Any]]) -> dict[str, LoraLinear]:
+def find_pairs(modules: list[nn.Module], groups: list[dict[str, Any]]) -> dict[str, LoraLayer]:
     """The layers whose weight is updated: those with a pair of their own and an update ratio > 0.
 
     Raises:
         ArgumentError: such a layer has a gate, dropout, or a pair that the groups hold in part;
             update ratios above 0 without any such layer.
     """
-    pairs: dict[str, LoraLinear] = {}
+    pairs: dict[str, LoraLayer] = {}
     index = group_indices(groups)
     for layer, name in layer_names(modules).items():
         if layer.share_group is not None:
@@ -123,16 +123,14 @@ def find_pairs(modules: list[nn.Module], groups: list[dict[str, Any]]) -> dict[s
         settings = [(g["update_ratio"], g["start_step"]) for g in own]
         if not any(ratio for ratio, _ in settings):
             continue
-        if layer.gate is not None:
-            given = f"an update_ratio above 0 for {name}, which has a gate"
-            raise ArgumentError("model_or_params", given, "update_ratio=0 for layers with a gate")
         if len(settings) < 2 or settings[0] != settings[1]:
             given = f"lora_A and lora_B of {name} not both there, or unlike"
             accepted = "both, with one update_ratio and start_step"
             raise ArgumentError("model_or_params", given, accepted)
-        if layer.lora_dropout:
-            accepted = "0 (Delta-LoRA has no dropout), or update_ratio=0"
-            raise ArgumentError(f"lora_dropout of {name}", layer.lora_dropout, accepted)
+        reason = layer.why_no_update()
+        if reason is not None:
+            accepted = "plain LoRA layers without dropout, or update_ratio=0"
+            raise ArgumentError("model_or_params", f"{name} with {reason}", accepted)
         pairs[name] = layer
     if not pairs and any(g["update_ratio"] for g in groups):
         given = "no swapped layer with a pair of its own"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import DTYPES, HALF_DTYPES, NO_ROUNDING
 from ..errors import ArgumentError, SwapError
-from ..layers.lora_linear import LoraLinear
+from ..layers.lora_layers import LoraLayer
 from ..layers.pending_delta import LowRankFactors, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
@@ -42,7 +42,7 @@ class WeightUpdate:
     def __init__(
         self,
         group: dict[str, Any],
-        layers: dict[str, LoraLinear],
+        layers: dict[str, LoraLayer],
         inplace: bool,
         rounding: str,
         seed: int,
@@ -67,10 +67,7 @@ class WeightUpdate:
     def _prepare(self) -> None:
         """Gather the tensors of the launches: one for each dtype of adapters, so usually one."""
         # `check_layers` reads these in every step; asking the modules takes ten times as long.
-        self._known = [
-            (vars(m), m._parameters if "weight" in m._parameters else vars(m), m.weight)
-            for m in self.layers.values()
-        ]
+        self._places = [place for m in self.layers.values() for place in m.places()]
         if not self.inplace:
             return
         for dtype in dict.fromkeys(m.lora_A.dtype for m in self.layers.values()):
@@ -93,7 +90,7 @@ class WeightUpdate:
             )
             self._launches.append((launch, layers))
 
-    def _update_of(self, layer: LoraLinear) -> LayerUpdate:
+    def _update_of(self, layer: LoraLayer) -> LayerUpdate:
         a, b = layer.lora_A, layer.lora_B
         scale = self.ratio * layer.scaling
         return LayerUpdate(layer.matrix, a, b, self.delta[a], self.delta[b], scale)
@@ -119,12 +116,7 @@ class WeightUpdate:
         Raises:
             SwapError: a layer was un-swapped or merged.
         """
-        changed = [
-            attributes
-            for attributes, params, weight in self._known
-            if params["weight"] is not weight or not attributes["swapped_in"]
-        ]
-        if not changed:
+        if not [key for holder, key, value in self._places if holder.get(key) is not value]:
             return True
         for name, layer in self.layers.items():
             if not layer.swapped_in:
@@ -217,11 +209,11 @@ class WeightUpdate:
                 anchor_A, anchor_B, self.ratio, self.rank_scales[layer.r],
                 in_weight=self.inplace, remainder=self.state[b].get("remainder"),
             )  # fmt: skip
-            if before is not None and not own:
-                self._take_over(layer, before, delta, restored is not None and b in restored)
-            elif restored is not None:
-                delta.past_updates = restored.get(b, [])
-            elif before is not None:
+            if restored is not None and b in restored:  # with W, it says all that there is
+                delta.past_updates = restored[b]
+            elif before is not None and not own:
+                self._take_over(layer, before, delta)
+            elif before is not None and restored is None:
                 delta.past_updates = before.past_updates
 
     def check_earlier_run(self, restored: dict[Tensor, list[LowRankFactors] | None] | None) -> None:
@@ -235,7 +227,7 @@ class WeightUpdate:
             before, b = layer.delta, layer.lora_B
             if before is None or before.in_weight or before.past_updates is not None:
                 continue
-            starts_run = not self.owns(before, b) and (restored is None or b not in restored)
+            starts_run = not self.owns(before, b) and b not in (restored or {})
             if starts_run and not self.inplace and before.started():
                 given = "a factored update after too many values of update_ratio to be kept"
                 accepted = "`merge_` and `swap_` before the next run, or w_update='inplace' in it"
@@ -245,19 +237,17 @@ class WeightUpdate:
         """Whether ``delta`` was made by this optimizer, not by an earlier run or from a file."""
         return delta is not None and delta.anchor_B is self.state[lora_B]["anchor"]
 
-    def _take_over(
-        self, layer: LoraLinear, before: PendingDelta, delta: PendingDelta, restored: bool
-    ) -> None:
+    def _take_over(self, layer: LoraLayer, before: PendingDelta, delta: PendingDelta) -> None:
         """Keep in ``delta`` what ``before`` says is part of the model; W gets what it may hold."""
-        if before.remainder is not None and delta.remainder is not None and not restored:
+        if before.remainder is not None and delta.remainder is not None:
             delta.remainder.copy_(before.remainder)
         past = None if before.past_updates is None else list(before.past_updates)
         unwritten = [p for p in past or () if not p.in_weight]
         if before.started():
             pending = before.product(layer.lora_A, layer.lora_B, layer.scaling)
-            if not pending.in_weight and (delta.in_weight or not restored):
+            if not pending.in_weight:
                 unwritten.append(pending)
-            if not restored and past is not None:
+            if past is not None:
                 past.append(pending)
         if delta.in_weight:
             for p in unwritten:

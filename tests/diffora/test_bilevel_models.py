@@ -9,7 +9,7 @@ from torch import nn
 from deltadiff import DeltaLoRA, merge_
 from deltadiff.diffora import Search
 from deltadiff.errors import ArgumentError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 class Halves(nn.Module):
@@ -109,5 +109,5 @@ def test_merging_keeps_what_the_gates_let_through():
 def test_delta_lora_does_not_update_weights_behind_a_gate():
     model = stack("ab")
     Search(model, r=2)
-    with pytest.raises(ArgumentError, match="layers.0.a, which has a gate"):
+    with pytest.raises(ArgumentError, match="layers.0.a with a gate"):
         DeltaLoRA(model, update_ratio=0.5)

@@ -9,7 +9,7 @@ from small_searches import assert_same, batch, snapshot, squares, stack, started
 from deltadiff import swap_
 from deltadiff.diffora import Search, find_candidates
 from deltadiff.errors import ArgumentError, ArgumentTypeError, NonFiniteLossError, SwapError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 @pytest.mark.parametrize("every", [1, 4])

@@ -10,7 +10,7 @@ from torch import nn
 
 from deltadiff.diffora import Search, apply_, find_candidates, random_selection, selection_of
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -13,7 +13,7 @@ from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_, swap
 from deltadiff.diffora import Search, apply_, find_candidates, random_selection, selection_of
 from deltadiff.errors import ArgumentError, CheckpointError, SwapError
 from deltadiff.layers.adapter_format import sha256_of_json
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 def test_merge_and_unswap_with_shared_pairs():

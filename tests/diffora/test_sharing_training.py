@@ -8,7 +8,7 @@ from small_models import build
 from deltadiff import DeltaLoRA
 from deltadiff.diffora import apply_, find_candidates, random_selection
 from deltadiff.errors import ArgumentError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 def everything(model) -> dict:

@@ -6,7 +6,7 @@ from commands import refused
 
 from deltadiff import DeltaLoRA, merge_, save_adapter, swap_
 from deltadiff.__main__ import main
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 @pytest.fixture(scope="module")

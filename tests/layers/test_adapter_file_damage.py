@@ -8,7 +8,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, load_adapter, save_adapter, swap_
 from deltadiff.errors import CheckpointError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 def base() -> nn.Sequential:

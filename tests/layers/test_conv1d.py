@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltadiff import DeltaLoRA, load_adapter, lora_linear, merge_, save_adapter, swap_, unswap_
 from deltadiff.finetune.weight_change import weight_update
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.ops.reference import join_remainder
 
 

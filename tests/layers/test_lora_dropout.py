@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltadiff import DeltaLoRA, load_adapter, save_adapter, swap_, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.ops.reference import lora_linear_ref
 
 P = 0.3
@@ -104,10 +105,10 @@ def test_training_with_dropout_learns(randn):
 
 def test_delta_lora_refuses_dropout():
     model = make_model()
-    with pytest.raises(ArgumentError, match="lora_dropout of 0: got 0.3.*update_ratio=0"):
+    with pytest.raises(ArgumentError, match="0 with lora_dropout=0.3.*update_ratio=0"):
         DeltaLoRA(model, update_ratio=0.5)
     groups = [{"params": model[0], "update_ratio": 0}, {"params": model[2]}]
-    with pytest.raises(ArgumentError, match="lora_dropout of"):
+    with pytest.raises(ArgumentError, match="with lora_dropout=0.3"):
         DeltaLoRA(groups)
     DeltaLoRA(groups[:1])
     model[2].lora_dropout = 0.0  # layers may differ, PEFT's for instance
@@ -158,16 +159,15 @@ def peft_model(**options) -> nn.Module:
 
 def test_peft_layers_keep_their_dropout():
     model = peft_model(lora_dropout=0.25)
-    swap_(model, lora_dropout=0.5)
-    first, _, last = model.base_model.model
-    assert first.lora_dropout == last.lora_dropout == 0.25
-    with pytest.raises(ArgumentError, match="lora_dropout of base_model.model.0"):
+    with pytest.raises(ArgumentError, match="lora_dropout: got 0.5; accepted: the default"):
+        swap_(model, lora_dropout=0.5)
+    swap_(model)
+    assert {layer.lora_dropout for layer in lora_layers(model).values()} == {0.25}
+    with pytest.raises(ArgumentError, match="base_model.model.0 with lora_dropout=0.25"):
         DeltaLoRA(model)
     unswap_(model)
     assert model.base_model.model[0].lora_dropout["default"].p == 0.25
-    swap_(bare := peft_model())
-    assert bare.base_model.model[0].lora_dropout == 0.0
-    with pytest.raises(ArgumentError, match="lora_dropout of base_model.model.0"):
+    with pytest.warns(UserWarning, match="its dropout is Dropout"):
         swap_(peft_model(lora_dropout=1.0))
 
 
@@ -183,7 +183,8 @@ def test_the_expectation_is_that_of_peft(randn):
         ours = peft_layers.base_model.model[0].train()
         found = ours(x.expand(draws, 8))
         exact = ours.eval()(x)
-        s, a, b = ours.scaling, ours.lora_A, ours.lora_B
+        (s, a, b) = (m["default"] for m in (ours.scaling, ours.lora_A, ours.lora_B))
+        a, b = a.weight, b.weight
         # Var(m / (1 - p)) = p / (1 - p)
         variance = ((s * x[0] * (b @ a)) ** 2).sum(1) * p / (1 - p)
     for y in (found, theirs):
@@ -199,7 +200,7 @@ def test_rslora_scales_as_peft():
     scaling = theirs.base_model.model[0].scaling["default"]
     assert model[0].scaling == scaling == 6 / 4**0.5 and model[0].lora_alpha == 6
     swap_(theirs)
-    swapped = theirs.base_model.model[0]
+    swapped = lora_layers(theirs)["base_model.model.0"]
     assert swapped.scaling == scaling and swapped.lora_alpha == 6
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, merge_, swap_
 from deltadiff.errors import ArgumentError, SwapError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 
 def trained(dtype, w_update=None, rounding=None) -> nn.Sequential:

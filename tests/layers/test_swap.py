@@ -10,6 +10,7 @@ from two_blocks import Model, peft_model
 import deltadiff
 from deltadiff import LoraLinear, swap_, swap_report, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, SwapError
+from deltadiff.layers.lora_layers import HoldsPairs
 from deltadiff.ops import dispatch as paths
 
 
@@ -78,15 +79,15 @@ def test_a_backend_that_is_not_there_is_refused():
         swap_(model, r=2, backend=backend)
 
 
-@pytest.mark.parametrize("make", [lambda: Model(), lambda: peft_model()], ids=["linear", "peft"])
-def test_a_layer_that_a_backend_cannot_take_is_refused(make, monkeypatch):
+@pytest.mark.parametrize(("make", "options"), [(Model, {"r": 2}), (peft_model, {})])
+def test_a_layer_that_a_backend_cannot_take_is_refused(make, options, monkeypatch):
     """The sm_90 kernel takes widths that are multiples of 8: q_proj is 8 x 8, v_proj 6 x 8."""
     monkeypatch.setattr(paths, "_why_no_hopper", lambda device, dtype: None)
     paths.choose_path.cache_clear()
     model = make()
     with pytest.raises(BackendUnavailableError, match="6 x 8: TMA"):
-        swap_(model, r=2, backend="hopper")
-    assert not any(isinstance(m, LoraLinear) for m in model.modules())
+        swap_(model, backend="hopper", **options)
+    assert not any(isinstance(m, HoldsPairs) for m in model.modules())
     model = Model()
     (row, _) = swap_(model, r=2, backend="hopper", target_modules=["q_proj"]).rows
     assert (row.path, row.reason) == ("hopper", "asked for")

@@ -11,7 +11,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, FusedAdamW, load_adapter, save_adapter, swap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 
 

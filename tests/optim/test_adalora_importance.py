@@ -5,7 +5,7 @@ import torch
 from adalora_runs import SCHEDULE, loss_of, swapped, train
 from torch import nn
 
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_, unswap_
 from deltadiff.errors import ArgumentError, CheckpointError, SwapError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 
 
@@ -98,7 +98,7 @@ def test_adapter_of_another_kind_of_gate_is_refused(tmp_path):
 
 def test_gates_and_delta_updates_exclude_each_other():
     model = swapped()
-    with pytest.raises(ArgumentError, match="has a gate"):
+    with pytest.raises(ArgumentError, match="0 with a gate"):
         DeltaLoRA(model, update_ratio=0.5)
     plain = base()
     swap_(plain, r=4)

@@ -6,7 +6,7 @@ import torch
 from adalora_runs import SCHEDULE, base, data, swapped, train
 
 from deltadiff.errors import ArgumentTypeError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from delta_lora_runs import loss_of, make_model, snapshot, train
+from delta_lora_runs import loss_of, make_model, make_peft_model, snapshot, train
 
 from deltadiff import DeltaLoRA, FusedAdamW
 from deltadiff.errors import ArgumentTypeError
@@ -32,9 +32,9 @@ def adalora(dtype):
     return model, AdaLoRA(model, lr=1e-2, total_step=20, target_r=2, tinit=2, tfinal=6)
 
 
-def delta_lora(**options):
+def delta_lora(kind=make_model, **options):
     def make(dtype):
-        model = make_model(dtype)
+        model = kind(dtype)
         return model, DeltaLoRA(model, lr=1e-2, update_ratio=0.5, start_step=2, **options)
 
     return make
@@ -53,6 +53,8 @@ METHODS = {
     "in place": delta_lora(),
     "stochastic": delta_lora(rounding="stochastic", seed=3),
     "factored": delta_lora(w_update="factored"),
+    "peft": delta_lora(make_peft_model),
+    "peft, in place": delta_lora(make_peft_model, w_update="inplace"),
     "adalora": adalora,
     "dylora": of_swapped(DyLoRA, seed=5),
     "dylora, frozen": of_swapped(DyLoRA, seed=5, frozen=True, scale="alpha/r", r_min=2),

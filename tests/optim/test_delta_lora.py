@@ -17,7 +17,7 @@ from torch import nn
 import deltadiff
 from deltadiff import DeltaLoRA, LoraLinear, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.layers.merge import branch_products
 
 

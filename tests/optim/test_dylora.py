@@ -9,7 +9,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, load_adapter, save_adapter, swap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.adalora import swap_adalora_
 from deltadiff.optim.dylora import DyLoRA
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.adalora import swap_adalora_
 from deltadiff.optim.dylora import DyLoRA, truncate_
 
@@ -118,7 +118,9 @@ def test_truncate_refuses_what_it_cannot_cut():
     optimizer = DeltaLoRA(delta, update_ratio=0.5)
     loss_of(delta, 0).backward()
     optimizer.step()
-    for model in (ada, wrapped, delta):
+    with pytest.raises(SwapError, match="a layer of PEFT"):
+        truncate_(wrapped, 2)
+    for model in (ada, delta):
         with pytest.raises(SwapError, match="accepted: layers that `swap_` made"):
             truncate_(model, 2)
         assert all(m.r > 2 for m in lora_layers(model).values())

@@ -6,7 +6,7 @@ from delta_lora_runs import W_UPDATES, trainable
 from torch import nn
 
 from deltadiff import DeltaLoRA, swap_
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.update_start import RankScales
 
 

@@ -16,13 +16,25 @@ def make_model(dtype=torch.float64, device="cpu") -> nn.Sequential:
     return model
 
 
+def make_peft_model(dtype=torch.float64, device="cpu") -> nn.Module:
+    """The same layers with PEFT's pairs on them, swapped."""
+    import peft
+
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 3)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], modules_to_save=["4"])
+    model = peft.get_peft_model(nn.Sequential(*layers).to(device, dtype), config)
+    swap_(model)
+    return model
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def batch(t: int, model: nn.Module) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(t)
-    like = model[0].weight
+    like = next(p for p in model.parameters() if p.dim() == 2)
     x, y = (torch.randn(8, n, generator=generator, dtype=torch.float64) for n in (12, 3))
     return x.to(like), y.to(like)
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from deltadiff import swap_
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 R, ALPHA = 6, 3.0
 

@@ -6,7 +6,7 @@ from finetune_runs import prepare, settings_for, train_method
 
 from deltadiff.errors import ArgumentError
 from deltadiff.finetune.methods.table import METHODS
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.adalora import AdaLoRA
 from deltadiff.optim.delta_lora import DeltaLoRA
 from deltadiff.optim.dylora import DyLoRA

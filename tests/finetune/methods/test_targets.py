@@ -6,7 +6,7 @@ from finetune_runs import prepare
 
 from deltadiff.errors import ArgumentError
 from deltadiff.finetune.methods.targets import query_value
-from deltadiff.layers.lora_linear import lora_layers
+from deltadiff.layers.lora_layers import lora_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tqdm")

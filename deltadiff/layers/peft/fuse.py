@@ -1,0 +1,121 @@
+"""`fuse_` and `unfuse_`: give PEFT's layers in a model the fused forward pass, and take it away."""
+
+from collections.abc import Collection
+from typing import Any
+
+from peft.tuners.lora import Linear, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...errors import SwapError
+from .fused_linear import FusedLinear
+from .update_guards import check_kept
+
+
+class FusedLoraModel(LoraModel):
+    """PEFT's ``LoraModel``, which asks all layers before a call changes the first of them."""
+
+    def _check_kept(self, call: str) -> None:
+        for layer in self.modules():
+            if isinstance(layer, FusedLinear):
+                check_kept(call, layer.changed_weight())
+
+    def disable_adapter_layers(self) -> None:
+        self._check_kept("disable_adapter")
+        super().disable_adapter_layers()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if set(names) != set(self.active_adapters):
+            self._check_kept("set_adapter")
+        super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._check_kept("delete_adapter")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        self._check_kept("unload")
+        return super().unload()
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str,
+        combination_type: str = "svd", *args: Any, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """PEFT's. Only its combinations by SVD read what Delta-LoRA holds beside A and B."""
+        self._check_kept("add_weighted_adapter")
+        for layer in self.modules():
+            held = layer.deltas if isinstance(layer, FusedLinear) else {}
+            changed = [n for n in adapters if n in held and held[n].changes_model()]
+            if changed and "svd" not in combination_type:
+                given = f"{combination_type!r} of {changed[0]!r}, which Delta-LoRA trained"
+                accepted = "a combination by svd, or adapters that `export_peft` wrote"
+                raise SwapError("combination_type", given, accepted)
+        super().add_weighted_adapter(
+            adapters, weights, adapter_name, combination_type, *args, **kwargs
+        )
+
+
+def fuse_(layers: Collection[Linear], model: nn.Module, backend: str | None) -> None:
+    """Give these layers of ``model`` the fused forward pass; their parameters stay as they are."""
+    for layer in layers:
+        if not isinstance(layer, FusedLinear):
+            layer.__class__ = FusedLinear
+            layer.deltas = {}
+        layer.backend = backend
+    for module in model.modules():
+        if type(module) is LoraModel:
+            module.__class__ = FusedLoraModel
+
+
+def unfuse_(model: nn.Module) -> None:
+    """Give PEFT's layers their own class back.
+
+    Raises:
+        SwapError: a layer holds an update of Delta-LoRA, of which PEFT knows nothing.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FusedLinear)}
+    for name, layer in layers.items():
+        if any(delta.changes_model() for delta in layer.deltas.values()):
+            given = "a layer of PEFT with an update of Delta-LoRA, which PEFT cannot hold"
+            accepted = "`model.merge_and_unload()`, or `export_peft` and the base model"
+            raise SwapError(name, given, accepted)
+    for layer in layers.values():
+        for name in ("deltas", "backend", "_route"):
+            vars(layer).pop(name, None)
+        layer.__class__ = Linear
+    for module in model.modules():
+        if isinstance(module, FusedLoraModel):
+            module.__class__ = LoraModel
+
+
+def why_not_fusable(module: nn.Module) -> str | None:
+    """None for a layer of PEFT that `fuse_` takes, else the reason in words."""
+    kind = type(module)
+    if "forward" in vars(module):
+        return "hooks that hold its forward pass: call `swap_` before they are put on"
+    if kind is Linear or kind is FusedLinear:
+        return None
+    if isinstance(module, Linear) and kind.__name__.startswith("FSDP"):
+        return "it is sharded: call `swap_` before `fully_shard`"
+    return f"PEFT's {kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
+
+
+def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers of PEFT in a model by name, of LoRA and of other tuners."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def describe_others(model: nn.Module) -> list[str]:
+    """A line for each kind of PEFT's layers that run PEFT's own forward pass, with the reason."""
+    found: dict[str, list[str]] = {}
+    for name, module in tuner_layers(model).items():
+        if isinstance(module, FusedLinear):
+            continue
+        reason = why_not_fusable(module) or "`swap_` was not called since it was added"
+        found.setdefault(reason, []).append(name)
+    return [
+        f"{len(names)} of PEFT's layers run its own forward pass: {reason} ({names[0]}"
+        f"{', ...' if len(names) > 1 else ''})"
+        for reason, names in found.items()
+    ]

@@ -1,0 +1,185 @@
+"""`FusedLinear`: PEFT's ``lora.Linear`` with `lora_linear` as its forward pass."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from ...errors import SwapError
+from ..base_format import fused_branch
+from ..delta_state import (
+    check_loadable,
+    delta_to_state,
+    follow_module,
+    load_delta,
+    take_saved_delta,
+)
+from ..lora_layers import HoldsPairs, LoraLayer
+from ..pending_delta import PendingDelta
+from .pair import PeftPair
+from .route import Route, find_route
+from .rules import active_adapters
+from .update_guards import check_kept, keep_in_weight, warn_dropped, warn_saved
+
+
+class FusedLinear(HoldsPairs, Linear):
+    """PEFT's layer; `fuse.fuse_` makes it of a ``lora.Linear`` by changing its class.
+
+    Attributes:
+        deltas: what Delta-LoRA has added so far, by adapter.
+        backend: as for `swap_`.
+        _route: the way of the last call that was fast, see `Route`.
+        unmerged: W as it was before PEFT merged adapters into it; only while they are merged, and
+            only where Delta-LoRA updates W in place.
+    """
+
+    deltas: dict[str, PendingDelta]
+    backend: str | None
+    unmerged: Tensor
+    _route: Route | None = None
+
+    def pairs(self) -> dict[str, LoraLayer]:
+        pairs = {name: PeftPair(self, name) for name in self.lora_A}
+        return {f"[{name}]" if len(pairs) > 1 else "": pair for name, pair in pairs.items()}
+
+    # ------------------------------------------------------------------ forward pass
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        route = None if args or kwargs else find_route(self, x)
+        if route is None:
+            return self._peft_forward(x, *args, **kwargs)
+        a, b, scaling, gate, dropout = self._product(route)
+        return fused_branch(x, route.matrix, route.bias, a, b, scaling, gate, dropout, self.backend)
+
+    def _product(self, route: Route) -> tuple[Tensor, Tensor, float, Tensor | None, float]:
+        """(A, B, scaling, gate, dropout) of the one low-rank product of the active adapters."""
+        stacked = []
+        for name, (a, b, drop) in zip(route.names, route.factors, strict=True):
+            dropout = getattr(drop, "p", 0.0) if drop.training else 0.0
+            s, delta, gate = self.scaling[name], self.deltas.get(name), None
+            if delta is not None and not delta.in_weight:
+                if dropout:
+                    given = f"{dropout} on a layer whose branch holds a Delta-LoRA update"
+                    accepted = "0, or the adapter that `export_peft` writes"
+                    raise SwapError("lora_dropout", given, accepted)
+                a, b, gate = delta.stack(a, b, s)
+            if len(route.names) == 1:
+                if isinstance(s, Tensor):  # made one for hot-swapping without a new compilation
+                    return a, b, 1.0, s if gate is None else gate * s, dropout
+                return a, b, float(s), gate, dropout
+            factor = s if gate is None else gate * s
+            stacked.append((a, b * (factor.to(b.dtype) if isinstance(factor, Tensor) else factor)))
+        a, b = torch.cat([a for a, _ in stacked]), torch.cat([b for _, b in stacked], dim=1)
+        return a, b, 1.0, None, 0.0  # `why_peft`: several active adapters have no dropout
+
+    def _peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward pass, and beside it what Delta-LoRA adds to W without writing it."""
+        names = [n for n in active_adapters(self) if n in self.deltas]
+        names = [n for n in names if not self.deltas[n].in_weight]
+        if names and kwargs.get("adapter_names") is not None:
+            given = "adapters by sample, beside an update of Delta-LoRA"
+            raise SwapError("adapter_names", given, "adapters that `export_peft` wrote")
+        y = super().forward(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:  # PEFT's merging wrote the update into W
+            return y
+        for name in names:
+            a, b = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
+            for p in self.deltas[name].added(a, b, self.scaling[name]):
+                s = nn.functional.linear(x, p.A.to(x.dtype))
+                y = y + nn.functional.linear(s, p.B.to(x.dtype)).to(y.dtype)
+        return y
+
+    # ------------------------------------------- PEFT's calls on a layer with an update of W
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """PEFT's, which is what merging adds to W, with the update that is not in W yet."""
+        found, delta = super().get_delta_weight(adapter), self.deltas.get(adapter)
+        if delta is None:
+            return found
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        for p in delta.unwritten(a, b, self.scaling[adapter]):
+            product = p.B @ p.A
+            found = found + (product.T if self.fan_in_fan_out else product).to(found.dtype)
+        return found
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        before = None
+        if not self.merged and any(delta.in_weight for delta in self.deltas.values()):
+            before = self.get_base_layer().weight.detach().clone()
+        super().merge(safe_merge, adapter_names)
+        if before is not None and self.merged:
+            self.unmerged = before
+
+    def unmerge(self) -> None:
+        """PEFT's; a W that Delta-LoRA writes gets its very bits back, which PEFT would round."""
+        super().unmerge()
+        if "unmerged" in vars(self):
+            self.get_base_layer().weight.data.copy_(self.unmerged)
+            del self.unmerged
+
+    def changed_weight(self) -> list[str]:
+        """The adapters whose update lies in W; reads from the device."""
+        return [n for n, delta in self.deltas.items() if delta.in_weight and delta.changes_model()]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            check_kept("disable_adapter", self.changed_weight())
+        super().enable_adapters(enabled)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if set(names) != set(self.active_adapters):
+            check_kept("set_adapter", self.changed_weight())
+        super().set_adapter(adapter_names, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        check_kept("delete_adapter", self.changed_weight())
+        super().delete_adapter(adapter_name)
+        self.deltas.pop(adapter_name, None)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT's ``unload`` and ``merge_and_unload`` put in the place of the layer."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            check_kept("unload", self.changed_weight())
+        return self.get_base_layer()
+
+    # ---------------------------------------------------------- moves, and the layer's state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_route": None}  # a copy has other parameters
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FusedLinear":
+        super()._apply(fn, recurse)
+        for name, delta in self.deltas.items():
+            follow_module(delta, self.lora_A[name].weight)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, delta in self.deltas.items():
+            # PEFT puts what has "lora_" in its name into its files.
+            destination |= delta_to_state(delta, f"{prefix}deltas.{name}.")
+        warn_saved(self.deltas)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        saved = {n: take_saved_delta(state_dict, f"{prefix}deltas.{n}.") for n in self.lora_A}
+        for name in self.lora_A:
+            check_loadable(self.deltas.get(name), saved[name])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        for name in self.lora_A:
+            factors = [f"{prefix}lora_{x}.{name}.weight" for x in "AB"]
+            if not all(factor in state_dict for factor in factors):
+                continue  # a part of a state, which says nothing of this adapter
+            a, b = (state_dict[factor] for factor in factors)
+            before, pair = self.deltas.get(name), PeftPair(self, name)
+            if saved[name] is None and before is not None and before.changes_model():
+                warn_dropped(name, before.in_weight)
+                if before.in_weight and f"{prefix}base_layer.weight" not in state_dict:
+                    keep_in_weight(before, pair, a, b)
+                    continue
+            load_delta(pair, saved[name], a, b)

@@ -1,0 +1,113 @@
+"""`why_peft`: which calls of PEFT's layers `lora_linear` cannot compute, and why."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...checks import HALF_DTYPES
+from ..base_format import base_format
+from ..linear import is_conv1d
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear
+
+
+def active_adapters(layer: "Linear") -> list[str]:
+    """The active adapters that this layer has."""
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def dropout_of(layer: "Linear", adapter: str) -> float:
+    """The probability of an adapter's dropout now: 0 in evaluation."""
+    drop = layer.lora_dropout[adapter]
+    return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+
+def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
+    """None where `lora_linear` computes what PEFT's forward pass would, else the reason in words.
+
+    ``x``: the input of the call. None asks about the calls to come, of the dtype of W.
+    """
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged"
+    base = layer.base_layer
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return f"its base layer is {type(base).__name__}"
+    names = active_adapters(layer)
+    if not names:
+        return "it has no active adapter"
+    modules = [base]
+    for name in names:
+        reason = _why_not_adapter(layer, name)
+        if reason is not None:
+            return reason
+        modules += layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    if len(names) > 1 and any(dropout_of(layer, name) for name in names):
+        return "dropout under several active adapters, each with a mask of its own"
+    if any(map(_has_hooks, modules)):
+        return "hooks on the modules inside of it"
+    return _why_not_tensors(layer, base.weight, names, x)
+
+
+def _why_not_adapter(layer: "Linear", name: str) -> str | None:
+    if name in layer.lora_variant:
+        return f"a variant of LoRA: {type(layer.lora_variant[name]).__name__}"
+    if layer.lora_bias[name]:
+        return "lora_bias"
+    kinds = type(layer.lora_A[name]), type(layer.lora_B[name])
+    if kinds != (nn.Linear, nn.Linear):
+        return f"lora_A and lora_B are {kinds[0].__name__} and {kinds[1].__name__}"
+    drop = layer.lora_dropout[name]
+    if type(drop) is not nn.Identity and (type(drop) is not nn.Dropout or drop.p == 1):
+        return f"its dropout is {drop}"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something happens when the module is called that happens nowhere else."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # accelerate's hooks
+    )
+
+
+def _why_not_tensors(
+    layer: "Linear", weight: Tensor, names: list[str], x: Tensor | None
+) -> str | None:
+    if weight.requires_grad:
+        return "its base weight is trained"
+    if base_format(weight).quantised:
+        return f"its base weight is {weight.dtype}"
+    factors = [m[name].weight for name in names for m in (layer.lora_A, layer.lora_B)]
+    if any(type(t) is not nn.Parameter and type(t) is not Tensor for t in (weight, *factors)):
+        return "its parameters are no whole tensors"
+    if any(t.device != weight.device for t in factors):
+        return "its parameters are on several devices"
+    if any(isinstance(s, Tensor) and s.device != weight.device for s in _scalings(layer, names)):
+        return "its scaling is a tensor on another device"
+    given = weight.dtype if x is None else x.dtype
+    compute = weight.dtype
+    if torch.is_autocast_enabled(weight.device.type) and given != torch.float64:
+        given = compute = torch.get_autocast_dtype(weight.device.type)
+    accepted = (compute, torch.float32) if compute in HALF_DTYPES else (compute,)
+    if any(t.dtype not in accepted or t.dtype != factors[0].dtype for t in factors):
+        return f"its adapters are {factors[0].dtype} beside {compute}"
+    if not layer.cast_input_dtype_enabled and factors[0].dtype != given:
+        return "the cast of its input is disabled"
+    if x is None:
+        return None
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"an input of type {type(x).__name__}"
+    if given != compute or x.device != weight.device:
+        return f"an input of {x.dtype} on {x.device}"
+    return None
+
+
+def _scalings(layer: "Linear", names: list[str]) -> list[float | Tensor]:
+    return [layer.scaling[name] for name in names]
