@@ -21,6 +21,7 @@ class ClassTask(Task):
 
     labels: tuple[str, ...]
 
+    name = "classes"
     auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
     metric_titles = {
@@ -38,6 +39,7 @@ class ClassTask(Task):
         return len(self.labels)
 
     def configure(self, config):
+        config.problem_type = "single_label_classification"
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: i for i, label in enumerate(self.labels)}
 

@@ -17,6 +17,7 @@ from .labelled import encode_labelled
 class NumberTask(Task):
     """Regression: the labels are numbers."""
 
+    name = "numbers"
     auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
     outputs = 1
@@ -27,6 +28,9 @@ class NumberTask(Task):
     @classmethod
     def found_in(cls, examples, settings):
         return cls() if settings.regression else None
+
+    def configure(self, config):
+        config.problem_type = "regression"
 
     def check(self, settings):
         super().check(settings)

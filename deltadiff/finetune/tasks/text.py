@@ -37,6 +37,7 @@ class EncodedText(EncodedExamples):
 class TextTask(Task):
     """Language modelling: the texts themselves are learnt, after their prompts."""
 
+    name = "text"
     auto_class = "AutoModelForCausalLM"
     accepted_model = "a model that transformers can load for text generation"
     peft_type = "CAUSAL_LM"
