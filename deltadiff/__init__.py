@@ -4,6 +4,7 @@ from importlib import metadata
 
 from . import diffora
 from .layers.adapter_file import load_adapter, save_adapter
+from .layers.export_peft import export_peft
 from .layers.lora_linear import LoraLinear
 from .layers.merge import merge_
 from .layers.report import swap_report
@@ -25,6 +26,7 @@ __all__ = [
     "choose_path",
     "delta_update_",
     "diffora",
+    "export_peft",
     "load_adapter",
     "lora_linear",
     "merge_",

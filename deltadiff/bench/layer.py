@@ -18,9 +18,9 @@ from .timing import Case, Variant
 
 ALPHA = 16.0
 COMPILED = "peft-compiled"
-MIXED = ("deltadiff-fp32", "peft")  # float32 adapters, whatever the layer's dtype
+MIXED = ("deltadiff-fp32", "peft", "peft-swapped")  # float32 adapters, whatever the layer's dtype
 VARIANTS = (
-    "frozen", "deltadiff", "deltadiff-fp32", "eager", "peft", "peft-bf16", COMPILED
+    "frozen", "deltadiff", "deltadiff-fp32", "eager", "peft-swapped", "peft", "peft-bf16", COMPILED,
 )  # fmt: skip
 SWEPT = ("frozen", "deltadiff", "peft", "peft-bf16")  # in the plots over many sizes
 
@@ -179,11 +179,14 @@ def _eager(weight, lora_A, lora_B, dtype):
     return lambda x: lora_linear_ref(x, weight, *factors, scaling=scaling), factors
 
 
-def _peft(weight, lora_A, lora_B, dtype):
+def _peft(weight, lora_A, lora_B, dtype, swap=False):
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=lora_A.shape[0], lora_alpha=ALPHA, target_modules=["0"])
-    layer = inject_adapter_in_model(config, nn.Sequential(_linear(weight)))[0]
+    model = inject_adapter_in_model(config, nn.Sequential(_linear(weight)))
+    if swap:
+        swap_(model)
+    layer = model[0]
     factors = []
     for modules, values in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
         modules["default"].weight = nn.Parameter(values.to(dtype, copy=True))
@@ -209,6 +212,7 @@ LAYERS = {
     "deltadiff": _deltadiff,
     "deltadiff-fp32": _deltadiff,
     "eager": _eager,
+    "peft-swapped": functools.partial(_peft, swap=True),
     "peft": _peft,
     "peft-bf16": _peft,
     COMPILED: _peft_compiled,

@@ -64,7 +64,7 @@ class Method:
 
     def adapter_dtype(self, settings: Settings) -> str:
         """The name of the dtype of A and B."""
-        own = {"peft": torch.float32, "peft-bf16": settings.dtype}
+        own = {"peft": torch.float32, "peft-swapped": torch.float32, "peft-bf16": settings.dtype}
         return dtype_name(own.get(self.variant, settings.adapter_dtype))
 
 
@@ -79,7 +79,11 @@ def methods() -> tuple[Method, ...]:
 
     naive = peft(layer_dtype=True, naive_delta_lora=True)
     in_place = "Delta-LoRA in place"
+    swapped = peft(layer_dtype=False, update_ratio=0.0)
+    factored = peft(layer_dtype=False, update_ratio=UPDATE_RATIO)
     peers = (
+        Method("peft-swapped", "LoRA", None, True, swapped),
+        Method("peft-swapped", "Delta-LoRA factored", None, False, factored),
         Method("peft", "LoRA", None, True, peft(layer_dtype=False)),
         Method("peft-bf16", "LoRA", None, True, peft(layer_dtype=True)),
         Method("peft-bf16", "naive Delta-LoRA", None, True, naive),
@@ -145,10 +149,12 @@ def _peft(
     *,
     layer_dtype: bool,
     naive_delta_lora: bool = False,
+    update_ratio: float | None = None,
 ) -> Iterator[Step]:
     """PEFT. Its adapters are float32 under autocast, as trainers run it, or of the layers' dtype.
 
     ``naive_delta_lora`` also updates W after each step, by the formula in plain PyTorch.
+    ``update_ratio`` swaps the model and trains it with `DeltaLoRA`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -156,7 +162,11 @@ def _peft(
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not layer_dtype)
     try:
         params = _randomise(wrapped)
-        optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+        if update_ratio is None:
+            optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+        else:
+            swap_(wrapped)
+            optimizer = DeltaLoRA(wrapped, lr=LR, update_ratio=update_ratio)
         half = settings.dtype in HALF_DTYPES
         autocast = settings.dtype if half and not layer_dtype else None
         layers = [m for m in wrapped.modules() if hasattr(m, "lora_A")] if naive_delta_lora else []

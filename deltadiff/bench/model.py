@@ -23,7 +23,7 @@ from .methods import Method, Names, Settings, forward_backward, methods
 from .models import LLAMA_7B, LLAMA_SMALL, Batch, build_model, random_batch, shape_of_file
 from .records import Timing, failure, record
 
-VARIANTS = ("frozen", "deltadiff", "peft", "peft-bf16")
+VARIANTS = ("frozen", "deltadiff", "peft-swapped", "peft", "peft-bf16")
 # The values of --targets. A model has one of the sets of names; None is all linear layers.
 TARGETS = {"q,v": (("q_proj", "v_proj"), ("query", "value")), "all": None}
 

@@ -11,6 +11,7 @@ VARIANT_NAMES = {  # in the order of columns and legends
     "deltadiff-fp32": "deltadiff, fp32 adapters",
     "eager": "eager",
     "eager-cast": "eager, cast by hand",
+    "peft-swapped": "PEFT, swapped",
     "peft": "PEFT",
     "peft-bf16": "PEFT, bf16 adapters",
     "peft-compiled": "torch.compile(PEFT bf16)",

@@ -15,6 +15,7 @@ from ..files import whole_folder
 from ..layers.adapter_file import load_adapter
 from ..layers.adapter_format import read_adapter_config
 from ..layers.merge import merge_
+from ..layers.read_peft import is_peft_folder, read_peft
 from .models import find_model, load_model
 from .task_file import TEMPLATE_FILE, read_task
 from .tasks.base import Task
@@ -34,7 +35,7 @@ TOKENIZER_FILES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `deltadiff merge`."""
     parser.add_argument("model", metavar="MODEL_FOLDER", help="the base model, as saved on disk")
-    parser.add_argument("adapter", metavar="ADAPTER_FOLDER", help="what save_adapter wrote")
+    parser.add_argument("adapter", metavar="ADAPTER_FOLDER", help="what save_adapter or PEFT wrote")
     parser.add_argument("output", metavar="OUTPUT", help="a new or empty folder")
 
 
@@ -74,8 +75,11 @@ def _save_tokenizer(place: Path, tokenizer, adapter: Path, folder: Path) -> None
 
 def _outputs(adapter: Path) -> int:
     """How many outputs the head has that was trained beside the adapter; 0 if there is none."""
-    config = read_adapter_config(adapter)
-    shapes = [config["base"][name] for name in config["saved"]]
+    if is_peft_folder(adapter):
+        shapes = [t.shape for t in read_peft(adapter).saved.values()]
+    else:
+        config = read_adapter_config(adapter)
+        shapes = [config["base"][name] for name in config["saved"]]
     return min((shape[0] for shape in shapes if len(shape) == 2), default=0)
 
 

@@ -20,10 +20,12 @@ from ..errors import SwapError
 from ..files import as_folder, write_bytes, write_text
 from . import adapter_format
 from .adapter_format import check_base, pair_owner, plain_name, read_adapter, sha256_of_json
+from .load_peft import load_peft
 from .lora_layers import lora_layers
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import note_selection, noted_selection
 from .pending_delta import LowRankFactors, PendingDelta
+from .read_peft import is_peft_folder
 from .report import SwapReport, swap_report
 from .swap import swap_
 
@@ -90,11 +92,12 @@ def load_adapter(
 
     W is not written: the forward pass adds what Delta-LoRA had added to W in place, until `merge_`
     or further training in place writes it into W. A model that is swapped already keeps its own
-    ``lora_dropout``.
+    ``lora_dropout``. PEFT's plain LoRA adapters are read too, for an eager model: `read_peft` says
+    what of theirs is refused.
 
     Args:
         model: the base model, eager or swapped with the same layers and ranks.
-        folder: the folder that `save_adapter` wrote to.
+        folder: the folder that `save_adapter`, `export_peft` or PEFT wrote to.
         backend: as for `swap_`; only used for an eager model.
 
     Returns:
@@ -106,6 +109,8 @@ def load_adapter(
             model with other names or shapes; nothing was changed.
         SwapError: the model is swapped with other layers or gates, or its W was already updated.
     """
+    if is_peft_folder(folder):
+        return load_peft(model, folder, backend)
     config, tensors = read_adapter(folder)
     check_base(folder, config, _base_shapes(model))
     layers = {plain_name(name): layer for name, layer in lora_layers(model).items()}

@@ -7,7 +7,9 @@ from deltadiff.bench.layer import LAYERS, layer_case
 from deltadiff.bench.timing import compare
 
 
-@pytest.mark.parametrize("name", ["deltadiff", "deltadiff-fp32", "peft", "peft-bf16"])
+@pytest.mark.parametrize(
+    "name", ["deltadiff", "deltadiff-fp32", "peft-swapped", "peft", "peft-bf16"]
+)
 def test_layers_compute_the_same(name, randint):
     if name.startswith("peft"):
         pytest.importorskip("peft")
