@@ -13,7 +13,7 @@ from torch import nn
 from ..checks import need_package
 from ..errors import ArgumentError
 from .packages import package_folder
-from .quantised import four_bit_options, new_head
+from .quantised import four_bit_options, keep_as_loaded, new_head
 from .tasks.base import Task
 
 HEAD_MAY_DIFFER = "ignore_mismatched_sizes"
@@ -102,6 +102,8 @@ def load_model(
         transformers.logging.set_verbosity(level)
     if place.suffix == ".gguf":
         module = _without_quantisation(module)
+    if four_bit is not None:
+        keep_as_loaded(module)
     _fit_tokenizer(tokenizer, module)
     task.configure(module.config)
     head = () if task.outputs is None else new_head(module)

@@ -33,6 +33,18 @@ def four_bit_options(auto_class, config, dtype: torch.dtype, device: torch.devic
     return {"quantization_config": quantisation, "device_map": {"": device}}
 
 
+def keep_as_loaded(module: torch.nn.Module) -> None:
+    """Stop bitsandbytes from packing the weights anew in the first evaluation on a CPU.
+
+    Where the CPU has AVX-512 with bfloat16, it would round the scales of the weights, so that the
+    base of the training would be another one after the first evaluation; and it would fail for
+    layers whose inputs are no multiple of 64.
+    """
+    for layer in module.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def new_head(module: torch.nn.Module) -> tuple[str, ...]:
     """The children beside the pre-trained body that have parameters."""
     body = f"{module.base_model_prefix}."
