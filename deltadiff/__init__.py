@@ -4,9 +4,9 @@ from importlib import metadata
 
 from . import diffora
 from .layers.adapter_file import load_adapter, save_adapter
-from .layers.export_peft import export_peft
 from .layers.lora_linear import LoraLinear
 from .layers.merge import merge_
+from .layers.peft_files.export import export_peft
 from .layers.report import swap_report
 from .layers.swap import swap_, unswap_
 from .ops.adamw_step import adamw_step_

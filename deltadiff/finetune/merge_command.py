@@ -11,11 +11,11 @@ from torch import nn
 
 from ..checks import need_package
 from ..errors import ArgumentError
-from ..files import whole_folder
+from ..files import as_folder, whole_folder
 from ..layers.adapter_file import load_adapter
 from ..layers.adapter_format import read_adapter_config
 from ..layers.merge import merge_
-from ..layers.read_peft import is_peft_folder, read_peft
+from ..layers.peft_files.read import is_peft_folder, read_peft
 from .models import find_model, load_model
 from .task_file import TEMPLATE_FILE, read_task
 from .tasks.base import Task
@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge and save; the output folder appears when all of it is written."""
-    adapter, output = Path(args.adapter), Path(args.output)
+    adapter = as_folder("ADAPTER_FOLDER", args.adapter)
+    output = as_folder("OUTPUT", args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ArgumentError("OUTPUT", f"{output}, which is not empty", "a new or an empty folder")
     place = find_model(args.model)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ArgumentError
-from ..files import write_csv, write_json
+from ..files import as_folder, write_csv, write_json
 from . import report
 from .checkpoints import Progress, find_checkpoints, load_checkpoint, save_checkpoint
 from .generation import complete, write_completions
@@ -40,7 +40,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         ArgumentError: settings, text or a model that cannot be used; a folder that holds a run.
         NonFiniteLossError, Interrupted: see `train`.
     """
-    output = Path(settings.output)
+    output = as_folder("output", settings.output)
     if resume and (output / "result.json").exists():
         raise ArgumentError("resume", f"{output}, a finished run", "a run that was interrupted")
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -63,8 +63,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     scaler = torch.amp.GradScaler(inputs.device.type, enabled=inputs.dtype == torch.float16)
 
     def evaluate() -> dict[str, float]:
-        with setup.evaluating():
-            rows = runner.predict(inputs.heldout, settings.measured_at_once)
+        rows = runner.predict(inputs.heldout, settings.measured_at_once)
         return task.score(rows, inputs.heldout)[0]
 
     checkpoints = find_checkpoints(output) if resume else []
@@ -81,13 +80,12 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         save=lambda: save_checkpoint(output, progress, setup, scaler), evaluate=evaluate,
     )  # fmt: skip
     peak = memory.read()
-    with setup.evaluating():
-        if export:  # first of all: what was trained must not be lost where measuring fails
-            folder = setup.write(output)
-            if folder.name == ADAPTER:
-                template = inputs.model.tokenizer.chat_template if settings.chat_template else None
-                write_task(folder, task, template)
-        measured = _measure(runner, inputs, settings)
+    if export:  # first of all: what was trained must not be lost where measuring fails
+        folder = setup.write(output)
+        if folder.name == ADAPTER:
+            template = inputs.model.tokenizer.chat_template if settings.chat_template else None
+            write_task(folder, task, template)
+    measured = _measure(runner, inputs, settings)
     result = {
         "settings": asdict(settings),
         "skipped": inputs.skipped.counts,

@@ -1,6 +1,5 @@
 """`TrainingSetup`: what a method makes of a model, for the rest of the harness."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ class TrainingSetup:
         save: writes what was trained into a folder.
         load: puts back what ``save`` wrote.
         penalty: a differentiable term that is added to the training loss; None for none.
-        evaluating: a context in which the model is as it will be used.
         keep: writes the finished model into a folder, if that is not what ``save`` writes.
         kept_in: what that folder is called, in the output folder.
         about: more entries for result.json.
@@ -32,7 +30,6 @@ class TrainingSetup:
     save: Callable[[Path], object]
     load: Callable[[Path], object]
     penalty: Callable[[], Tensor] | None = None
-    evaluating: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     keep: Callable[[Path], object] | None = None
     kept_in: str = ADAPTER
     about: dict[str, object] = field(default_factory=dict)

@@ -58,13 +58,10 @@ def adalora(inputs: RunInputs, settings: "Settings") -> TrainingSetup:
 
 
 def dylora(inputs: RunInputs, settings: "Settings") -> TrainingSetup:
-    """Ranks 1 to r are trained; the model is used at rank r."""
+    """Ranks 1 to r are trained; in evaluation and in the adapter the model has rank r."""
     module = _swapped(inputs, settings, settings.alpha)
     options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "seed": settings.seed}
-    optimizer = DyLoRA(module, **options)
-    return _adapter_setup(
-        module, optimizer, settings, evaluating=lambda: optimizer.truncated(settings.r)
-    )
+    return _adapter_setup(module, DyLoRA(module, **options), settings)
 
 
 # ------------------------------------------------- parts that DiffoRA's methods have in common

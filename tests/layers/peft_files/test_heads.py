@@ -14,7 +14,7 @@ from two_blocks import Model
 from deltadiff import export_peft, swap_
 from deltadiff.errors import SwapError
 from deltadiff.layers.lora_layers import lora_layers
-from deltadiff.layers.peft_heads import _task_type
+from deltadiff.layers.peft_files.heads import _task_type
 
 SMALL = {"vocab_size": 40, "max_position_embeddings": 16}
 DISTIL = transformers.DistilBertConfig(**SMALL, dim=8, n_layers=1, n_heads=2, hidden_dim=12)

@@ -14,10 +14,10 @@ from pathlib import Path
 from safetensors.torch import load
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import as_folder, reading
-from . import adapter_format
-from .peft_names import CONFIG_FILE, PREFIX, WEIGHTS_FILE, look_up, pattern_regex
+from ...errors import CheckpointError
+from ...files import as_folder, reading
+from .. import adapter_format
+from .names import CONFIG_FILE, PREFIX, WEIGHTS_FILE, look_up, pattern_regex
 
 _INSTEAD = "plain LoRA; for all else call PeftModel.from_pretrained, then swap_"
 # What is read here, and what changes nothing in a model that is loaded. No other entry may be set.

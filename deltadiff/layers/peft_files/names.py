@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import SwapError
-from .lora_layers import HoldsPairs, LoraLayer
+from ...errors import SwapError
+from ..lora_layers import HoldsPairs, LoraLayer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before the name of every tensor in the weights file

@@ -6,16 +6,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, CheckpointError, SwapError
-from .base_format import check_backend
-from .linear import check_rank, is_peft_model, linear_shape
-from .lora_layers import lora_layers
-from .lora_linear import LoraLinear
-from .peft_names import base_model, base_modules, check_places
-from .read_peft import PeftAdapter, read_peft
-from .report import SwapReport, swap_report
-from .swap import swap_, unswap_
-from .targets import is_linear
+from ...errors import ArgumentError, CheckpointError, SwapError
+from ..base_format import check_backend
+from ..linear import check_rank, is_peft_model, linear_shape
+from ..lora_layers import lora_layers
+from ..lora_linear import LoraLinear
+from ..report import SwapReport, swap_report
+from ..swap import swap_, unswap_
+from ..targets import is_linear
+from .names import base_model, base_modules, check_places
+from .read import PeftAdapter, read_peft
 
 
 def load_peft(model: nn.Module, folder: str | os.PathLike, backend: str | None) -> SwapReport:

@@ -167,7 +167,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(change, tmp_path):
 
 
 def test_what_one_call_of_swap_refuses_takes_back_the_others(tmp_path, monkeypatch):
-    from deltadiff.layers import load_peft
+    from deltadiff.layers.peft_files import load as load_peft
 
     options = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 3}}
     trained_by_peft(Model(), tmp_path, r=2, **options)

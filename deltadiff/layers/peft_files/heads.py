@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..errors import SwapError
-from .lora_layers import LoraLayer
-from .low_rank_sum import whole_on_cpu
-from .peft_names import is_of_peft, plain_name
+from ...errors import SwapError
+from ..lora_layers import LoraLayer
+from ..low_rank_sum import whole_on_cpu
+from .names import is_of_peft, plain_name
 
 # Under these tasks PEFT saves the modules whose names end so, whatever the configuration says.
 _HEADS_OF_TASK = {

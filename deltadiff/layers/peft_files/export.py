@@ -21,14 +21,14 @@ from warnings import warn
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checks import HALF_DTYPES, check_int
-from ..errors import ArgumentError, SwapError
-from ..files import as_folder, write_bytes, write_json
-from ..text import align_columns
-from .lora_layers import HoldsPairs, LoraLayer
-from .low_rank_sum import low_rank_sum, whole_on_cpu
-from .peft_heads import BesidePairs, beside_pairs
-from .peft_names import (
+from ...checks import HALF_DTYPES, check_int
+from ...errors import ArgumentError, SwapError
+from ...files import as_folder, write_bytes, write_json
+from ...text import align_columns
+from ..lora_layers import HoldsPairs, LoraLayer
+from ..low_rank_sum import low_rank_sum, whole_on_cpu
+from .heads import BesidePairs, beside_pairs
+from .names import (
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,

@@ -5,7 +5,7 @@ import pytest
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from deltadiff.layers.peft_names import look_up, pattern_of, target_modules
+from deltadiff.layers.peft_files.names import look_up, pattern_of, target_modules
 
 MODULES = [
     "q_proj", "layers", "layers.0", "layers.0.q_proj", "layers.10.q_proj", "head", "aux.head",
