@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+ADAPTER = "adapter"  # the folder of the result, where it is an adapter
+
 
 @dataclass(frozen=True)
 class TrainingSetup:
@@ -19,6 +21,7 @@ class TrainingSetup:
         load: puts back what ``save`` wrote.
         penalty: a differentiable term that is added to the training loss; None for none.
         keep: writes the finished model into a folder, if that is not what ``save`` writes.
+        kept_in: what that folder is called, in the output folder.
         about: more entries for result.json.
     """
 
@@ -28,14 +31,14 @@ class TrainingSetup:
     load: Callable[[Path], object]
     penalty: Callable[[], Tensor] | None = None
     keep: Callable[[Path], object] | None = None
+    kept_in: str = ADAPTER
     about: dict[str, object] = field(default_factory=dict)
 
-    def write(self, output: Path) -> None:
-        """Write the finished model into the output folder."""
-        if self.keep is None:
-            self.save(output / "adapter")
-        else:
-            self.keep(output / "model")
+    def write(self, output: Path) -> Path:
+        """Write the finished model into the output folder; returns where it is."""
+        folder = output / self.kept_in
+        (self.keep or self.save)(folder)
+        return folder
 
 
 @dataclass(frozen=True)
