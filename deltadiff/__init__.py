@@ -6,6 +6,7 @@ from . import diffora
 from .layers.adapter_file import load_adapter, save_adapter
 from .layers.lora_linear import LoraLinear
 from .layers.merge import merge_
+from .layers.peft_files.export import export_peft
 from .layers.report import swap_report
 from .layers.swap import swap_, unswap_
 from .ops.adamw_step import adamw_step_
@@ -25,6 +26,7 @@ __all__ = [
     "choose_path",
     "delta_update_",
     "diffora",
+    "export_peft",
     "load_adapter",
     "lora_linear",
     "merge_",

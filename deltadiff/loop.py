@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import torch
+
+Handler = Callable[[int, FrameType | None], object] | int
 
 
 @functools.lru_cache(maxsize=2)
@@ -35,23 +37,32 @@ LOSS_SYNC_INTERVAL = 10
 
 @contextlib.contextmanager
 def catch_interrupt() -> Iterator[list[int]]:
-    """A list that gets an entry with the first Ctrl-C or SIGTERM; a second one ends the process."""
+    """A list that gets an entry with the first Ctrl-C or SIGTERM; a second one ends the process.
+
+    Only the main thread can catch signals. In any other the list stays empty, and a signal does
+    what it did before.
+    """
     received: list[int] = []
-    earlier = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    earlier: dict[int, Handler] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(
-            number, signal.SIG_DFL if number == signal.SIGTERM else earlier[signal.Signals(number)]
-        )
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else earlier[number])
 
-    for number in earlier:
-        signal.signal(number, note)
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is None:  # not set from Python, which could not put it back
+                continue
+            try:
+                signal.signal(number, note)
+            except ValueError:  # not in the main thread of the main interpreter
+                break
+            earlier[number] = handler
         yield received
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for caught, handler in earlier.items():
+            signal.signal(caught, handler)
 
 
 def rng_states() -> dict[str, object]:

@@ -98,3 +98,20 @@ def test_python_m_in_a_checkout(tmp_path):
     done = run_command("finetune", *words, cwd=ROOT)
     assert done.stderr.startswith("deltadiff finetune: model: got")  # its tokenizer is a dummy
     assert "kernels" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["finetune", "model", "data.csv", "--output", ""],
+        ["finetune", "--resume", ""],
+        ["compare", "model", "data.csv", "--output", ""],
+        ["merge", "model", "adapter", ""],
+        ["merge", "model", "", "merged"],
+        ["bench", "layer", "--device", "cpu", "--quick", "--output", ""],
+    ],
+)
+def test_an_empty_name_is_not_the_current_folder(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "got ''; accepted: a folder; '.' is the current one" in refused(capsys, *words)
+    assert not any(tmp_path.iterdir())

@@ -54,6 +54,23 @@ def test_swap(run, llama, tmp_path, capsys):
     deltadiff.load_adapter(fresh, tmp_path / "adapter")
 
 
+def test_with_peft_and_trainer(run, llama, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    names = run("With PEFT", llama, base=base, peft=peft, deltadiff=deltadiff)
+    assert "q_proj" in capsys.readouterr().out
+    (batch,) = batches(1)
+    rows = [{name: ids[0] for name, ids in batch.items()}] * 8
+    args = transformers.TrainingArguments("run", max_steps=3, use_cpu=True, report_to=[])
+    names = run("With Trainer", llama, args=args, data=rows, transformers=transformers, **{
+        name: names[name] for name in ("model", "deltadiff")
+    })  # fmt: skip
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "exported")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, names["model"].eval()(**batch).logits)
+
+
 def test_diffora(run, bert, tmp_path):
     texts = ["the film is great", "a dull story"] * 40
     names = run(

@@ -13,6 +13,7 @@ import torch
 from ..checks import NAMED_DTYPES
 from ..devices import default_device, environment, find_device, free_memory
 from ..errors import ArgumentError
+from ..files import as_folder
 from . import layer, model, search, step
 from .arguments import count, shape
 from .methods import Settings
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
         sub.add_argument("--quick", action="store_true", help="few cases, short rounds")
-        sub.add_argument("--output", type=Path, metavar="FOLDER", help="write JSON and plots there")
+        sub.add_argument("--output", metavar="FOLDER", help="write JSON and plots there")
         sub.add_argument(
             "--variants", nargs="+", choices=variants, metavar="NAME",
             help=f"only these of {', '.join(variants)}; the floor is always measured",
@@ -86,7 +87,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns 1 if a variant failed for another reason than memory."""
-    if args.output is not None and importlib.util.find_spec("matplotlib") is None:
+    output = None if args.output is None else as_folder("output", args.output)
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
         accepted = "an installed matplotlib for --output: pip install -e '.[finetune]'"
         raise ArgumentError("matplotlib", "nothing", accepted)
     device = find_device(args.device or default_device())
@@ -101,13 +103,13 @@ def run(args: argparse.Namespace) -> int:
         for r in found:
             if failed(r):
                 print(f"failed: {variant_text(r)}: {r['note']}", file=sys.stderr, flush=True)
-        if args.output is not None:  # after every case: an interrupted run keeps what it has
-            paths = write(records, args.output, device)
+        if output is not None:  # after every case: an interrupted run keeps what it has
+            paths = write(records, output, device)
     print(format_table(records))
-    if args.output is not None:
+    if output is not None:
         from .plots import write_plots  # matplotlib
 
-        paths += write_plots([{**r, **where} for r in records], args.output)
+        paths += write_plots([{**r, **where} for r in records], output)
         print("\n".join(f"written: {path}" for path in paths))
     return int(any(map(failed, records)))
 

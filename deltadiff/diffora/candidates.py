@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..layers.linear import is_peft
+from ..layers.linear import refuse_peft
 from ..layers.lora_linear import LoraLinear
 from ..layers.targets import Targets, choose_modules
 
@@ -67,6 +67,7 @@ def find_candidates(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
+    refuse_peft("DiffoRA", model)
     chosen = choose_modules(model, target_modules, modules_to_save)
     lists = {
         name
@@ -76,8 +77,6 @@ def find_candidates(
     layers: dict[str, list[str]] = {}
     outside, seen = [], set()
     for name, module in chosen.items():
-        if is_peft(module):
-            raise ArgumentTypeError("model", f"PEFT's layer {name}", "an eager model")
         if id(module) in seen:  # one module in two places has one gate
             continue
         seen.add(id(module))

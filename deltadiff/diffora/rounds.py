@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import check_int
 from ..errors import ArgumentError, Interrupted, NonFiniteLossError
-from ..files import reading, write_bytes
+from ..files import as_folder, reading, write_bytes
 from ..loop import batch_indices, catch_interrupt, rng_states, set_rng_states
 from .bilevel import Search
 from .data_split import Split
@@ -71,8 +71,8 @@ def search(
         CheckpointError: the file of the search to resume is missing or garbled.
         NonFiniteLossError: a loss or gradient became inf or NaN; the message names the batch.
             ``state`` (and ``folder``) hold what was before that step.
-        Interrupted: Ctrl-C or SIGTERM stopped the search; its value is the path of the file that
-            holds it.
+        Interrupted: Ctrl-C or SIGTERM stopped the search, in the main thread; its value is the path
+            of the file that holds it. In another thread, an exception of ``progress`` stops it.
     """
     for name, value in (
         ("rounds", rounds),
@@ -91,7 +91,7 @@ def search(
         "train": list(data.train),
         "valid": list(data.valid),
     }
-    path = None if folder is None else Path(folder) / FILE
+    path = None if folder is None else as_folder("folder", folder) / FILE
     if resume:
         _load(path, state, settings)
     elif path is not None and path.exists():

@@ -2,7 +2,8 @@
 
 Modules that were not selected are not frozen: those of one module type train one common pair, whose
 rank may differ from that of the other pairs (the paper's weight sharing). Several layers hold the
-same `Parameter` for A and for B, so autograd sums their gradients, always in the same order.
+same `Parameter` for A and for B, so autograd sums their gradients, always in the same order. States
+and files hold a shared pair once, under the first layer of its group.
 """
 
 import functools
@@ -14,9 +15,8 @@ from torch import Tensor, nn
 
 from ..checks import check_int, dtype_name
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
-from ..layers.linear import check_rank, linear_shape
+from ..layers.linear import check_rank, linear_shape, refuse_peft
 from ..layers.lora_layers import lora_layers
-from ..layers.lora_linear import LoraLinear
 from ..layers.model_notes import note_selection, noted_selection
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_, unswap_
@@ -65,13 +65,14 @@ def apply_(
 
     Raises:
         ArgumentTypeError, ArgumentError: the selection is for another model, a rank does not fit,
-            or the search has another rank; nothing was changed.
+            the search has another rank, or the model is PEFT's; nothing was changed.
         SwapError: the model is swapped already, for instance by a search that was not closed.
     """
     if not isinstance(selection, Selection):
         raise ArgumentTypeError("selection", type(selection).__name__, "a Selection")
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
+    refuse_peft("DiffoRA", model)
     if lora_layers(model):
         raise SwapError("model", "a model that is swapped already", "an eager model, or `close()`")
     if not selection.selected:
@@ -99,8 +100,11 @@ def apply_(
         except ArgumentError:
             unswap_(model)
             raise
+    place = {name: i for i, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     for group, members in groups.items():
-        _share_pair(group, [swapped_candidate(model, name) for name in members])
+        layers = [swapped_candidate(model, name) for name in sorted(members, key=place.__getitem__)]
+        for layer in layers:
+            layer.share_pair(layers[0], group)
     if warm_start is not None:
         _start_warm(model, selection, warm_start)
     if not share and selection.others:
@@ -120,13 +124,6 @@ def selection_of(model: nn.Module) -> Selection | None:
     """
     data = noted_selection(model)
     return None if data is None else Selection.from_json(data)
-
-
-def _share_pair(group: str, layers: list[LoraLinear]) -> None:
-    """Let all layers of a group hold the pair of the first one."""
-    for layer in layers:
-        layer.lora_A, layer.lora_B = layers[0].lora_A, layers[0].lora_B
-        layer.share_group = group
 
 
 # ---------------------------------------------------------------------- who shares

@@ -9,11 +9,11 @@ weights. While a run lasts it also holds the latest checkpoint.
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
 from ..errors import ArgumentError, Interrupted, NonFiniteLossError
+from ..files import as_folder
 from . import presets, report
 from .options import add_settings, given_settings, require_model_and_data
 from .packages import check_packages
@@ -64,7 +64,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         if given:
             first = next(iter(given))
             raise ArgumentError("resume", f"also {first}={given[first]}", "--resume OUTPUT alone")
-        return read_settings(Path(args.resume))
+        return read_settings(as_folder("resume", args.resume))
     require_model_and_data(given, "deltadiff finetune MODEL DATA, or --resume OUTPUT")
     if args.eager:
         if given.get("method", "lora") not in ("lora", "lora-peft"):

@@ -18,7 +18,7 @@ import torch
 
 from ..devices import default_device, find_device
 from ..errors import ArgumentError
-from ..files import write_json
+from ..files import as_folder, write_json
 from ..layers.adapter_file import load_adapter
 from ..text import align_columns
 from ..verify.run import run as run_checks
@@ -55,12 +55,13 @@ ROWS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m deltadiff.finetune.demo", description=__doc__)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
     args, options = parser.parse_known_args()  # the rest goes to `deltadiff finetune`
     try:
-        return reload(args.output) if args.reload else demo(args.output, args.steps, options)
+        output = as_folder("output", args.output)
+        return reload(output) if args.reload else demo(output, args.steps, options)
     except ArgumentError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..files import write_csv
-from .examples import Example
+from .chat import encode_chats, turn_ends
+from .data.examples import Example
+from .data.skipped import Skipped
 from .runner import ModelRunner
 from .tasks.text import prompt_tokens
 
@@ -25,13 +27,26 @@ class Completion:
     references: list[str]
 
 
-def group_references(examples: Sequence[Example], most: int = -1) -> dict[str, list[str]]:
-    """The texts of each prompt, of the first ``most`` prompts; -1 means all."""
-    groups: dict[str, list[str]] = {}
+def group_by_prompt(examples: Sequence[Example], most: int = -1) -> list[list[Example]]:
+    """The examples of each prompt, of the first ``most`` prompts; -1 means all."""
+    groups: dict[str, list[Example]] = {}
     for example in examples:
-        groups.setdefault(example.prompt, []).append(example.text)
-    names = list(groups)[: None if most < 0 else most]
-    return {name: groups[name] for name in names}
+        groups.setdefault(example.prompt, []).append(example)
+    return list(groups.values())[: None if most < 0 else most]
+
+
+def end_tokens(model, tokenizer, example: Example) -> list[int]:
+    """The tokens after which a completion ends.
+
+    A chat template may end a turn with another token than the tokenizer ends a text with.
+    """
+    known = getattr(model, "generation_config", None)
+    known = getattr(known, "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])} - {None}
+    if example.conversation is not None:
+        for row in encode_chats([example], tokenizer, Skipped()):
+            found |= turn_ends(row, tokenizer)
+    return sorted(found)
 
 
 @torch.no_grad()
@@ -39,19 +54,20 @@ def complete(
     runner: ModelRunner, tokenizer, examples: Sequence[Example], settings: "Settings"
 ) -> list[Completion]:
     """Complete the first ``settings.generate`` prompts by beam search, greedy for one beam."""
-    groups = group_references(examples, settings.generate)
+    groups = group_by_prompt(examples, settings.generate)
     model, was_training = runner.model, runner.model.training
     model.eval()
-    prompts = list(groups)
-    ids = prompt_tokens(tokenizer, prompts)
+    firsts = [group[0] for group in groups]
+    ids = prompt_tokens(tokenizer, firsts)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     ids = [row or [start] for row in ids]  # without a prompt, a text begins with the start token
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts: dict[int, str] = {}
+    ends = end_tokens(model, tokenizer, firsts[0])
     options = {
         "num_beams": settings.num_beams, "no_repeat_ngram_size": settings.no_repeat_ngram_size,
         "do_sample": False, "max_new_tokens": settings.max_new_tokens,
-        "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends or None,
         # A model's own generation_config.json may set these, which greedy search does not take.
         "temperature": None, "top_p": None, "top_k": None,
     }  # fmt: skip
@@ -69,7 +85,10 @@ def complete(
         decoded = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         texts |= dict(zip(part, map(str.strip, decoded), strict=True))
     model.train(was_training)
-    return [Completion(p, texts[i], groups[p]) for i, p in enumerate(prompts)]
+    return [
+        Completion(group[0].prompt, texts[i], [e.text for e in group])
+        for i, group in enumerate(groups)
+    ]
 
 
 def write_completions(path: Path, completions: Sequence[Completion]) -> None:

@@ -8,11 +8,16 @@ import torch
 
 from ..checks import NAMED_DTYPES
 from ..devices import default_device, find_device
+from ..errors import ArgumentError
 from .batches import EncodedExamples
-from .examples import split_examples
+from .chat import read_template
+from .data.examples import Example, split_examples
+from .data.reading import read_examples
+from .data.skipped import Skipped
 from .models import Model, load_model
-from .reading import read_examples
+from .tasks.base import Task
 from .tasks.choose import find_task
+from .token_checks import check_tokenizer, check_tokens
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -20,13 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run trains, on what, and where. ``dtype``: of the frozen weights and the products."""
+    """What a run trains, on what, and where.
+
+    ``dtype`` is that of the frozen weights and the products, and ``skipped`` says what was left out
+    of the text.
+    """
 
     model: Model
     train: EncodedExamples
     heldout: EncodedExamples
     device: torch.device
     dtype: torch.dtype
+    skipped: Skipped
 
 
 def device_of(settings: "Settings") -> torch.device:
@@ -44,19 +54,63 @@ def load_inputs(settings: "Settings") -> RunInputs:
     settings.check()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     device = device_of(settings)
-    examples = read_examples(settings.data, settings.columns, settings.format)
+    skipped = Skipped()
+    examples, heldout = _read(settings, skipped)
+    task, dtype = find_task(examples, settings), NAMED_DTYPES[settings.dtype]
+    model = load_run_model(settings, task, device)
+    if settings.chat_template is not None:
+        if all(e.conversation is None for e in (*examples, *heldout)):
+            given = f"{settings.chat_template} for text without conversations"
+            raise ArgumentError("chat_template", given, "none")
+        model.tokenizer.chat_template = read_template(settings.chat_template)
+    encoded = []
+    for name, part in (("training", examples), ("held-out", heldout)):
+        data = task.encode(part, model.tokenizer, settings.max_length)
+        check_tokens(data, model, settings.max_length)
+        if data.cut:
+            print(
+                f"{data.cut} of {len(data)} {name} texts were cut at {settings.max_length} tokens"
+            )
+        skipped += data.skipped
+        encoded.append(data)
+    if skipped:
+        print(f"skipped: {skipped}")
+    return RunInputs(model, *encoded, device, dtype, skipped)
+
+
+def _read(settings: "Settings", skipped: Skipped) -> tuple[list[Example], list[Example]]:
+    """The examples to train on, and those that are held out."""
+    examples = read_examples(settings.data, settings.layout, skipped)
     try:
         share = float(settings.heldout)
     except ValueError:
-        heldout = read_examples(settings.heldout, settings.columns, settings.format)
-    else:
-        examples, heldout = split_examples(examples, share, settings.seed)
-    task, dtype = find_task(examples, settings), NAMED_DTYPES[settings.dtype]
-    model = load_model(settings.model, task, dtype=dtype, seed=settings.seed)
+        return examples, read_examples(settings.heldout, settings.layout, skipped)
+    return split_examples(examples, share, settings.seed)
+
+
+def load_run_model(settings: "Settings", task: Task, device: torch.device) -> Model:
+    """The model of a run, before its method changes it.
+
+    Raises:
+        ArgumentError: see `load_model` and `check_tokenizer`; or the model cannot compute its
+            activations again.
+    """
+    model = load_model(
+        settings.model, task, dtype=NAMED_DTYPES[settings.dtype], seed=settings.seed,
+        four_bit=device if settings.load_in_4bit else None,
+    )  # fmt: skip
+    check_tokenizer(model.tokenizer, settings.model)
     for head in model.head:
         model.module.get_submodule(head).float()  # trained whole, for which 16 bits are too few
-    model.module.to(device)
-    train, held = (
-        task.encode(part, model.tokenizer, settings.max_length) for part in (examples, heldout)
-    )
-    return RunInputs(model, train, held, device, dtype)
+    if not settings.load_in_4bit:  # such a model is where it has to be, and may not be moved
+        model.module.to(device)
+    if settings.gradient_checkpointing:
+        # Reentrant checkpoints would stop the gradients: the embeddings, which are frozen, give
+        # the first block an input that needs none.
+        try:
+            model.module.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ArgumentError(
+                "gradient_checkpointing", error, "a model that can do it"
+            ) from error
+    return model

@@ -1,109 +1,149 @@
 """`deltadiff merge`: fold an adapter into its model and save an ordinary Hugging Face model."""
 
 import argparse
+import contextlib
 import shutil
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 from torch import nn
 
 from ..checks import need_package
 from ..errors import ArgumentError
-from ..files import whole_folder
+from ..files import as_folder, whole_folder
 from ..layers.adapter_file import load_adapter
 from ..layers.adapter_format import read_adapter_config
 from ..layers.merge import merge_
+from ..layers.peft_files.read import is_peft_folder, read_peft
 from .models import find_model, load_model
+from .task_file import TEMPLATE_FILE, read_task
 from .tasks.base import Task
 from .tasks.classes import ClassTask
 from .tasks.spans import SpanTask
 from .tasks.text import TextTask
 
-# Files beside the weights that belong to the tokenizer, under the names that Hugging Face uses.
+# Files beside the weights that belong to the tokenizer, under the names that Hugging Face and the
+# authors of models use.
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "chat_template*", "*.model", "*.bpe", "*.spm",
+    "tokenizer*", "tokenization*.py", "vocab*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "additional_chat_templates", "*.model", "*.bpe", "*.spm",
+    "*.tiktoken", "tekken.json", "bpe.codes", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `deltadiff merge`."""
     parser.add_argument("model", metavar="MODEL_FOLDER", help="the base model, as saved on disk")
-    parser.add_argument("adapter", metavar="ADAPTER_FOLDER", help="what save_adapter wrote")
+    parser.add_argument("adapter", metavar="ADAPTER_FOLDER", help="what save_adapter or PEFT wrote")
     parser.add_argument("output", metavar="OUTPUT", help="a new or empty folder")
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge and save; the output folder appears when all of it is written."""
-    adapter, output = Path(args.adapter), Path(args.output)
+    adapter = as_folder("ADAPTER_FOLDER", args.adapter)
+    output = as_folder("OUTPUT", args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ArgumentError("OUTPUT", f"{output}, which is not empty", "a new or an empty folder")
-    place, labels = find_model(args.model), _labels(adapter)
-    model, tokenizer = _load_with_adapter(args.model, place, adapter, labels)
+    place = find_model(args.model)
+    model, tokenizer = _load_with_adapter(args.model, place, adapter)
     print(merge_(model))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(output) as folder:
             model.save_pretrained(folder)
-            if place.is_dir():
-                for file in (file for pattern in TOKENIZER_FILES for file in place.glob(pattern)):
-                    shutil.copy(file, folder)
-            else:
-                tokenizer.save_pretrained(folder)
+            _save_tokenizer(place, tokenizer, adapter, folder)
     except OSError as error:
         raise ArgumentError("OUTPUT", f"{output} ({error})", "a folder that can be made") from error
     print(f"saved in {output}")
     return 0
 
 
-def _labels(adapter: Path) -> tuple[str, ...]:
-    """The classes of the head that was trained beside the adapter, if there is one."""
-    config = read_adapter_config(adapter)
-    shapes = [config["base"][name] for name in config["saved"]]
-    rows = [shape[0] for shape in shapes if len(shape) == 2]
-    return tuple(str(i) for i in range(min(rows, default=0)))
+def _save_tokenizer(place: Path, tokenizer, adapter: Path, folder: Path) -> None:
+    """The files of the base model's tokenizer, with the chat template that was trained with."""
+    if not place.is_dir():
+        tokenizer.save_pretrained(folder)
+    else:
+        files = [file for pattern in TOKENIZER_FILES for file in place.glob(pattern)]
+        for file in files:
+            copy = shutil.copytree if file.is_dir() else shutil.copy
+            copy(file, folder / file.name)
+        if not files:
+            print(f"{place} has no tokenizer, and so the merged model has none")
+    if (adapter / TEMPLATE_FILE).exists():
+        shutil.copy(adapter / TEMPLATE_FILE, folder)
 
 
-def _load_with_adapter(
-    name: str, place: Path, adapter: Path, labels: tuple[str, ...]
-) -> tuple[nn.Module, object]:
+def _outputs(adapter: Path) -> int:
+    """How many outputs the head has that was trained beside the adapter; 0 if there is none."""
+    if is_peft_folder(adapter):
+        shapes = [t.shape for t in read_peft(adapter).saved.values()]
+    else:
+        config = read_adapter_config(adapter)
+        shapes = [config["base"][name] for name in config["saved"]]
+    return min((shape[0] for shape in shapes if len(shape) == 2), default=0)
+
+
+def _load_with_adapter(name: str, place: Path, adapter: Path) -> tuple[nn.Module, object]:
     """(model with the adapter on it, tokenizer), in the class that the adapter was made for.
 
-    That is the class in the model's config, or the one in which `deltadiff finetune` loads it.
+    `deltadiff finetune` leaves a file that tells what the outputs of a new head mean. Without it,
+    the class is that in the model's config, or the one that fits the head.
     """
-
-    def as_configured():
-        return _load_configured(place), None
-
-    def as_finetuned(task: Task):
-        loaded = load_model(name, task, dtype="auto")
-        return loaded.module, loaded.tokenizer
-
-    order: list[Callable] = [as_configured] if place.is_dir() else []
-    if labels:
-        order = [partial(as_finetuned, task) for task in (ClassTask(labels), SpanTask())] + order
+    task, outputs = read_task(adapter), _outputs(adapter)
+    as_configured = [None] if place.is_dir() else []
+    order: list[Task | None]
+    if task is not None and task.outputs is not None:
+        order = [task, *as_configured]
+    elif outputs:
+        order = [*as_configured, ClassTask(_known_labels(place, outputs)), SpanTask()]
     else:
-        order.append(partial(as_finetuned, TextTask()))
+        order = [*as_configured, TextTask()]
     errors = []
-    for load in order:
+    for kind in order:
         try:
-            model, tokenizer = load()
+            model, tokenizer = _load(name, place, kind)
             load_adapter(model, adapter)
-            return model, tokenizer
         except ArgumentError as error:
             errors.append(error)
+            continue
+        if task is None and isinstance(kind, ClassTask):
+            given = f"the adapter does not name its {outputs} classes"
+            print(f"{given}; they are called {', '.join(kind.labels[:5])} in config.json")
+        return model, tokenizer
     raise errors[0]
 
 
-def _load_configured(folder: Path) -> nn.Module:
+def _load(name: str, place: Path, task: Task | None) -> tuple[nn.Module, object]:
+    """(model, tokenizer) for a task; for None the class in the config, without a tokenizer."""
+    if task is not None:
+        loaded = load_model(name, task, dtype="auto")
+        return loaded.module, loaded.tokenizer
+    with _transformers() as transformers:
+        names = transformers.AutoConfig.from_pretrained(place, local_files_only=True).architectures
+        kind = getattr(transformers, names[0]) if names else transformers.AutoModel
+        return kind.from_pretrained(place, local_files_only=True, dtype="auto"), None
+
+
+def _known_labels(place: Path, outputs: int) -> tuple[str, ...]:
+    """The classes in the base model's config if they are so many; else LABEL_0 and so on."""
+    known: dict[int, str] = {}
+    if place.is_dir():
+        with _transformers() as transformers:
+            config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
+            known = config.id2label or {}
+    default = [f"LABEL_{i}" for i in range(outputs)]
+    return tuple(known.values() if len(known) == outputs else default)
+
+
+@contextlib.contextmanager
+def _transformers() -> Iterator[ModuleType]:
+    """transformers without its messages; what it cannot load becomes an ArgumentError."""
     transformers = need_package("transformers", "finetune")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        names = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).architectures
-        kind = getattr(transformers, names[0]) if names else transformers.AutoModel
-        return kind.from_pretrained(folder, local_files_only=True, dtype="auto")
+        yield transformers
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         accepted = "a model that transformers saved"
-        raise ArgumentError("MODEL_FOLDER", f"{folder} ({error})", accepted) from error
+        raise ArgumentError("MODEL_FOLDER", str(error), accepted) from error

@@ -3,7 +3,7 @@
 Nothing is downloaded: a model is a folder, a GGUF file, or an installed package that ships one.
 """
 
-import importlib.util
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,11 @@ from torch import nn
 
 from ..checks import need_package
 from ..errors import ArgumentError
+from .packages import package_folder
+from .quantised import four_bit_options, keep_as_loaded, new_head
 from .tasks.base import Task
 
-
-def package_folder(name: str) -> Path | None:
-    """The folder of an installed package, which is found without importing it."""
-    name = name.replace("-", "_")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) if places else None
+HEAD_MAY_DIFFER = "ignore_mismatched_sizes"
 
 
 def find_model(name: str) -> Path:
@@ -58,11 +54,20 @@ class Model:
 
 
 def load_model(
-    name: str, task: Task, *, dtype: torch.dtype | str = torch.float32, seed: int = 0
+    name: str,
+    task: Task,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    seed: int = 0,
+    four_bit: torch.device | None = None,
 ) -> Model:
-    """Load a model in transformers' class for the task; ``seed`` is that of a new head.
+    """Load a model in transformers' class for the task.
 
-    ``dtype`` may be "auto": that of the file.
+    Args:
+        name: see `find_model`.
+        dtype: of the weights; "auto" is that of the file.
+        seed: that of a new head.
+        four_bit: load the weights in 4 bits, onto this device; ``dtype`` is then that of the rest.
 
     Raises:
         ArgumentError: there is no such model, or transformers cannot load it for this task.
@@ -71,18 +76,24 @@ def load_model(
     place = find_model(name)
     where = {"pretrained_model_name_or_path": place, "local_files_only": True}
     if place.suffix == ".gguf":
+        if four_bit is not None:
+            raise ArgumentError("load_in_4bit", f"{place}, a GGUF file", "a folder")
         where |= {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
-    options = {"dtype": dtype}
+    options: dict[str, object] = {"dtype": dtype}
     if task.outputs is not None:
-        options |= {"num_labels": task.outputs, "ignore_mismatched_sizes": True}
+        options |= {"num_labels": task.outputs, HEAD_MAY_DIFFER: True}
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # transformers warns about every new head
     transformers.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(**where)
+        auto = getattr(transformers, task.auto_class)
+        heads = {} if task.outputs is None else {"num_labels": task.outputs}
+        config = transformers.AutoConfig.from_pretrained(**where, **heads)
         task.check_config(config)
+        if four_bit is not None:
+            options |= four_bit_options(auto, config, dtype, four_bit)
         torch.manual_seed(seed)  # for the new head
-        module = _load(getattr(transformers, task.auto_class), where, options)
+        module = _load(auto, where, options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -91,12 +102,26 @@ def load_model(
         transformers.logging.set_verbosity(level)
     if place.suffix == ".gguf":
         module = _without_quantisation(module)
+    if four_bit is not None:
+        keep_as_loaded(module)
+    _fit_tokenizer(tokenizer, module)
+    task.configure(module.config)
+    head = () if task.outputs is None else new_head(module)
+    return Model(module, tokenizer, task, head)
+
+
+def _fit_tokenizer(tokenizer, module: nn.Module) -> None:
+    """Give a tokenizer a token to pad with, and let it tell sentences apart where the model does.
+
+    Which tokenizers return ``token_type_ids`` says nothing: many do for models that take none.
+    """
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     module.config.pad_token_id = tokenizer.pad_token_id
-    task.configure(module.config)
-    head = () if task.outputs is None else _new_head(module)
-    return Model(module, tokenizer, task, head)
+    known = inspect.signature(module.forward).parameters
+    segments = "token_type_ids" in known and getattr(module.config, "type_vocab_size", 0) > 1
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = names + ["token_type_ids"] * segments
 
 
 def _load(auto, where: dict, options: dict) -> nn.Module:
@@ -106,9 +131,8 @@ def _load(auto, where: dict, options: dict) -> nn.Module:
     module, found = auto.from_pretrained(**where, **options, output_loading_info=True)
     body = {n for n, _ in module.named_parameters() if n.startswith(f"{module.base_model_prefix}.")}
     if body and body <= set(found["missing_keys"]):  # Llama's model for questions is like this
-        trained, found = AutoModel.from_pretrained(
-            **where, dtype=options["dtype"], output_loading_info=True
-        )
+        kept = {k: v for k, v in options.items() if k not in ("num_labels", HEAD_MAY_DIFFER)}
+        trained, found = AutoModel.from_pretrained(**where, **kept, output_loading_info=True)
         if set(found["missing_keys"]) >= {name for name, _ in trained.named_parameters()}:
             raise ValueError("the checkpoint has none of the model's weights")
         setattr(module, module.base_model_prefix, trained)
@@ -122,10 +146,3 @@ def _without_quantisation(module: nn.Module) -> nn.Module:
     plain = type(module)(type(module.config)(**config)).to(module.dtype)
     plain.load_state_dict(module.state_dict())
     return plain
-
-
-def _new_head(module: nn.Module) -> tuple[str, ...]:
-    """The children beside the pre-trained body that have parameters."""
-    body = f"{module.base_model_prefix}."
-    names = (name for name, _ in module.named_parameters() if not name.startswith(body))
-    return tuple(dict.fromkeys(name.partition(".")[0] for name in names))

@@ -1,4 +1,7 @@
-"""The packages that every training run needs."""
+"""Packages: those that every training run needs, and where one is installed."""
+
+import importlib.util
+from pathlib import Path
 
 from ..checks import need_package
 
@@ -13,3 +16,11 @@ def check_packages() -> None:
     """
     for package in PACKAGES:
         need_package(package, "finetune")
+
+
+def package_folder(name: str) -> Path | None:
+    """The folder of an installed package, which is found without importing it."""
+    name = name.replace("-", "_")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) if places else None

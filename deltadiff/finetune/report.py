@@ -15,7 +15,7 @@ from .checkpoints import Progress
 from .inputs import RunInputs
 
 
-def course(inputs: RunInputs, model: nn.Module, progress: Progress, batch_size: int) -> dict:
+def course(inputs: RunInputs, model: nn.Module, progress: Progress, step_size: int) -> dict:
     """The entries about the course of a run and what it cost.
 
     Rates come from the median step, because the first steps compile and warm up.
@@ -33,7 +33,7 @@ def course(inputs: RunInputs, model: nn.Module, progress: Progress, batch_size: 
         "loss_curve": progress.losses,
         "seconds": sum(progress.step_seconds),
         "seconds_per_step": median,
-        "examples_per_second": batch_size / median,
+        "examples_per_second": step_size / median,
         "tokens_per_second": progress.tokens / progress.step / median,
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ArgumentError
-from ..files import write_csv, write_json
+from ..files import as_folder, write_csv, write_json
 from . import report
 from .checkpoints import Progress, find_checkpoints, load_checkpoint, save_checkpoint
 from .generation import complete, write_completions
@@ -22,8 +22,9 @@ from .models import load_model
 from .plots import plot_loss, plot_metric_curve, plot_similarity
 from .runner import ModelRunner
 from .settings import Settings
+from .task_file import write_task
 from .training import train
-from .training_setup import FirstStage
+from .training_setup import ADAPTER, FirstStage
 from .weight_change import similarity, weight_update
 
 
@@ -39,7 +40,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         ArgumentError: settings, text or a model that cannot be used; a folder that holds a run.
         NonFiniteLossError, Interrupted: see `train`.
     """
-    output = Path(settings.output)
+    output = as_folder("output", settings.output)
     if resume and (output / "result.json").exists():
         raise ArgumentError("resume", f"{output}, a finished run", "a run that was interrupted")
     if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -47,7 +48,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     inputs = load_inputs(settings)
     task = inputs.model.task
     if settings.epochs is not None:
-        steps = math.ceil(settings.epochs * len(inputs.train) / settings.batch_size)
+        steps = math.ceil(settings.epochs * len(inputs.train) / settings.step_size)
         settings = dataclasses.replace(settings, steps=steps)
     memory = PeakMemory(inputs.device)
     setup = METHODS[settings.method].prepare(inputs, settings)
@@ -62,8 +63,7 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
     scaler = torch.amp.GradScaler(inputs.device.type, enabled=inputs.dtype == torch.float16)
 
     def evaluate() -> dict[str, float]:
-        with setup.evaluating():
-            rows = runner.predict(inputs.heldout, settings.measured_at_once)
+        rows = runner.predict(inputs.heldout, settings.measured_at_once)
         return task.score(rows, inputs.heldout)[0]
 
     checkpoints = find_checkpoints(output) if resume else []
@@ -80,13 +80,17 @@ def finetune(settings: Settings, *, resume: bool = False, export: bool = True) -
         save=lambda: save_checkpoint(output, progress, setup, scaler), evaluate=evaluate,
     )  # fmt: skip
     peak = memory.read()
-    with setup.evaluating():
-        measured = _measure(runner, inputs, settings)
-        if export:
-            setup.write(output)
+    if export:  # first of all: what was trained must not be lost where measuring fails
+        folder = setup.write(output)
+        if folder.name == ADAPTER:
+            template = inputs.model.tokenizer.chat_template if settings.chat_template else None
+            write_task(folder, task, template)
+    measured = _measure(runner, inputs, settings)
     result = {
         "settings": asdict(settings),
-        **report.course(inputs, setup.module, progress, settings.batch_size),
+        "skipped": inputs.skipped.counts,
+        "cut": {"train": inputs.train.cut, "heldout": inputs.heldout.cut},
+        **report.course(inputs, setup.module, progress, settings.step_size),
         "before": progress.before,
         "metric_curve": progress.curve,
         **measured,
@@ -122,7 +126,10 @@ def _measure(runner: ModelRunner, inputs: RunInputs, settings: Settings) -> dict
         written = score_text([c.text for c in completions], [c.references for c in completions])
         after, left_out = after | written[0], left_out | written[1]
     module = inputs.model.module  # under its own names, which PEFT's wrapper changes
-    original = load_model(settings.model, task, dtype=inputs.dtype, seed=settings.seed).module
+    original = load_model(
+        settings.model, task, dtype=inputs.dtype, seed=settings.seed,
+        four_bit=inputs.device if settings.load_in_4bit else None,
+    ).module  # fmt: skip
     return {
         "after": after,
         "metrics_left_out": left_out,

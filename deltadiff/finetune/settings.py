@@ -9,8 +9,9 @@ from pathlib import Path
 from ..checks import NAMED_DTYPES, ROUNDINGS
 from ..errors import ArgumentError, CheckpointError
 from ..optim.delta_lora import W_UPDATES
-from .formats import FORMATS, Columns, is_column
-from .methods.table import METHODS
+from .data.formats import FORMATS
+from .data.layout import Layout, is_column
+from .methods.table import ADAPTER_FORMATS, METHODS
 from .presets import find_preset
 
 EXCLUSIVE = (("steps", "epochs"), ("warmup_steps", "warmup_ratio"))  # at most one of each pair
@@ -60,6 +61,17 @@ class Settings:
     group_column: str | None = _text(None, "column with groups, which --heldout keeps whole")
     format: str | None = _text(
         None, "format of the files (default: by their ending)", choices=tuple(FORMATS)
+    )
+    delimiter: str | None = _text(
+        None,
+        'between the cells of a CSV file, such as ";" or "tab" (default: what its header shows)',
+    )
+    encoding: str | None = _text(
+        None, "of text files, such as cp1252 (default: that of the byte order mark, else UTF-8)"
+    )
+    chat_template: str | None = _text(
+        None,
+        'Jinja file for conversations, or "plain" (default: the template of the tokenizer)',
     )
     regression: bool = _text(False, "learn numbers: one output, mean squared error")
     heldout: str = _text("0.1", "share of the examples to evaluate on, or a file with others")
@@ -113,7 +125,13 @@ class Settings:
     epochs: float | None = _training(
         None, "length of the training in passes over the text", type=float
     )
-    batch_size: int = _training(32, "examples in each step")
+    batch_size: int = _training(32, "examples that go through the model at a time")
+    gradient_accumulation: int = _training(
+        1, "batches in each step, whose loss is that of one large batch"
+    )
+    gradient_checkpointing: bool = _training(
+        False, "compute activations again in the backward pass instead of keeping them"
+    )
     eval_batch_size: int | None = _training(
         None, "examples at a time in evaluation and generation (default: batch size)", type=int
     )
@@ -128,6 +146,15 @@ class Settings:
     dtype: str = _run(
         "float32", "dtype of the frozen weights and the products", choices=tuple(NAMED_DTYPES)
     )
+    load_in_4bit: bool = _run(
+        False,
+        "keep the frozen weights in 4 bits (NF4, by bitsandbytes); not for Delta-LoRA in place",
+    )
+    adapter_format: str | None = _run(
+        None,
+        "write the adapter for deltadiff or for PEFT (default: that of the library that trains)",
+        choices=ADAPTER_FORMATS,
+    )
     device: str = _run("auto", "cpu, cuda or cuda:1; auto takes a GPU if there is one")
     seed: int = _run(0, "seed of the split, the head, the adapters, the batches and dropout")
     save_every: int = _run(50, "steps between checkpoints")
@@ -139,10 +166,11 @@ class Settings:
             ArgumentError: a value is out of its range, or contradicts another one.
         """
         least = {
-            "steps": 1, "batch_size": 1, "eval_batch_size": 1, "save_every": 1, "max_length": 2,
-            "doc_stride": 0, "generate": -1, "num_beams": 1, "no_repeat_ngram_size": 0,
-            "max_new_tokens": 1, "warmup_steps": 0, "deltaT": 1, "search_rounds": 1,
-            "inner_steps": 1, "share_r": 0, "start_step": 0, "evaluate_every": 0,
+            "steps": 1, "batch_size": 1, "eval_batch_size": 1, "gradient_accumulation": 1,
+            "save_every": 1, "max_length": 2, "doc_stride": 0, "generate": -1, "num_beams": 1,
+            "no_repeat_ngram_size": 0, "max_new_tokens": 1, "warmup_steps": 0, "deltaT": 1,
+            "search_rounds": 1, "inner_steps": 1, "share_r": 0, "start_step": 0,
+            "evaluate_every": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -169,13 +197,37 @@ class Settings:
             if getattr(self, name) != fixed:
                 accepted = f"{fixed!r}, which method {self.method} stands for"
                 raise ArgumentError(name, repr(getattr(self, name)), accepted)
+        self._check_adapter()
+        self.layout.check()
         if self.regression and not is_column(self.label_column):
             raise ArgumentError("regression", "no label column", "--label-column with numbers")
 
+    def _check_adapter(self) -> None:
+        """Check that the method leaves an adapter, and leaves W alone, where that is needed."""
+        method = METHODS[self.method]
+        formats = method.adapter_formats
+        if self.adapter_format is not None and self.adapter_format not in formats:
+            accepted = f"{' or '.join(formats) or 'none'} for method {self.method}"
+            raise ArgumentError("adapter_format", repr(self.adapter_format), accepted)
+        if self.load_in_4bit and not formats:
+            given = f"method {self.method}, which trains the weights themselves"
+            raise ArgumentError("load_in_4bit", given, "a method that trains adapters")
+        if self.load_in_4bit and method.updates_weights and self.w_update == "inplace":
+            given = f"method {self.method}, which writes into 4-bit weights"
+            raise ArgumentError("load_in_4bit", given, "--w-update factored")
+
     @property
-    def columns(self) -> Columns:
-        """The columns of the files, for `read_examples`."""
-        return Columns(self.text_column, self.label_column, self.prompt_column, self.group_column)
+    def layout(self) -> Layout:
+        """How the files are written, for `read_examples`."""
+        return Layout(
+            self.text_column, self.label_column, self.prompt_column, self.group_column,
+            format=self.format, delimiter=self.delimiter, encoding=self.encoding,
+        )  # fmt: skip
+
+    @property
+    def step_size(self) -> int:
+        """How many examples a step of the optimizer has."""
+        return self.batch_size * self.gradient_accumulation
 
     @property
     def measured_at_once(self) -> int:

@@ -64,16 +64,14 @@ def train(
     ):  # fmt: skip
         started = time.perf_counter()
         while progress.step < steps and not interrupt:
-            indices = batch_indices(len(data), settings.batch_size, settings.seed, progress.step)
+            indices = batch_indices(len(data), settings.step_size, settings.seed, progress.step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings.lr, progress.step, steps, settings.warmup)
-            loss, _ = runner.loss(data.batch(indices, runner.device))
-            total = loss if setup.penalty is None else loss + setup.penalty()
-            scaler.scale(total).backward()
+            loss = _backward(runner, setup, scaler, data, indices, settings.batch_size)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
+            losses.append(loss)
             progress.step += 1
             progress.tokens += sum(len(data.ids[i]) for i in indices)
             should_save = progress.step % settings.save_every == 0 and progress.step < steps
@@ -94,6 +92,24 @@ def train(
                 started = time.perf_counter()
     if interrupt and progress.step < steps:
         raise Interrupted(save())
+
+
+def _backward(
+    runner: ModelRunner,
+    setup: TrainingSetup,
+    scaler: torch.amp.GradScaler,
+    data: EncodedExamples,
+    indices: list[int],
+    most: int,
+) -> Tensor:
+    """Compute the gradients of the mean loss of some rows, ``most`` at a time; returns the loss."""
+    total: Tensor | None = None
+    for batch, share in runner.parts(data, indices, most):
+        loss = runner.loss(batch)[0] * share
+        penalty = setup.penalty() if total is None and setup.penalty is not None else 0.0
+        scaler.scale(loss + penalty).backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    return total
 
 
 def _read_losses(losses: list[Tensor], progress: Progress) -> None:

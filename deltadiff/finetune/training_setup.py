@@ -1,12 +1,13 @@
 """`TrainingSetup`: what a method makes of a model, for the rest of the harness."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+ADAPTER = "adapter"  # the folder of the result, where it is an adapter
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class TrainingSetup:
         save: writes what was trained into a folder.
         load: puts back what ``save`` wrote.
         penalty: a differentiable term that is added to the training loss; None for none.
-        evaluating: a context in which the model is as it will be used.
         keep: writes the finished model into a folder, if that is not what ``save`` writes.
+        kept_in: what that folder is called, in the output folder.
         about: more entries for result.json.
     """
 
@@ -29,16 +30,15 @@ class TrainingSetup:
     save: Callable[[Path], object]
     load: Callable[[Path], object]
     penalty: Callable[[], Tensor] | None = None
-    evaluating: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     keep: Callable[[Path], object] | None = None
+    kept_in: str = ADAPTER
     about: dict[str, object] = field(default_factory=dict)
 
-    def write(self, output: Path) -> None:
-        """Write the finished model into the output folder."""
-        if self.keep is None:
-            self.save(output / "adapter")
-        else:
-            self.keep(output / "model")
+    def write(self, output: Path) -> Path:
+        """Write the finished model into the output folder; returns where it is."""
+        folder = output / self.kept_in
+        (self.keep or self.save)(folder)
+        return folder
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,7 @@ def similarity(model: nn.Module, original: nn.Module) -> dict[str, dict[str, flo
     """Cosine similarity of fine-tuned and original weights (Delta-LoRA's figure 3).
 
     The keys are the place of a linear layer in its block, then the block. Places that no block
-    changed are left out. A fine-tuned weight is what the layer, in float32 and without its bias,
-    makes of the identity matrix, so the low-rank branch is in it, whatever its form.
+    changed are left out. The low-rank branch is in a fine-tuned weight, whatever its form.
     """
     found: dict[str, dict[str, float]] = {}
     changed = set()
@@ -49,15 +48,25 @@ def similarity(model: nn.Module, original: nn.Module) -> dict[str, dict[str, flo
         weight = getattr(layer, "weight", None)
         if place is None or weight is None or weight.dim() != 2 or isinstance(layer, nn.Embedding):
             continue
-        before = weight.T if isinstance(layer, nn.Linear) else weight  # GPT-2's Conv1D: (in, out)
-        now = copy.deepcopy(model.get_submodule(name)).float().eval()
-        for parameter, p in now.named_parameters():
-            if parameter.rpartition(".")[2] == "bias":
-                p.zero_()
-        after = now(torch.eye(len(before), device=next(now.parameters()).device)).double()
-        before = before.to(after)
+        after = _matrix(model.get_submodule(name), layer)
+        before = _matrix(layer, layer).to(after.device)
         if not torch.equal(after, before):
             changed.add(place[2])
         cosine = (after * before).sum() / (after.norm() * before.norm())
         found.setdefault(place[2], {})[place[1]] = cosine.item()
     return {place: blocks for place, blocks in found.items() if place in changed}
+
+
+def _matrix(layer: nn.Module, original: nn.Module) -> torch.Tensor:
+    """The weight (in, out) that a layer applies, in float64.
+
+    It is what the layer, in float32 and without its bias, makes of the identity matrix. So it does
+    not matter how the weight is stored: 4-bit numbers have another shape. ``original`` is the eager
+    layer, which tells how many inputs there are.
+    """
+    now = copy.deepcopy(layer).float().eval()
+    for parameter, p in now.named_parameters():
+        if parameter.rpartition(".")[2] == "bias":
+            p.zero_()
+    width = getattr(original, "in_features", len(original.weight))  # GPT-2's Conv1D: (in, out)
+    return now(torch.eye(width, device=next(now.parameters()).device)).double()

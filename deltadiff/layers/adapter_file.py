@@ -4,37 +4,63 @@
 file is written last, so that a crash at any moment leaves the old adapter or the new one. Nothing
 is pickled. The update that Delta-LoRA wrote into W is stored as the factors that it telescopes to
 (see `pending_delta`), so the file has the size of the adapter, not of the model.
+
+An adapter fits every base model whose layers have its names and sizes: under another wrapper, with
+its weights stored otherwise, beside another head, with more tokens.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import SwapError
+from ..errors import ArgumentError, ArgumentTypeError, SwapError
 from ..files import as_folder, write_bytes, write_text
 from . import adapter_format
-from .adapter_format import check_base, pair_owner, plain_name, read_adapter, sha256_of_json
-from .lora_layers import lora_layers
+from .adapter_base import (
+    base_shapes,
+    check_saved,
+    linear_modules,
+    swap_as_saved,
+    trained_beside,
+    turn_saved,
+)
+from .adapter_format import (
+    check_base,
+    pair_owner,
+    read_adapter,
+    rename,
+    rename_selection,
+    sha256_of_json,
+)
+from .linear import is_peft_model
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import note_selection, noted_selection
+from .peft_files.load import load_peft
+from .peft_files.read import is_peft_folder
 from .pending_delta import LowRankFactors, PendingDelta
+from .plain_names import by_plain_name, held_tensors, plain_name, rename_to_fit
 from .report import SwapReport, swap_report
-from .swap import swap_
+
+_LEFTOVER = re.compile(r"\.(adapter\.json|adapter-[0-9a-f]{16}\.safetensors)\.\w{8}")
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write the low-rank pairs, what Delta-LoRA has added, and other trainable parameters.
 
-    A pair that several layers share is written once. DiffoRA's selection and gates are saved too.
+    A pair that several layers share is written once. DiffoRA's selection and gates are saved too,
+    and so are the buffers beside a trained parameter, such as the running mean of a batch norm.
 
     Args:
-        model: a swapped model.
+        model: a swapped model, also inside of DistributedDataParallel or torch.compile, whose
+            names are left out.
         folder: made where it is missing; an adapter in it is replaced, atomically. Files that
             `save_adapter` did not write stay.
 
@@ -42,20 +68,25 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         The path of ``adapter.json``.
 
     Raises:
-        ArgumentTypeError, ArgumentError: ``folder`` is no path, or empty; nothing was written.
-        SwapError: the model has no swapped layer; or lambda changed so often that the update of W
-            is not kept as factors any more (call `merge_` and save the whole model instead).
+        ArgumentTypeError, ArgumentError: ``model`` is no module; ``folder`` is no path, or empty,
+            or holds an ``adapter.json`` of something else; nothing was written.
+        SwapError: the model has no swapped layer, or has layers of PEFT; or lambda changed so often
+            that the update of W is not kept as factors any more (call `merge_` and save the whole
+            model instead).
     """
+    _check_module(model)
     folder = as_folder("folder", folder)
+    path = folder / adapter_format.CONFIG_FILE
+    if os.path.lexists(path) and not adapter_format.is_config_file(path):
+        given = f"{folder}, which holds an {path.name} that `save_adapter` did not write"
+        raise ArgumentError("folder", given, "another folder")
     instead = "`model.save_pretrained`, or `export_peft` after Delta-LoRA"
-    layers = own_layers(model, "save_adapter", instead)
+    layers = by_plain_name(own_layers(model, "save_adapter", instead).items())
     tensors: dict[str, Tensor] = {}
-    entries, owners = {}, _owners(layers)
-    for name, layer in layers.items():
-        plain = plain_name(name)
-        entries[plain] = _describe(name, layer, owners[plain], tensors)
-    extra = _other_trained(model)
-    tensors |= {f"{name}.saved": p for name, p in extra.items()}
+    owners = _owners(layers)
+    entries = {name: _describe(name, m, owners[name], tensors) for name, m in layers.items()}
+    extra, tied = trained_beside(model, layers)
+    tensors |= {f"{name}.saved": held.logical for name, held in extra.items()}
     blob = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     weights = adapter_format.weights_name(digest)
@@ -64,22 +95,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         "version": adapter_format.VERSION,
         "weights": weights,
         "sha256": digest,
-        "fingerprint": sha256_of_json(_base_shapes(model)),
-        "base": _base_shapes(model),
+        "base": base_shapes(layers, layers, extra),
         "layers": entries,
         "saved": sorted(extra),
     }
+    config |= {"tied": tied} if tied else {}
     selection = noted_selection(model)
     if selection is not None:
-        config["selection"] = selection
+        config["selection"] = rename_selection(selection, plain_name)
     config["checksum"] = sha256_of_json(config)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / adapter_format.CONFIG_FILE
     write_bytes(folder / weights, blob)
     write_text(path, json.dumps(config, indent=1))
-    for old in folder.glob("adapter-*.safetensors"):
-        if old.name != weights and adapter_format.is_weights_file(old):
-            old.unlink(missing_ok=True)
+    _remove_earlier(folder, weights)
     return path
 
 
@@ -88,73 +116,100 @@ def load_adapter(
 ) -> SwapReport:
     """Put a saved adapter on its base model; an eager model is swapped first.
 
+    The base may store its weights otherwise than the one that was trained (NF4, bfloat16, float32),
+    be wrapped, have another head and more tokens. What it needs are the layers that were swapped
+    and the parameters that were trained beside them, of the same names and sizes.
+
     W is not written: the forward pass adds what Delta-LoRA had added to W in place, until `merge_`
     or further training in place writes it into W. A model that is swapped already keeps its own
-    ``lora_dropout``.
+    ``lora_dropout``. PEFT's plain LoRA adapters are read too, for an eager model: `read_peft` says
+    what of theirs is refused.
 
     Args:
-        model: the base model, eager or swapped with the same layers and ranks.
-        folder: the folder that `save_adapter` wrote to.
+        model: the base model, eager or swapped with the same layers and ranks. One that
+            DistributedDataParallel is to train gets its adapter before it is wrapped.
+        folder: the folder that `save_adapter`, `export_peft` or PEFT wrote to.
         backend: as for `swap_`; only used for an eager model.
 
     Returns:
         A report of the layers, their paths and the reasons; it prints as a table.
 
     Raises:
-        ArgumentTypeError, ArgumentError: ``folder`` is no path, or empty; nothing was changed.
+        ArgumentTypeError, ArgumentError: ``model`` is no module, or ``folder`` no path, or empty;
+            nothing was changed.
         CheckpointError: a file is missing, truncated, garbled or foreign, or was made for a base
             model with other names or shapes; nothing was changed.
-        SwapError: the model is swapped with other layers or gates, or its W was already updated.
+        SwapError: the model is swapped with other layers or gates, or its W was already updated, or
+            it has layers of PEFT; nothing was changed.
     """
+    _check_module(model)
+    if is_peft_folder(folder):
+        return load_peft(model, folder, backend)
     config, tensors = read_adapter(folder)
-    check_base(folder, config, _base_shapes(model))
-    layers = {plain_name(name): layer for name, layer in lora_layers(model).items()}
-    parameters = {plain_name(name): p for name, p in model.named_parameters()}
+    if is_peft_model(model):
+        given = "a model with PEFT's layers, which hold their own adapters"
+        raise SwapError("load_adapter", given, "the base model")
+    linear, held = linear_modules(model), held_tensors(model)
+    lost, added = rename_to_fit(model, config["layers"], linear)
+    if lost or added:
+        config, tensors = rename(config, tensors, lambda n: added + n.removeprefix(lost))
+    if config["version"] == 1:
+        turn_saved(config, tensors, held)
+    names = config["layers"], {n: held[n] for n in config["saved"] if n in held}
+    check_base(folder, config, base_shapes(linear, *names))
+    check_saved(folder, config, tensors, held)
+    layers = by_plain_name((n, m) for n, m in linear.items() if isinstance(m, LoraLinear))
     if layers:
         _check_layers(layers, config["layers"])
     else:
-        _swap_as_saved(model, config["layers"], backend)
-        layers = {plain_name(name): layer for name, layer in lora_layers(model).items()}
+        swap_as_saved(model, folder, config["layers"], backend)
+        swapped = linear_modules(model)
+        layers = {n: m for n, m in swapped.items() if isinstance(m, LoraLinear)}
+    first: dict[str, LoraLinear] = {}  # of the layers that share a pair, by the name of the pair
     for name, layer in layers.items():
         entry = config["layers"][name]
-        owner, layer.share_group = layers[pair_owner(name, entry)], entry.get("share_group")
-        layer.lora_A, layer.lora_B = owner.lora_A, owner.lora_B
+        owner = first.setdefault(pair_owner(name, entry), layer)
+        layer.share_pair(owner, entry.get("share_group"))
     if config.get("selection") is not None:
         note_selection(model, config["selection"])
     for name, layer in layers.items():
         _fill(layer, config["layers"][name], name, tensors)
     with torch.no_grad():
         for name in config["saved"]:
-            parameters[name].copy_(tensors[f"{name}.saved"])
-            parameters[name].requires_grad_(True)
+            held[name].logical.copy_(tensors[f"{name}.saved"])
+            if isinstance(held[name].tensor, nn.Parameter):
+                held[name].tensor.requires_grad_(True)
     return swap_report(model)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
 
 
 # ----------------------------------------------------------------------- writing
 
 
-def _owners(layers: dict[str, LoraLinear]) -> dict[str, str]:
+def _owners(layers: Mapping[str, LoraLinear]) -> dict[str, str]:
     """For each layer the first one that holds the same pair, which is stored under that name."""
     first: dict[Tensor, str] = {}
-    plain = {plain_name(name): layer for name, layer in layers.items()}
-    return {name: first.setdefault(layer.lora_A, name) for name, layer in plain.items()}
+    return {name: first.setdefault(layer.lora_A, name) for name, layer in layers.items()}
 
 
 def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tensor]) -> dict:
     """The JSON object of a layer; adds the layer's tensors to ``tensors``."""
-    plain, delta = plain_name(name), layer.delta
-    if owner == plain:
-        tensors |= {f"{plain}.lora_A": layer.lora_A, f"{plain}.lora_B": layer.lora_B}
+    delta = layer.delta
+    if owner == name:
+        tensors |= {f"{name}.lora_A": layer.lora_A, f"{name}.lora_B": layer.lora_B}
     entry: dict[str, object] = {
         "r": layer.r, "lora_alpha": layer.lora_alpha, "scaling": layer.scaling,
         "lora_dropout": layer.lora_dropout, "update_ratio": None, "folded": 0,
-        "transposed": layer.transposed,
     }  # fmt: skip
-    entry |= {} if owner == plain else {"pair_of": owner}
+    entry |= {} if owner == name else {"pair_of": owner}
     entry |= {} if layer.share_group is None else {"share_group": layer.share_group}
     if layer.gate is not None:
         # safetensors refuses tensors that share memory, as the gates of several layers may.
-        tensors[f"{plain}.gate"] = layer.gate.detach().clone()
+        tensors[f"{name}.gate"] = layer.gate.detach().clone()
         entry["gate"] = _describe_gate(layer)
     if delta is None:
         return entry
@@ -163,10 +218,10 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
         raise SwapError(name, given, "`merge_`, then save the whole model")
     if delta.started():
         entry["update_ratio"] = delta.update_ratio
-        tensors |= {f"{plain}.anchor_A": delta.anchor_A, f"{plain}.anchor_B": delta.anchor_B}
+        tensors |= {f"{name}.anchor_A": delta.anchor_A, f"{name}.anchor_B": delta.anchor_B}
     entry["folded"] = len(delta.past_updates)
     for i, product in enumerate(delta.past_updates):
-        tensors |= {f"{plain}.folded_A.{i}": product.A, f"{plain}.folded_B.{i}": product.B}
+        tensors |= {f"{name}.folded_A.{i}": product.A, f"{name}.folded_B.{i}": product.B}
     return entry
 
 
@@ -176,24 +231,18 @@ def _describe_gate(layer: LoraLinear) -> dict | None:
     return None if gate is None else {"shape": list(gate.shape), "trained": trained}
 
 
+def _remove_earlier(folder: Path, weights: str) -> None:
+    """Remove the weights that no JSON file names any more, and what killed calls have left."""
+    for old in folder.glob("adapter-*.safetensors"):
+        if old.name != weights and adapter_format.is_weights_file(old):
+            old.unlink(missing_ok=True)
+    for old in folder.glob(".adapter*"):
+        # A younger file may be one that another process is writing.
+        if _LEFTOVER.fullmatch(old.name) and time.time() - old.lstat().st_mtime > 3600:
+            old.unlink(missing_ok=True)
+
+
 # ----------------------------------------------------------------------- reading
-
-
-def _swap_as_saved(model: nn.Module, entries: dict[str, dict], backend: str | None) -> None:
-    """Swap the layers of an adapter, with a call for each combination of rank and dropout."""
-    groups: dict[tuple, set[str]] = {}
-    for name, c in entries.items():
-        groups.setdefault((c["r"], c.get("lora_dropout", 0.0)), set()).add(name)
-    for (r, dropout), names in groups.items():
-        swap_(
-            model, r=r, lora_dropout=dropout, backend=backend,
-            target_modules=_named(names),
-        )  # fmt: skip
-
-
-def _named(names: set[str]) -> Callable[[str, nn.Module], bool]:
-    """A choice of ``target_modules`` by plain names."""
-    return lambda name, _: plain_name(name) in names
 
 
 def _check_layers(layers: dict[str, LoraLinear], saved: dict[str, dict]) -> None:
@@ -255,26 +304,3 @@ def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:
         return
     gate = gate.to(layer.lora_A.device)
     layer.gate = nn.Parameter(gate) if trained else gate
-
-
-# ------------------------------------------------------------------- parameters by name
-
-
-def _adapter_ids(model: nn.Module) -> set[int]:
-    return {id(p) for layer in lora_layers(model).values() for p in layer.adapter}
-
-
-def _other_trained(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters that belong to no low-rank branch, such as a new head's."""
-    own, named = _adapter_ids(model), model.named_parameters()
-    return {plain_name(n): p for n, p in named if p.requires_grad and id(p) not in own}
-
-
-def _base_shapes(model: nn.Module) -> dict[str, list[int]]:
-    """The shape of each parameter of the base model by name."""
-    own = _adapter_ids(model)
-    return {
-        plain_name(name): list(p.shape)
-        for name, p in model.named_parameters()
-        if id(p) not in own and ".original_module." not in name
-    }

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 
 if TYPE_CHECKING:  # what deltadiff uses of the layers of packages that need not be installed
 
@@ -56,6 +56,18 @@ def is_peft_model(model: nn.Module) -> bool:
     """Whether a model holds layers or wrappers of PEFT, also layers that `swap_` made faster."""
     ours = f"{__package__}.peft."
     return any(type(m).__module__.startswith(("peft.", ours)) for m in model.modules())
+
+
+def refuse_peft(method: str, model: nn.Module) -> None:
+    """Raise ArgumentTypeError for a PEFT model, whose ranks and gates PEFT's configuration settles.
+
+    Args:
+        method: the name of the method that cannot train such a model.
+    """
+    if is_peft_model(model):
+        given = f"a model with PEFT's layers, which {method} cannot train"
+        accepted = "the base model: `swap_` that, and `deltadiff.export_peft` the result"
+        raise ArgumentTypeError("model", given, accepted)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

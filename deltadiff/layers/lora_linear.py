@@ -8,6 +8,7 @@ from ..errors import SwapError
 from ..ops.dispatch import Dispatch, choose_path
 from .base_format import base_format
 from .delta_state import check_loadable, delta_to_state, follow_module, load_delta, take_saved_delta
+from .layer_state import LayerState
 from .linear import is_conv1d, linear_shape
 from .lora_layers import HoldsPairs, LoraLayer, Place, swapped_layers
 from .pending_delta import PendingDelta
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .linear import LinearLayer
 
 
-class LoraLinear(HoldsPairs, nn.Linear):
+class LoraLinear(HoldsPairs, LayerState):
     """Linear layer with a low-rank branch: y = x W^T + bias + s g (x A^T) B^T.
 
     `deltadiff.swap_` makes it. It shares ``weight`` and ``bias`` with the layer that it replaces.
@@ -37,27 +38,23 @@ class LoraLinear(HoldsPairs, nn.Linear):
         lora_dropout: probability that the branch does not see an element of x, in training mode.
         gate: g, a tensor of one entry or r entries on the device; a parameter where it is trained.
             None means 1.
+        training_gate: a gate that takes the place of ``gate`` in training mode, as dropout does:
+            DyLoRA's mask of the rank that it drew. It is the optimizer's, so nothing saves, copies
+            or merges it, and it is gone when the optimizer is.
         share_group: name of the group of layers that hold this same pair (DiffoRA's weight
             sharing); Delta-LoRA does not update their weights. None for a pair of the layer's own.
+        pair_owner: the first layer of that group; None for it, and for a pair of the layer's own.
         base_layer: the layer that was here before; `unswap_` puts it back.
         delta: what Delta-LoRA has added so far; None for plain LoRA.
         branch_delta: ``delta`` where the forward pass adds it, None where W holds all of it.
         swapped_in: False once `unswap_` or `merge_` took the layer out.
     """
 
-    weight: Tensor
-    bias: Tensor | None  # type: ignore[assignment]  # nn.Linear says Parameter, which may be None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    r: int
     lora_alpha: float
     scaling: float
     lora_dropout: float
     backend: str | None
-    gate: Tensor | None
-    share_group: str | None
     transposed: bool
-    base_layer: "LinearLayer"
     branch_delta: PendingDelta | None
     swapped_in: bool
 
@@ -122,6 +119,8 @@ class LoraLinear(HoldsPairs, nn.Linear):
     def why_no_update(self) -> str | None:
         if self.lora_dropout:
             return f"lora_dropout={self.lora_dropout:g}, which Delta-LoRA forbids"
+        if self.training_gate is not None:
+            return "the ranks that a DyLoRA optimizer draws"
         return None if self.gate is None else "a gate"
 
     @property
@@ -144,8 +143,11 @@ class LoraLinear(HoldsPairs, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
-        gate = self.gate
-        dropout = self.lora_dropout if self.training else 0.0
+        gate, dropout = self.gate, 0.0
+        if self.training:
+            dropout = self.lora_dropout
+            if self.training_gate is not None:
+                gate = self.training_gate
         if self.branch_delta is not None:
             if gate is not None:
                 raise SwapError("gate", "a gate beside a factored delta", "one of the two")

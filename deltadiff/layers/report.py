@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..text import align_columns
+from .coverage import Coverage, find_coverage
 from .linear import is_peft_model
 from .lora_layers import lora_layers
+from .matrices import size_of
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,20 @@ class SwapRow:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_` did. It prints as a table."""
+    """What `swap_` did. It prints as a table, with a few lines on the whole model below.
+
+    Attributes:
+        rows: the layers that have a low-rank pair.
+        trainable, total: how many parameters train now, and how many there are.
+        notes: more lines.
+        coverage: how much of the model's weight is adapted, and why the rest is not.
+    """
 
     rows: tuple[SwapRow, ...]
     trainable: int
     total: int
     notes: tuple[str, ...] = ()
+    coverage: Coverage | None = None
 
     def __str__(self) -> str:
         cells = [["module", "out x in", "r", "runs on", "reason"]]
@@ -54,11 +64,15 @@ class SwapReport:
             f"{len(self.rows)} layers swapped; {self.trainable:,} of {self.total:,} parameters "
             f"are trained ({share:.2%})"
         )
-        return "\n".join([align_columns(cells), summary, *self.notes])
+        lines: list[str] = []
+        if self.coverage is not None:
+            lines, adapted = self.coverage.lines(), self.coverage.percent(self.coverage.adapted)
+            summary += f"; {adapted} of the model's weight is adapted"
+        return "\n".join([align_columns(cells), summary, *lines, *self.notes])
 
 
 def swap_report(model: nn.Module) -> SwapReport:
-    """Which kernels run each swapped layer of ``model`` now, and why."""
+    """Which kernels run each swapped layer of ``model`` now, and why; and what is not swapped."""
     rows = []
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.active}
     for name, layer in layers.items():
@@ -66,11 +80,16 @@ def swap_report(model: nn.Module) -> SwapReport:
         chosen, group = layer.dispatch, layer.share_group or ""
         row = chosen.backend, chosen.reason, group, chosen.in_words()
         rows.append(SwapRow(name, shape, layer.r, *row))
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    sizes = [(size_of(p), p.requires_grad) for p in model.parameters()]
     notes: list[str] = []
     if is_peft_model(model):
         from .peft.fuse import describe_others
 
         notes = describe_others(model)
-    return SwapReport(tuple(rows), trainable, sum(p.numel() for p in parameters), tuple(notes))
+    return SwapReport(
+        tuple(rows),
+        trainable=sum(n for n, trains in sizes if trains),
+        total=sum(n for n, _ in sizes),
+        notes=tuple(notes),
+        coverage=find_coverage(model),
+    )

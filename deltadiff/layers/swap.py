@@ -12,13 +12,16 @@ from torch import nn
 from ..checks import check_dropout, check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
 from .base_format import base_format, check_backend
+from .eligible import is_linear
+from .heads import find_heads
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
 from .report import SwapReport, swap_report
 from .swap_peft import swap_peft_
-from .targets import Targets, choose_modules, is_linear, match_names
+from .targets import Targets, choose_modules
+from .trained import trained_whole
 
 if TYPE_CHECKING:
     from .linear import LinearLayer
@@ -41,7 +44,8 @@ def swap_(
 
     An ``nn.Linear`` (or GPT-2's ``Conv1D``) gets a new low-rank pair: A by Kaiming's uniform rule,
     B = 0 (Delta-LoRA, Algorithm 1). All other parameters are frozen, except those of
-    ``modules_to_save``.
+    ``modules_to_save``, or of new heads. The report tells what was left out and why, how much of
+    the model's weight is adapted, and what trains no more.
 
     In a PEFT model nothing is replaced or frozen: its LoRA layers stay PEFT's, with their adapters,
     and only their forward pass becomes faster. The report says which calls take PEFT's own forward
@@ -51,16 +55,18 @@ def swap_(
         model: any module that contains linear layers.
         r: rank, 1 to min(in, out) of every layer.
         lora_alpha: the branch is scaled by lora_alpha / r.
-        target_modules: "all-linear" (all but the output head), a regular expression that matches
-            the whole name, a collection of names (or their last parts), or a function of name and
-            module.
+        target_modules: "all-linear" (all but heads and what cannot be taken, see `eligible`), a
+            regular expression that matches the whole name, a collection of names (or their last
+            parts), or a function of the name and module of each linear layer.
         lora_dropout: in training, the probability that the branch does not see an element of its
             input, 0 <= p < 1, rounded to 1/65536. Delta-LoRA forbids dropout: `DeltaLoRA` refuses
             such layers unless ``update_ratio=0``.
         use_rslora: scale by lora_alpha / sqrt(r), as rsLoRA does.
         adapter_dtype: dtype of A and B, which is that of the weight, or float32 beside a 16-bit or
             quantised weight. None means float32, or float64 beside a float64 weight.
-        modules_to_save: names (or last parts) of modules that stay trainable, such as a new head.
+        modules_to_save: names (or last parts) of modules that stay trainable. Where there are none,
+            the new heads of a transformers model do, such as that of sequence classification,
+            unless ``target_modules`` is a function, which then decides alone.
         backend: None chooses a path for each layer (see `choose_path`); a name asks for one.
         seed: fixes the initial values of A; None draws them from PyTorch's generator.
 
@@ -69,7 +75,8 @@ def swap_(
 
     Raises:
         ArgumentTypeError, ArgumentError: a value outside the limits above; nothing was changed.
-            Where targets match nothing, the message lists similar names.
+            Where targets match nothing, the message lists similar names; where they name something
+            that cannot be taken, it says why.
         BackendUnavailableError: ``backend`` cannot run here, or cannot run one of these layers.
         SwapError: a PEFT model none of whose layers can be faster; the message says why.
     """
@@ -95,8 +102,10 @@ def swap_(
         raise ArgumentTypeError("use_rslora", repr(use_rslora), "True or False")
     scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
     branch = _Branch(r, lora_alpha, scaling, float(lora_dropout), adapter_dtype, backend)
-    chosen = choose_modules(model, target_modules, modules_to_save)
-    kept = match_names("modules_to_save", modules_to_save, [n for n, _ in model.named_modules()])
+    chosen = choose_modules(model, target_modules, modules_to_save, to_swap=True)
+    # A function of the caller decides alone, as that of `load_adapter` does.
+    heads = () if callable(target_modules) else find_heads(model).new.values()
+    whole = trained_whole(model, chosen.values(), modules_to_save, heads)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     layers: dict[nn.Module, LoraLinear] = {}  # by module, which may stand in several places
     for name, module in chosen.items():
@@ -107,10 +116,9 @@ def swap_(
 
     note_required_grad(model)
     earlier = {id(p) for m in lora_layers(model).values() for p in m.adapter}
-    for name, p in model.named_parameters():
-        saved = any(name.startswith(f"{k}.") for k in kept) and p.is_floating_point()
+    for p in model.parameters():
         if id(p) not in earlier:
-            p.requires_grad_(saved)
+            p.requires_grad = id(p) in whole  # not requires_grad_, which lazy ones refuse
     for layer in layers.values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
@@ -180,9 +188,6 @@ def _new_layer(
 ) -> LoraLinear:
     """The layer that stands for an ``nn.Linear`` or a `Conv1D`, with a new pair."""
     w, r = module.weight, branch.r
-    if w.numel() == 0 or hasattr(w, "device_mesh"):
-        given = f"{type(w).__name__} of shape {tuple(w.shape)}"
-        raise ArgumentTypeError(f"weight of {name}", given, "a whole tensor (gather it)")
     check_rank("r", r, name, module)
     dtypes = base_format(w).adapter_dtypes
     dtype = branch.adapter_dtype or dtypes[-1]

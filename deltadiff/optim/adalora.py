@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..checks import check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
+from ..layers.linear import refuse_peft
 from ..layers.lora_layers import lora_layers
 from ..layers.lora_linear import LoraLinear
 from ..layers.report import SwapReport, swap_report
@@ -70,10 +71,7 @@ def swap_adalora_(
     check_int("init_r", init_r, 1)
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            given = f"{type(module).__name__} of PEFT at {name!r}"
-            raise ArgumentTypeError("model", given, "a model without PEFT's layers")
+    refuse_peft("AdaLoRA", model)
     before = set(lora_layers(model).values())
     swap_(
         model, r=init_r, lora_alpha=init_r if lora_alpha is None else lora_alpha,
@@ -186,15 +184,19 @@ class AdaLoRA(FusedAdamW):
         self._kept = torch.tensor(kept, device=device)  # by t, which only the device knows
 
     def _find_layers(self) -> dict[str, LoraLinear]:
+        for model in self._modules:
+            refuse_peft("AdaLoRA", model)
         mine = {p for group in self.param_groups for p in group["params"]}
         found: dict[str, LoraLinear] = {}
         for m, name in layer_names(self._modules).items():
             there = [p in mine for p in m.adapter]
-            if len(there) == 3 and m.adapter[2].shape == (m.r,) and any(there):
-                if not all(there):
-                    given = f"not all of lora_A, lora_B and gate of {name}"
-                    raise ArgumentError("model_or_params", given, "all three")
-                found[name] = m
+            with_lambda = len(there) == 3 and m.adapter[2].shape == (m.r,)
+            if not isinstance(m, LoraLinear) or not with_lambda or not any(there):
+                continue
+            if not all(there):
+                given = f"not all of lora_A, lora_B and gate of {name}"
+                raise ArgumentError("model_or_params", given, "all three")
+            found[name] = m
         if not found:
             given, accepted = "no layer with a Lambda", "a model that `swap_adalora_` changed"
             raise ArgumentError("model_or_params", given, accepted)

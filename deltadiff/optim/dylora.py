@@ -5,9 +5,10 @@ learn what matters most:
 
     y = x W^T + (alpha / b) (x A[:b]^T) B[:, :b]^T          b ~ p_B on {r_min, ..., r_max}
 
-The layer keeps its full pair. All layers share one gate, a tensor on the device whose first b
-entries are r / b and whose others are 0. So a new rank is a copy of r numbers and needs no
-compilation, and gradients beyond b are exactly 0.
+The layer keeps its full pair. In training mode all layers share one gate, a tensor on the device
+whose first b entries are r / b and whose others are 0. So a new rank is a copy of r numbers and
+needs no compilation, and gradients beyond b are exactly 0. Everything else sees the largest rank:
+evaluation mode, files, states, copies, `merge_`.
 
 A zero gradient does not keep AdamW from moving a row, because of weight decay and momentum. The
 paper trains the truncation only, so rows that a step does not train keep their values bit by bit.
@@ -28,6 +29,7 @@ from ..checks import check_int, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
 from ..kernels.runtime.async_copy import copy_async
 from ..kernels.runtime.gpu import is_capturing
+from ..layers.linear import refuse_peft
 from ..layers.lora_linear import LoraLinear, own_layers
 from ..layers.report import SwapReport, swap_report
 from .fused_adamw import FusedAdamW
@@ -43,6 +45,10 @@ class DyLoRA(FusedAdamW):
     graphs work as with `FusedAdamW`. The first rank is drawn at once, each further one at the end
     of `step`, so that all batches whose gradients are accumulated see one rank. A captured step
     cannot draw: call `draw` between replays.
+
+    As with dropout, it is training mode (`model.train()`) in which the layers have the drawn rank,
+    with or without gradients, because activation checkpointing runs its first pass without. In
+    evaluation mode they have rank ``r_max``, and so has all that is saved, copied or merged.
 
     Args:
         model_or_params, lr, betas, eps, weight_decay, skip_nonfinite: as for `FusedAdamW`; the
@@ -89,11 +95,12 @@ class DyLoRA(FusedAdamW):
         _check_scale(scale)
         self.r_min, self.r_max, self.frozen, self.scale = r_min, r_max, frozen, scale
         self.distribution = distribution
-        self.rank: int
+        self.rank = 0  # until the first one is drawn
         # For each device and dtype: one vector, and its two halves, the gate and a mask that is 1
         # for rows that are trained.
         self._masks: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(seed)
+        self._truncations = 0  # how many contexts of `truncated` are open
         self._model = model
         super().__init__(
             model_or_params, lr, betas, eps, weight_decay, skip_nonfinite=skip_nonfinite
@@ -109,16 +116,27 @@ class DyLoRA(FusedAdamW):
 
     @contextlib.contextmanager
     def truncated(self, b: int) -> Iterator[None]:
-        """The model runs at rank b within this context, and then at the drawn rank again."""
-        self._send_rank(_check_rank(b, self._r))
+        """The model has rank b within this context, also in what is saved or merged there.
+
+        Raises:
+            ArgumentTypeError, ArgumentError: b is no rank of 1 to r; or `step` was called within.
+        """
+        rank = _check_rank(b, self._r)
+        before = [(m, m.gate, m.training_gate) for m in self._layers]
+        for m in self._layers:
+            m.gate, m.training_gate = self._gate_of(rank, m), None
+        self._truncations += 1
         try:
             yield
         finally:
-            self._send_rank(self.rank)
+            self._truncations -= 1
+            for m, gate, training_gate in before:
+                if m.r == self._r:  # `truncate_` was not called within
+                    m.gate, m.training_gate = gate, training_gate
 
     def _build(self) -> None:
         super()._build()
-        layers = self._find_layers()
+        self._layers = layers = self._find_layers()
         self._r = layers[0].r
         self.r_max = self._r if self.r_max is None else self.r_max
         if self.r_max > self._r:
@@ -130,18 +148,47 @@ class DyLoRA(FusedAdamW):
             if key not in self._masks:
                 rows = torch.zeros(2 * self._r, dtype=key[1], device=key[0])
                 self._masks[key] = rows, *rows.view(2, -1)
-            m.gate = self._masks[key][1]
+            m.training_gate = self._masks[key][1]
             for is_B, p in ((False, m.lora_A), (True, m.lora_B)):
                 stacks[is_B, p.shape, p.dtype, key].append(p)
         self._stacks = [
             (params, self._masks[key][2].view((-1,) if is_B else (-1, 1)))
             for (is_B, _, _, key), params in stacks.items()
         ]
+        self._use_largest_rank()
+        if self.rank:  # not the first call: the layers moved, and their masks are new
+            self._send_rank(self.rank)
+
+    def _use_largest_rank(self) -> None:
+        """Give the layers the gate that they have outside of training."""
+        assert self.r_max is not None  # `_build` sets it
+        for m in self._layers:
+            m.gate = self._gate_of(self.r_max, m)
+
+    def _gate_of(self, b: int, layer: LoraLinear) -> Tensor | None:
+        """A gate that cuts a layer to rank b; None where that changes nothing."""
+        if b == self._r:
+            return None
+        gate = torch.zeros(
+            self._r, dtype=wide_dtype(layer.lora_A.dtype), device=layer.lora_A.device
+        )
+        gate[:b] = self._scale_at(b)
+        return gate
+
+    def _scale_at(self, b: int) -> float:
+        """What the branch is multiplied by at rank b, beside the layer's scaling."""
+        return self._r / b if self.scale == "alpha/b" else 1.0
 
     def _find_layers(self) -> list[LoraLinear]:
+        for model in self._modules:
+            refuse_peft("DyLoRA", model)
         mine = {p for group in self.param_groups for p in group["params"]}
         known = layer_names(self._modules)
-        layers = {m: name for m, name in known.items() if m.lora_A in mine or m.lora_B in mine}
+        layers = {
+            m: name
+            for m, name in known.items()
+            if isinstance(m, LoraLinear) and (m.lora_A in mine or m.lora_B in mine)
+        }
         if not layers:
             accepted = "a model that `swap_` changed, or model="
             raise ArgumentError("model_or_params", "no pair of a swapped layer", accepted)
@@ -161,11 +208,21 @@ class DyLoRA(FusedAdamW):
         for rows, _, _ in self._masks.values():
             values = torch.zeros(rows.shape, dtype=rows.dtype)
             gate, trained = values.view(2, -1)
-            gate[:b] = self._r / b if self.scale == "alpha/b" else 1.0
+            gate[:b] = self._scale_at(b)
             trained[b - 1 if self.frozen else 0 : b] = 1.0
             copy_async(values, rows)
 
+    def _check_trained(self) -> None:
+        """Raise where the gradients cannot be those of the drawn rank."""
+        if self._truncations:
+            raise ArgumentError("step", "a call inside of `truncated`", "steps at the drawn rank")
+        for m in self._layers:
+            if not m.training and m.lora_A.grad is not None:
+                given = f"gradients in evaluation mode, in which the layers have rank {self.r_max}"
+                raise ArgumentError("step", given, "training mode: `model.train()`")
+
     def _step(self) -> None:
+        self._check_trained()
         stacks = self._stacks
         if self.frozen:
             for params, trained in stacks:
@@ -202,11 +259,11 @@ class DyLoRA(FusedAdamW):
         self._generator.set_state(extra["generator"].cpu())
         self.rank = extra["rank"]
         self._send_rank(self.rank)
+        self._use_largest_rank()  # adapters of earlier versions hold the mask of a drawn rank
 
     def _become_copy(self, attributes: dict[str, Any]) -> None:
-        self._masks = {}  # the gate of a copied layer need not be a view of copied masks
+        self._masks, self._truncations = {}, 0
         super()._become_copy(attributes)
-        self._send_rank(self.rank)
 
 
 @torch.no_grad()
@@ -234,10 +291,14 @@ def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport
             given = "a layer of AdaLoRA, or with a Delta-LoRA update"
             raise SwapError(name, given, "layers that `swap_` made and DyLoRA trained")
     for m in layers.values():
-        m.lora_A = nn.Parameter(m.lora_A[:b].clone(), m.lora_A.requires_grad)
-        m.lora_B = nn.Parameter(m.lora_B[:, :b].clone(), m.lora_B.requires_grad)
+        if m.pair_owner is None:
+            m.lora_A = nn.Parameter(m.lora_A[:b].clone(), m.lora_A.requires_grad)
+            m.lora_B = nn.Parameter(m.lora_B[:, :b].clone(), m.lora_B.requires_grad)
+        else:
+            m.share_pair(m.pair_owner, m.share_group)  # which was cut
         m.scaling = m.lora_alpha / b if scale == "alpha/b" else m.scaling
-        m.r, m.lora_alpha, m.gate = b, m.scaling * b, None
+        m.r, m.lora_alpha = b, m.scaling * b
+        m.gate = m.training_gate = None
     return swap_report(model)
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 
 import pytest
 import torch
@@ -127,6 +128,20 @@ def test_going_on_after_ctrl_c_is_bit_by_bit_the_same(tmp_path, stop_at):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_it_runs_in_any_thread():
+    """Signals are for the main thread alone, where Python allows handlers."""
+    whole, state, found = new(), new(), []
+    gates = search(whole, loss_by(whole), split(40), **SETTINGS)
+
+    def run():
+        found.append(search(state, loss_by(state), split(40), **SETTINGS))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [gates]
+
+
 def test_random_numbers_go_on_too(tmp_path):
     """A model with dropout that was stopped after a save ends like one that was not."""
     data = split(40)
@@ -195,6 +210,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path):
         ({"batch_size": 21}, ArgumentError, "batch_size: got 21; accepted: 1 to 20"),
         ({"save_every": 0}, ArgumentError, "save_every"),
         ({"resume": True}, ArgumentError, "folder"),
+        ({"folder": ""}, ArgumentError, "folder: got ''; accepted: a folder"),
+        ({"folder": 3}, ArgumentTypeError, "folder: got 3"),
     ],
 )
 def test_settings_that_cannot_be(change, error, words):

@@ -56,6 +56,19 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert finetune("--resume", out) == 2  # finished
 
 
+def test_a_run_that_saves_memory_is_resumed(llama, reviews, tmp_path, monkeypatch):
+    words = ["--method", "lora", "--gradient-accumulation", "2", "--gradient-checkpointing"]
+    words += ["--batch-size", "4", "--lora-dropout", "0.1", "--steps", "6"]
+    whole = train(llama, reviews, tmp_path / "whole", *words, labels=False)
+    fixed = ["--lr", "0.01", "--start-step", "3", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, training, 4)
+        assert finetune(llama, reviews, "--output", tmp_path / "out", *fixed, *words) == 130
+    assert finetune("--resume", tmp_path / "out") == 0
+    parts = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert parts["loss_curve"] == whole["loss_curve"] and parts["after"] == whole["after"]
+
+
 def test_resuming_before_the_first_checkpoint_starts_anew(bert, reviews, tmp_path):
     whole = train(bert, reviews, tmp_path / "whole", "--steps", "4")
     part = tmp_path / "part"

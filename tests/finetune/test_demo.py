@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from deltadiff.finetune.demo import table
-from deltadiff.finetune.models import package_folder
+from deltadiff.finetune.packages import package_folder
 
 
 @pytest.mark.skipif(

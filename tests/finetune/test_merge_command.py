@@ -109,6 +109,34 @@ def test_merge_of_an_encoder_without_a_head(transformers, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_merge_takes_an_adapter_of_peft(transformers, tmp_path):
+    """It has the head of a classifier, of which the encoder's folder knows nothing."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    folder, adapter = tmp_path / "base", tmp_path / "adapter"
+    transformers.BertModel(small_bert(transformers)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
+    kind = transformers.AutoModelForSequenceClassification
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "dense"])
+    model = peft.get_peft_model(kind.from_pretrained(folder, num_labels=3), config)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p)
+    model.save_pretrained(adapter)
+    assert main(["merge", str(folder), str(adapter), str(tmp_path / "merged")]) == 0
+    merged = kind.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(model.eval()))
+
+
+def test_merge_names_what_it_cannot_take_of_peft(transformers, llama_folder, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    base = transformers.LlamaForCausalLM.from_pretrained(llama_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    text = refused(capsys, "merge", llama_folder, tmp_path / "adapter", tmp_path / "out")
+    assert "use_dora" in text and "PeftModel.from_pretrained" in text
+
+
 def test_merge_refuses(transformers, llama_folder, tmp_path, capsys):
     model = train(transformers.LlamaForCausalLM.from_pretrained(llama_folder), ["q_proj"])
     adapter, output = tmp_path / "adapter", tmp_path / "out"

@@ -9,7 +9,7 @@ from finetune_runs import VARIANTS, finetune, train
 
 from deltadiff import load_adapter
 from deltadiff.finetune.inputs import load_inputs
-from deltadiff.finetune.models import package_folder
+from deltadiff.finetune.packages import package_folder
 from deltadiff.finetune.runner import ModelRunner
 from deltadiff.finetune.settings import Settings
 

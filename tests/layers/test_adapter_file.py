@@ -114,6 +114,39 @@ def test_saving_leaves_files_of_others(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "content", ['{"peft_type": "LORA"}', "[]", "", "not JSON", "[" * 100_000, "9" * 5000, None]
+)
+def test_another_programs_adapter_json_stays(tmp_path, content):
+    path = tmp_path / "adapter.json"
+    path.mkdir() if content is None else path.write_text(content)
+    model, _ = trained()
+    with pytest.raises(ArgumentError, match="^folder: got .*which holds an adapter.json that"):
+        save_adapter(model, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["adapter.json"]
+    assert content is None or path.read_text() == content
+
+
+def test_an_adapter_of_any_version_is_replaced(tmp_path):
+    model, _ = trained()
+    (tmp_path / "adapter.json").write_text('{"format": "deltadiff-adapter", "version": 99}')
+    save_adapter(model, tmp_path)
+    load_adapter(base(), tmp_path)
+
+
+def test_leftovers_of_killed_calls_are_removed_when_they_are_old(tmp_path):
+    sha = "0123456789abcdef"
+    old = [".adapter.json.k3x_9abc", f".adapter-{sha}.safetensors.abcdefgh"]
+    kept = [".adapter.json.swp", ".adapter-notes.abcdefgh", ".adapter.json.12345678"]
+    for name in old + kept:
+        (tmp_path / name).write_text("")
+        if name != kept[-1]:  # which another process may be writing now
+            os.utime(tmp_path / name, (0, 0))
+    model, _ = trained()
+    save_adapter(model, tmp_path)
+    assert sorted(f.name for f in tmp_path.glob(".*")) == sorted(kept)
+
+
 @pytest.mark.parametrize("folder", ["", None, 3, b"folder"])
 def test_what_is_no_folder_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

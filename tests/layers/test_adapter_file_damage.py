@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from damaged_files import damage
 from torch import nn
 
 from deltadiff import DeltaLoRA, load_adapter, save_adapter, swap_
@@ -34,22 +35,6 @@ def save_trained(folder) -> torch.Tensor:
     fresh = base()
     load_adapter(fresh, folder)
     return output(fresh)
-
-
-def damage(blob: bytes, random_: random.Random) -> bytes:
-    start = random_.randrange(len(blob))
-    end = min(len(blob), start + random_.choice([1, 1, 8, 200]))
-    noise = random_.randbytes(end - start)
-    return random_.choice(
-        [
-            blob[:start] + bytes([blob[start] ^ 1 << random_.randrange(8)]) + blob[start + 1 :],
-            blob[:start],
-            blob[:start] + blob[end:],
-            blob[:start] + noise + blob[end:],
-            blob[:start] + noise + blob[start:],
-            blob[:start] + bytes(end - start) + blob[end:],
-        ]
-    )
 
 
 @pytest.mark.check(short=10, long=1000)

@@ -5,10 +5,13 @@ import json
 import os
 import signal
 
+import torch
+
 from deltadiff.finetune import command
-from deltadiff.finetune.examples import Example
+from deltadiff.finetune.data.examples import Example
 from deltadiff.finetune.inputs import RunInputs, load_inputs
 from deltadiff.finetune.methods.table import METHODS
+from deltadiff.finetune.runner import ModelRunner
 from deltadiff.finetune.settings import Settings, make_settings
 from deltadiff.finetune.training_setup import TrainingSetup
 
@@ -98,3 +101,17 @@ def train_method(output, method: str, model: str, data: str, *words) -> dict:
     fixed = ["--label-column", "label", "--device", "cpu", "--lr", "0.01", "--method", method]
     assert finetune(model, data, "--output", output, *fixed, *words) == 0
     return json.loads((output / "result.json").read_text())
+
+
+def gradients(setup: TrainingSetup) -> dict[str, torch.Tensor]:
+    """The gradients by name, which are then set to zero."""
+    named = setup.module.named_parameters()
+    found = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    setup.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def runner_of(inputs: RunInputs, setup: TrainingSetup) -> ModelRunner:
+    """What a run trains, in training mode."""
+    setup.module.train()
+    return ModelRunner(setup.module, inputs.model.task, inputs.device, inputs.dtype)

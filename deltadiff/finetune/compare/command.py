@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...devices import free_memory
 from ...errors import ArgumentError, Interrupted
-from ...files import slug
+from ...files import as_folder, slug
 from ..inputs import device_of, load_inputs
 from ..methods.table import METHODS
 from ..options import add_settings, given_settings, parse_value, require_model_and_data
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command: 0; 1 if a run failed; 2 for input that cannot be used; 130 when stopped."""
     check_packages()
-    output, given = Path(args.output), given_settings(args)
+    output, given = as_folder("output", args.output), given_settings(args)
     given.pop("output", None)
     todo = _cases(args, output, given)
     _check_input(todo[0].settings)

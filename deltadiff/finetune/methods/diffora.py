@@ -89,9 +89,9 @@ def _search_first(
         diffora.random_selection(state.candidates, settings.ratio)  # checks the ratio early
         data = diffora.split(len(inputs.train), settings.search_share, seed=settings.seed)
         most = min(len(data.train), len(data.valid))
-        if settings.batch_size > most:
+        if settings.step_size > most:
             given = f"{settings.search_share} of {len(inputs.train)} examples"
-            accepted = f"a share with {settings.batch_size} examples to train and to validate each"
+            accepted = f"a share with {settings.step_size} examples to train and to validate each"
             raise ArgumentError("search_share", given, accepted)
     except ArgumentError:
         state.close()
@@ -99,7 +99,7 @@ def _search_first(
     runner = ModelRunner(module, model.task, inputs.device, inputs.dtype, settings.label_smoothing)
 
     def loss(indices: list[int]) -> torch.Tensor:
-        return runner.loss(inputs.train.batch(indices, inputs.device))[0]
+        return runner.mean_loss(inputs.train, indices, settings.batch_size)
 
     def run(output: Path) -> TrainingSetup:
         resume, started = (output / SEARCH_STATE).exists(), time.perf_counter()
@@ -107,7 +107,7 @@ def _search_first(
         torch.manual_seed(settings.seed)  # for dropout; a search that goes on restores its state
         gates = diffora.search(
             state, loss, data, rounds=settings.search_rounds, inner_steps=settings.inner_steps,
-            batch_size=settings.batch_size, seed=settings.seed, folder=output, resume=resume,
+            batch_size=settings.step_size, seed=settings.seed, folder=output, resume=resume,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         state.close()

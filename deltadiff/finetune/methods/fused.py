@@ -3,6 +3,7 @@
 The head that a task adds is trained whole under all of them.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,15 +54,14 @@ def adalora(inputs: RunInputs, settings: "Settings") -> TrainingSetup:
         module, lr=settings.lr, weight_decay=settings.weight_decay, total_step=steps,
         target_r=settings.r, tinit=steps // 10, tfinal=steps // 2, deltaT=settings.deltaT,
     )  # fmt: skip
-    return _adapter_setup(module, optimizer, penalty=optimizer.orthogonality)
+    return _adapter_setup(module, optimizer, settings, penalty=optimizer.orthogonality)
 
 
 def dylora(inputs: RunInputs, settings: "Settings") -> TrainingSetup:
-    """Ranks 1 to r are trained; the model is used at rank r."""
+    """Ranks 1 to r are trained; in evaluation and in the adapter the model has rank r."""
     module = _swapped(inputs, settings, settings.alpha)
     options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "seed": settings.seed}
-    optimizer = DyLoRA(module, **options)
-    return _adapter_setup(module, optimizer, evaluating=lambda: optimizer.truncated(settings.r))
+    return _adapter_setup(module, DyLoRA(module, **options), settings)
 
 
 # ------------------------------------------------- parts that DiffoRA's methods have in common
@@ -82,7 +82,7 @@ def refuse(settings: "Settings", *names: str) -> None:
 def train_pairs(module: nn.Module, settings: "Settings") -> TrainingSetup:
     """AdamW on the low-rank pairs; the weight W stays as it is."""
     options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    return _adapter_setup(module, DeltaLoRA(module, **options, update_ratio=0.0))
+    return _adapter_setup(module, DeltaLoRA(module, **options, update_ratio=0.0), settings)
 
 
 def train_pairs_and_weights(module: nn.Module, settings: "Settings") -> TrainingSetup:
@@ -92,7 +92,7 @@ def train_pairs_and_weights(module: nn.Module, settings: "Settings") -> Training
         update_ratio=settings.update_ratio, start_step=settings.start_step,
         w_update=settings.w_update, rounding=settings.rounding, seed=settings.seed,
     )  # fmt: skip
-    return _adapter_setup(module, optimizer)
+    return _adapter_setup(module, optimizer, settings)
 
 
 def _swapped(inputs: RunInputs, settings: "Settings", alpha: float) -> nn.Module:
@@ -107,10 +107,26 @@ def _swapped(inputs: RunInputs, settings: "Settings", alpha: float) -> nn.Module
     return module
 
 
-def _adapter_setup(module: nn.Module, optimizer: torch.optim.Optimizer, **more) -> TrainingSetup:
+def _adapter_setup(
+    module: nn.Module, optimizer: torch.optim.Optimizer, settings: "Settings", **more
+) -> TrainingSetup:
     """A setup whose result is an adapter; ``more`` are other fields of `TrainingSetup`."""
+    if settings.adapter_format == "peft":
+        more["keep"] = lambda folder: _keep_for_peft(module, folder)
     return TrainingSetup(
         module, optimizer,
         save=lambda folder: save_adapter(module, folder),
         load=lambda folder: load_adapter(module, folder), **more,
     )  # fmt: skip
+
+
+def _keep_for_peft(module: nn.Module, folder: Path) -> None:
+    """Write PEFT's format; where that cannot be, the trained adapter is kept in deltadiff's."""
+    from ...layers.export_peft import export_peft
+
+    try:
+        print(export_peft(module, folder))
+    except ArgumentError as error:
+        save_adapter(module, folder)
+        accepted = f"deltadiff, the format in which the adapter now is in {folder}"
+        raise ArgumentError("adapter_format", f"'peft' ({error})", accepted) from error

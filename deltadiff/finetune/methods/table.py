@@ -20,11 +20,27 @@ class Method:
         text: what the method is called in tables.
         prepare: makes the setup of a run; it changes the model.
         fixes: the settings that the name stands for, which nobody may set otherwise.
+        adapter_formats: the formats in which its result can be written, the default first; none
+            for a method that trains parameters of the model itself.
+        updates_weights: whether it is Delta-LoRA, which writes into W in place.
     """
 
     text: str
     prepare: Callable[[RunInputs, "Settings"], TrainingSetup | FirstStage]
     fixes: Mapping[str, object] = field(default_factory=dict)
+    adapter_formats: tuple[str, ...] = ()
+    updates_weights: bool = False
+
+
+ADAPTER_FORMATS = ("deltadiff", "peft")
+
+
+def _adapter(text: str, prepare: Callable, fixes: Mapping[str, object] | None = None) -> Method:
+    return Method(text, prepare, fixes or {}, ADAPTER_FORMATS)
+
+
+def _delta(text: str, prepare: Callable, fixes: Mapping[str, object] | None = None) -> Method:
+    return Method(text, prepare, fixes or {}, ADAPTER_FORMATS, updates_weights=True)
 
 
 METHODS: dict[str, Method] = {
@@ -34,24 +50,24 @@ METHODS: dict[str, Method] = {
     "bitfit": Method("BitFit: biases only", whole_model.bitfit),
     "houlsby": Method("Houlsby adapters", libraries.houlsby),
     "pfeiffer": Method("Pfeiffer adapters", libraries.pfeiffer),
-    "lora-peft": Method("LoRA, PEFT eager", libraries.peft_lora),
-    "lora": Method("LoRA", fused.lora),
-    "lora-alpha-control": Method("LoRA at alpha (1 + lambda)", fused.lora_alpha_control),
-    "adalora": Method("AdaLoRA", fused.adalora),
-    "dylora": Method("DyLoRA", fused.dylora),
-    "delta-lora": Method("Delta-LoRA in place", fused.delta_lora),
-    "delta-lora-nearest": Method(
+    "lora-peft": Method("LoRA, PEFT eager", libraries.peft_lora, adapter_formats=("peft",)),
+    "lora": _adapter("LoRA", fused.lora),
+    "lora-alpha-control": _adapter("LoRA at alpha (1 + lambda)", fused.lora_alpha_control),
+    "adalora": _adapter("AdaLoRA", fused.adalora),
+    "dylora": _adapter("DyLoRA", fused.dylora),
+    "delta-lora": _delta("Delta-LoRA in place", fused.delta_lora),
+    "delta-lora-nearest": _delta(
         "Delta-LoRA in place, nearest",
         fused.delta_lora,
         {"w_update": "inplace", "rounding": "nearest"},
     ),
-    "delta-lora-factored": Method(
+    "delta-lora-factored": _delta(
         "Delta-LoRA factored", fused.delta_lora, {"w_update": "factored"}
     ),
-    "diffora": Method("DiffoRA", diffora.search_and_train),
-    "diffora-no-sharing": Method(
+    "diffora": _adapter("DiffoRA", diffora.search_and_train),
+    "diffora-no-sharing": _adapter(
         "DiffoRA without sharing", diffora.search_and_train, {"share_r": 0}
     ),
-    "diffora-random": Method("DiffoRA's control: modules at random", diffora.random_modules),
-    "diffora-delta-lora": Method("DiffoRA + Delta-LoRA", diffora.search_and_train_weights),
+    "diffora-random": _adapter("DiffoRA's control: modules at random", diffora.random_modules),
+    "diffora-delta-lora": _delta("DiffoRA + Delta-LoRA", diffora.search_and_train_weights),
 }

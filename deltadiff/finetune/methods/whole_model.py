@@ -73,6 +73,7 @@ def train_parameters(
         save=lambda folder: _save_trained(module, folder),
         load=lambda folder: _load_trained(module, folder),
         keep=lambda folder: _save_model(model, folder),
+        kept_in="model",
     )
 
 

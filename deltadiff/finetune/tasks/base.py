@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..batches import EncodedExamples
-from ..examples import Example
+from ..data.examples import Example
 from ..metrics import Scores
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ class Task(ABC):
     """One kind of answer: how to load a model for it, to encode, train, score and write it down.
 
     Attributes:
+        name: what files call the task.
         auto_class: name of transformers' class that loads a model for this task.
         accepted_model: what such a model is, for the error about one that is not.
         peft_type: PEFT's name of the task.
@@ -29,6 +30,7 @@ class Task(ABC):
         headline: what the first metric, by which runs are told apart, is called in a sentence.
     """
 
+    name: ClassVar[str]
     auto_class: ClassVar[str]
     accepted_model: ClassVar[str] = "a model that transformers can load"
     peft_type: ClassVar[str]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..examples import Example
+from ..data.examples import Example
 from .base import Task
 from .classes import ClassTask
 from .numbers import NumberTask

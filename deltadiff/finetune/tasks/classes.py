@@ -7,10 +7,10 @@ from torch import tensor
 from torch.nn.functional import cross_entropy
 
 from ...errors import ArgumentError
-from ..batches import EncodedExamples
-from ..examples import Example
+from ..data.examples import Example
 from ..metrics import Scores, add_metrics
 from .base import Task
+from .labelled import encode_labelled
 
 MOST_LABELS = 1000
 
@@ -21,6 +21,7 @@ class ClassTask(Task):
 
     labels: tuple[str, ...]
 
+    name = "classes"
     auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
     metric_titles = {
@@ -38,6 +39,7 @@ class ClassTask(Task):
         return len(self.labels)
 
     def configure(self, config):
+        config.problem_type = "single_label_classification"
         config.id2label = dict(enumerate(self.labels))
         config.label2id = {label: i for i, label in enumerate(self.labels)}
 
@@ -47,7 +49,7 @@ class ClassTask(Task):
             if e.label not in index:
                 classes = f"{len(index)} classes of the training text"
                 accepted = f"the {classes}: {', '.join(self.labels[:5])}"
-                raise ArgumentError("label", repr(e.label), accepted)
+                raise ArgumentError("label", f"{e.label!r} in {e.place}", accepted)
         labels = [index[e.label] for e in examples]
         return encode_labelled(examples, labels, tokenizer, max_length)
 
@@ -88,17 +90,6 @@ def find_labels(examples: Sequence[Example]) -> tuple[str, ...]:
         given = f"a column with {len(labels)} different values"
         raise ArgumentError("label_column", given, f"2 to {MOST_LABELS} classes")
     return labels
-
-
-def encode_labelled(
-    examples: Sequence[Example], labels: list, tokenizer, max_length: int
-) -> EncodedExamples:
-    """Texts, or pairs of prompt and text, with one label each."""
-    texts = [[e.text for e in examples]]
-    if any(e.prompt for e in examples):
-        texts.insert(0, [e.prompt for e in examples])
-    ids = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
-    return EncodedExamples(ids, labels, tokenizer.pad_token_id, examples)
 
 
 def _matthews(predicted: list[int], labels: list[int]) -> float:

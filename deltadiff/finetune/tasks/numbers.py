@@ -7,15 +7,17 @@ import torch
 from torch.nn.functional import mse_loss
 
 from ...errors import ArgumentError
+from ..data.examples import Example
 from ..metrics import Scores, add_metrics
 from .base import Task
-from .classes import encode_labelled
+from .labelled import encode_labelled
 
 
 @dataclass(frozen=True)
 class NumberTask(Task):
     """Regression: the labels are numbers."""
 
+    name = "numbers"
     auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
     outputs = 1
@@ -27,19 +29,16 @@ class NumberTask(Task):
     def found_in(cls, examples, settings):
         return cls() if settings.regression else None
 
+    def configure(self, config):
+        config.problem_type = "regression"
+
     def check(self, settings):
         super().check(settings)
         if settings.label_smoothing:
             raise ArgumentError("label_smoothing", settings.label_smoothing, "0 for regression")
 
     def encode(self, examples, tokenizer, max_length):
-        try:
-            numbers = [float(e.label) for e in examples]
-        except (TypeError, ValueError) as error:
-            accepted = "a number in each row, for regression"
-            raise ArgumentError("label_column", error, accepted) from None
-        if not all(map(math.isfinite, numbers)):
-            raise ArgumentError("label_column", "inf or NaN", "a finite number in each row")
+        numbers = [_number(e) for e in examples]
         return encode_labelled(examples, numbers, tokenizer, max_length)
 
     def loss(self, logits, labels, reduction="mean", label_smoothing=0.0):
@@ -61,6 +60,17 @@ class NumberTask(Task):
         for example, row in zip(data.examples, rows.tolist(), strict=True):
             table.append([example.text, example.label, *row])
         return table
+
+
+def _number(example: Example) -> float:
+    try:
+        number = float(example.label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        given = f"{example.label!r} in {example.place}"
+        raise ArgumentError("label_column", given, "a finite number in each row, for regression")
+    return number
 
 
 def _pearson(predicted: list[float], labels: list[float]) -> float:

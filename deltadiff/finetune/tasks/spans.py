@@ -26,6 +26,7 @@ class SpanTask(Task):
 
     doc_stride: int = 64
 
+    name = "spans"
     auto_class = "AutoModelForQuestionAnswering"
     peft_type = "QUESTION_ANS"
     outputs = 2

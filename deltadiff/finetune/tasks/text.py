@@ -1,7 +1,7 @@
 """The answer is text: a causal language model, and the cross entropy of every next token."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,9 @@ from torch.nn.functional import cross_entropy, pad
 
 from ...errors import ArgumentError
 from ..batches import IGNORED, EncodedExamples, pad_rows
+from ..chat import Row, encode_chats, prompt_ids
+from ..data.examples import Example
+from ..data.skipped import Skipped
 from ..metrics import TEXT_METRIC_TITLES, Scores
 from .base import Task
 
@@ -16,14 +19,25 @@ from .base import Task
 class EncodedText(EncodedExamples):
     """The labels are the tokens themselves, those of a prompt IGNORED."""
 
+    def add(self, example: Example, ids: list[int], labels: list[int]) -> None:
+        """Append a row."""
+        self.examples.append(example)
+        self.ids.append(ids)
+        self.labels.append(labels)
+
     def targets(self, indices):
         return {"labels": pad_rows([self.labels[i] for i in indices], IGNORED)}
+
+    def counted(self, indices):
+        """The tokens that are learnt. The first one of a row is not: nothing stands before it."""
+        return sum(label != IGNORED for i in indices for label in self.labels[i][1:])
 
 
 @dataclass(frozen=True)
 class TextTask(Task):
     """Language modelling: the texts themselves are learnt, after their prompts."""
 
+    name = "text"
     auto_class = "AutoModelForCausalLM"
     accepted_model = "a model that transformers can load for text generation"
     peft_type = "CAUSAL_LM"
@@ -45,17 +59,24 @@ class TextTask(Task):
             raise ValueError(f"{kinds[0]} is no language model; give a label column")
 
     def encode(self, examples, tokenizer, max_length):
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        prompts = prompt_tokens(tokenizer, [e.prompt for e in examples])
-        texts = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
-        ids, labels = [], []
-        for prompt, text in zip(prompts, texts, strict=True):
-            row = (prompt + text + end)[:max_length]
-            ids.append(row)
-            labels.append(([IGNORED] * len(prompt) + row[len(prompt) :])[:max_length])
-        if all(label == IGNORED for row in labels for label in row[1:]):
-            raise ArgumentError("max_length", max_length, "more tokens than the prompts have")
-        return EncodedText(ids, labels, tokenizer.pad_token_id, examples)
+        skipped = Skipped()
+        if examples[0].conversation is None:  # then none of them is one
+            rows = _plain_rows(examples, tokenizer)
+        else:
+            rows = encode_chats(examples, tokenizer, skipped)
+        data = EncodedText([], [], tokenizer.pad_token_id, [], skipped=skipped)
+        for example, ids, learnt in rows:
+            ids, is_cut = ids[:max_length], len(ids) > max_length
+            if not any(learnt[1 : len(ids)]):
+                within = f" in its first {max_length} tokens" if is_cut else ""
+                skipped.add(f"with nothing to learn{within}", example.place)
+                continue
+            data.add(example, ids, [t if n else IGNORED for t, n in zip(ids, learnt, strict=False)])
+            data.cut += is_cut
+        if not data.ids:
+            accepted = "text of which something is left to learn, and room for it"
+            raise ArgumentError("max_length", f"{max_length}; skipped: {skipped}", accepted)
+        return data
 
     def loss(self, logits, labels, reduction="mean", label_smoothing=0.0):
         """``logits`` (rows, tokens, words), ``labels`` (rows, tokens) int64.
@@ -86,8 +107,21 @@ class TextTask(Task):
         return table
 
 
-def prompt_tokens(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of the prompts, each of which stands on a line of its own before its text."""
-    # No special token stands first: versions of transformers disagree about it.
-    lines = [f"{prompt}\n" if prompt else "" for prompt in prompts]
+def prompt_tokens(tokenizer, examples: Sequence[Example]) -> list[list[int]]:
+    """Token ids of the prompts of examples, after which their texts stand."""
+    if examples[0].conversation is not None:
+        return [prompt_ids(e.conversation, tokenizer) for e in examples]
+    # A plain prompt stands on a line of its own. No special token stands first: versions of
+    # transformers disagree about it.
+    lines = [f"{e.prompt}\n" if e.prompt else "" for e in examples]
     return tokenizer(lines, add_special_tokens=False)["input_ids"]
+
+
+def _plain_rows(examples: Sequence[Example], tokenizer) -> Iterator[Row]:
+    """The rows of texts that stand by themselves, or after a prompt."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    prompts = prompt_tokens(tokenizer, examples)
+    texts = tokenizer([e.text for e in examples], add_special_tokens=False)["input_ids"]
+    for example, prompt, text in zip(examples, prompts, texts, strict=True):
+        answer = text + end
+        yield example, prompt + answer, [False] * len(prompt) + [True] * len(answer)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ..batches import EncodedExamples
-from ..examples import Example
+from ..data.examples import Example
+from .labelled import NO_TOKENS
 
 
 @dataclass
@@ -47,8 +48,10 @@ def cut_windows(
         ArgumentError: an example has no question with answers; the tokenizer does not tell where
             its tokens stand; the questions leave no room for a text.
     """
-    if any(e.answers is None for e in examples):
-        raise ArgumentError("heldout", "text without answers", "questions, as in training")
+    for e in examples:
+        if e.answers is None:
+            given = f"text without answers in {e.place}"
+            raise ArgumentError("heldout", given, "questions, as in training")
     if not tokenizer.is_fast:
         given = f"{type(tokenizer).__name__}, which does not tell where a token stands"
         raise ArgumentError("model", given, "a model with a fast tokenizer")
@@ -62,20 +65,34 @@ def cut_windows(
         questions, texts, truncation="only_second", max_length=max_length, stride=doc_stride,
         return_overflowing_tokens=True, return_offsets_mapping=True,
     )  # fmt: skip
-    owners, offsets = found["overflow_to_sample_mapping"], []
-    for i, pairs in enumerate(found["offset_mapping"]):
-        window = torch.tensor(pairs, dtype=torch.int32)
-        if i == 0 or owners[i] != owners[i - 1]:
+    windows = Windows([], [], tokenizer.pad_token_id, [], [], [])
+    windows.segments = [] if "token_type_ids" in found else None
+    last = None  # the example of the latest window
+    for i, (owner, pairs) in enumerate(
+        zip(found["overflow_to_sample_mapping"], found["offset_mapping"], strict=True)
+    ):
+        example = examples[owner]
+        if owner != last:
             # All windows of an example begin and end with the same tokens, but tokenizers 0.22
             # reports sequence ids of the first one only.
-            parts = found.sequence_ids(i)
+            last, parts = owner, found.sequence_ids(i)
+            if 1 not in parts:
+                windows.skipped.add(NO_TOKENS, example.place)
+                continue
             before, after = parts.index(1), parts[::-1].index(1)
+            windows.examples.append(example)
+        window = torch.tensor(pairs, dtype=torch.int32)
         window[:before] = window[len(window) - after :] = 0
-        offsets.append(window)
-    labels = [
-        _label(examples[o].answers, window) for o, window in zip(owners, offsets, strict=True)
-    ]
-    return Windows(found["input_ids"], labels, tokenizer.pad_token_id, examples, owners, offsets)
+        windows.ids.append(found["input_ids"][i])
+        windows.labels.append(_label(example.answers, window))
+        windows.owners.append(len(windows.examples) - 1)
+        windows.offsets.append(window)
+        if windows.segments is not None:
+            windows.segments.append(found["token_type_ids"][i])
+    if not windows.ids:
+        given = f"text of which nothing is left: {windows.skipped}"
+        raise ArgumentError("data", given, "other text")
+    return windows
 
 
 def _label(answers: Sequence[tuple[str, int]], offsets: Tensor) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import pytest
 
 from deltadiff.errors import ArgumentError
-from deltadiff.finetune.examples import Example
+from deltadiff.finetune.data.examples import Example
 from deltadiff.finetune.settings import Settings
 from deltadiff.finetune.tasks.choose import METRIC_TITLES, TASKS, find_task
 from deltadiff.finetune.tasks.classes import ClassTask

@@ -9,7 +9,7 @@ from character_tokenizer import CharacterTokenizer
 
 from deltadiff.errors import ArgumentError
 from deltadiff.finetune.batches import EncodedExamples
-from deltadiff.finetune.examples import Example
+from deltadiff.finetune.data.examples import Example
 from deltadiff.finetune.tasks.classes import ClassTask, find_labels
 
 
@@ -22,17 +22,6 @@ def test_a_column_that_is_no_label(count):
 def test_a_label_of_another_file():
     with pytest.raises(ArgumentError, match="2 classes of the training text: bad, good"):
         ClassTask(("bad", "good")).encode([Example("x", "new")], CharacterTokenizer(), 8)
-
-
-def test_pairs_of_sentences_go_to_the_tokenizer_as_pairs():
-    class Pairs(CharacterTokenizer):
-        def __call__(self, texts, others=None, truncation=False, max_length=None):
-            assert truncation and max_length == 9
-            pairs = zip(texts, others, strict=True)
-            return {"input_ids": [[*map(ord, a), 2, *map(ord, b)] for a, b in pairs]}
-
-    data = ClassTask(("no", "yes")).encode([Example("b", "yes", prompt="a")], Pairs(), 9)
-    assert data.ids == [[ord("a"), 2, ord("b")]] and data.labels == [1]
 
 
 # 8 texts: 3 true positives, 1 false positive, 2 false negatives, 2 true negatives.

@@ -11,7 +11,7 @@ from finetune_runs import finetune, train
 from deltadiff.__main__ import main
 from deltadiff.errors import ArgumentError
 from deltadiff.finetune.batches import EncodedExamples
-from deltadiff.finetune.examples import Example
+from deltadiff.finetune.data.examples import Example
 from deltadiff.finetune.tasks.numbers import NumberTask
 
 pytest.importorskip("transformers")

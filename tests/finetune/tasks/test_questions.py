@@ -10,9 +10,9 @@ import torch
 from finetune_runs import squad, train
 
 from deltadiff.__main__ import main
-from deltadiff.finetune.examples import Example, split_examples
+from deltadiff.finetune.data.examples import Example, split_examples
+from deltadiff.finetune.data.reading import read_examples
 from deltadiff.finetune.models import load_model
-from deltadiff.finetune.reading import read_examples
 from deltadiff.finetune.runner import ModelRunner
 from deltadiff.finetune.tasks.spans import SpanTask, best_answers
 
@@ -87,7 +87,7 @@ def test_a_decoder_learns_too(llama, questions, tmp_path):
 
 def test_windows_of_a_text_that_is_cut(bert, questions, tmp_path):
     pytest.importorskip("torchmetrics")
-    words = ["--method", "lora", "--max-length", 10, "--doc-stride", 4, "--steps", 400]
+    words = ["--method", "full", "--lr", 0.003, "--max-length", 10, "--doc-stride", 4]
     result = train_questions(bert, questions, tmp_path / "out", *words)
     assert result["examples"]["train"] > 400 and result["after"]["squad_f1"] > 90
 

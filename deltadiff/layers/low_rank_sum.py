@@ -1,0 +1,69 @@
+"""`low_rank_sum`: all that training added to a layer's original weight, as one product B A."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError, SwapError
+from .lora_layers import LoraLayer
+from .merge import branch_products
+from .pending_delta import LowRankFactors
+
+
+def low_rank_sum(name: str, pairs: Sequence[LoraLayer]) -> tuple[Tensor, Tensor]:
+    """(B, A), float32 on the CPU, with W_0 + B A the weight that the trained layer acts as.
+
+    That holds whether W was written in place or not: W_0 is the original weight. The sum is formed
+    in float64 and rounded once. Terms with the same row of A are added up, and terms that are zero
+    are left out, so the rank is the least that can be told without a decomposition: r for plain
+    LoRA, 2r for Delta-LoRA with one lambda and r more for each further one. It is at least 1 and
+    at most the smaller side of the weight.
+
+    Args:
+        name: of the layer, for errors.
+        pairs: its pairs; PEFT's layers may have several.
+
+    Raises:
+        ArgumentTypeError: a factor is no whole tensor.
+        SwapError: the update of W is not kept as factors.
+    """
+    products = [product for pair in pairs for product in _products(name, pair)]
+    a = torch.cat([whole_on_cpu(name, p.A).double() for p in products])
+    b = torch.cat([whole_on_cpu(name, p.B).double() for p in products], dim=1)
+    places: dict[bytes, int] = {}
+    place = torch.tensor([places.setdefault(row.tobytes(), len(places)) for row in a.numpy()])
+    b = b.new_zeros(b.shape[0], len(places)).index_add_(1, place, b)
+    a = a.new_zeros(len(places), a.shape[1]).index_copy_(0, place, a)
+    needed = (a != 0).any(1) & (b != 0).any(0)
+    needed[0] |= not needed.any()
+    a, b = a[needed], b[:, needed]
+    (n, r), k = b.shape, a.shape[1]
+    if r > min(n, k):
+        a, b = (b @ a, torch.eye(n)) if n < k else (torch.eye(k), b @ a)
+    return b.float(), a.float()
+
+
+def _products(name: str, pair: LoraLayer) -> list[LowRankFactors]:
+    """What the forward pass adds to W, and what W holds of the updates by now."""
+    delta, products = pair.delta, branch_products(pair)
+    if delta is not None:
+        if delta.past_updates is None:
+            given = "an update of W under too many values of update_ratio to be kept as factors"
+            raise SwapError(name, given, "`merge_`, then save the whole model")
+        products += [p for p in delta.past_updates if p.in_weight]
+        if delta.in_weight and delta.started():
+            products.append(delta.product(pair.lora_A, pair.lora_B, pair.scaling))
+    return products
+
+
+def whole_on_cpu(name: str, t: Tensor) -> Tensor:
+    """The tensor, contiguous on the CPU and no view of another.
+
+    Raises:
+        ArgumentTypeError: it is sharded, or has no memory.
+    """
+    if hasattr(t, "device_mesh") or t.is_meta:
+        given = "a tensor on meta" if t.is_meta else type(t).__name__
+        raise ArgumentTypeError(name, given, "whole tensors (gather them, or load them)")
+    return t.detach().cpu().clone(memory_format=torch.contiguous_format)
