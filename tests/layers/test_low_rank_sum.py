@@ -36,7 +36,7 @@ def test_each_value_of_lambda_adds_r(w_update, values):
         now = (
             now
             + past
-            + (p := layer.delta.product(layer.lora_A, layer.lora_B, layer.scaling)).B @ p.A
+            + (p := layer.delta.product(layer.lora_A, layer.lora_B)).B @ p.A
         )
     assert_is(layer, now - start, 3 * (values + 1))
 
