@@ -210,8 +210,8 @@ class WeightUpdate:
                 anchor_A.copy_(a)
                 anchor_B.copy_(b)
             delta = layer.delta = PendingDelta(
-                anchor_A, anchor_B, self.ratio, self._scaling_of(layer),
-                self.rank_scales[layer.r], in_weight=self.inplace, remainder=self.state[b].get("remainder"),
+                anchor_A, anchor_B, self.ratio, self._scaling_of(layer), self.rank_scales[layer.r],
+                in_weight=self.inplace, remainder=self.state[b].get("remainder"),
             )  # fmt: skip
             if restored is not None and b in restored:  # with W, it says all that there is
                 delta.past_updates = restored[b]
