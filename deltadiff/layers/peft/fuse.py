@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from peft.tuners.lora import Linear, LoraModel
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -13,11 +13,11 @@ from .rules import kind_of
 from .update_guards import check_kept
 
 
-class FusedLoraModel(LoraModel):
-    """PEFT's ``LoraModel``, which asks all layers before a call changes the first of them."""
+class LoraModel(lora.LoraModel):
+    """PEFT's, which asks all layers before a call changes the first of them.
 
-    def _get_name(self) -> str:
-        return LoraModel.__name__
+    The name is PEFT's too, for its ``get_model_status`` tells it.
+    """
 
     def _check_kept(self, call: str) -> None:
         for layer in self.modules():
@@ -60,7 +60,7 @@ class FusedLoraModel(LoraModel):
         )
 
 
-def fuse_(layers: Collection[Linear], model: nn.Module, backend: str | None) -> None:
+def fuse_(layers: Collection[lora.Linear], model: nn.Module, backend: str | None) -> None:
     """Give these layers of ``model`` the fused forward pass; their parameters stay as they are."""
     for layer in layers:
         if not isinstance(layer, FusedLinear):
@@ -68,8 +68,8 @@ def fuse_(layers: Collection[Linear], model: nn.Module, backend: str | None) -> 
             layer.deltas = {}
         layer.backend = backend
     for module in model.modules():
-        if type(module) is LoraModel:
-            module.__class__ = FusedLoraModel
+        if type(module) is lora.LoraModel:
+            module.__class__ = LoraModel
 
 
 def unfuse_(model: nn.Module) -> None:
@@ -87,10 +87,10 @@ def unfuse_(model: nn.Module) -> None:
     for layer in layers.values():
         for name in ("deltas", "backend", "_route"):
             vars(layer).pop(name, None)
-        layer.__class__ = Linear
+        layer.__class__ = lora.Linear
     for module in model.modules():
-        if isinstance(module, FusedLoraModel):
-            module.__class__ = LoraModel
+        if isinstance(module, LoraModel):
+            module.__class__ = lora.LoraModel
 
 
 def why_not_fusable(module: nn.Module) -> str | None:
@@ -101,9 +101,9 @@ def why_not_fusable(module: nn.Module) -> str | None:
         if holder is not module and type(holder).__module__.startswith("peft."):
             return f"{kind_of(holder)}, which holds its forward pass"
         return "hooks that hold its forward pass: call `swap_` before they are put on"
-    if kind is Linear or kind is FusedLinear:
+    if kind is lora.Linear or kind is FusedLinear:
         return None
-    if isinstance(module, Linear) and kind.__name__.startswith("FSDP"):
+    if isinstance(module, lora.Linear) and kind.__name__.startswith("FSDP"):
         return "it is sharded: call `swap_` before `fully_shard`"
     return kind_of(module)
 
