@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_cases import lora, shake
+from peft_cases import shake
 from peft_checks import assert_equal_runs, facts_of, files_of, fused_calls, run, swap_quietly
 from peft_models import input_of, make_model, output_of
 
