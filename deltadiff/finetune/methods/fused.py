@@ -122,7 +122,7 @@ def _adapter_setup(
 
 def _keep_for_peft(module: nn.Module, folder: Path) -> None:
     """Write PEFT's format; where that cannot be, the trained adapter is kept in deltadiff's."""
-    from ...layers.export_peft import export_peft
+    from ...layers.peft_files.export import export_peft
 
     try:
         print(export_peft(module, folder))
