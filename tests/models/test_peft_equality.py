@@ -8,11 +8,11 @@ from families import FAMILIES
 from family_runs import (
     all_linear,
     fused_layers,
+    name_ends,
     outputs,
     randomise,
     run,
     swapped,
-    targets,
     why_not_fused,
     with_peft,
 )
@@ -20,6 +20,7 @@ from tolerance import assert_close_to_truth
 from torch.testing import assert_close
 
 from deltadiff import swap_
+from deltadiff.errors import ArgumentError
 
 ROUNDINGS = {"rtol": 1e-10, "atol": 1e-12}  # of runs in float64
 
@@ -107,10 +108,18 @@ def test_generated_text_is_pefts(family):
     assert_close(found, expected, **ROUNDINGS)
 
 
-LEFT = [f for f in FAMILIES.values() if f.no_pair]
+LEFT = [f for f in FAMILIES.values() if f.no_pair and f.name != "qwen3_next"]
 
 
 @pytest.mark.parametrize("family", LEFT, ids=[f.name for f in LEFT])
 @pytest.mark.xfail(strict=True, reason="`swap_` puts pairs on layers that the model does not call")
-def test_all_linear_leaves_alone_what_cannot_have_a_pair(family):
-    assert [row.module for row in swap_(family.build(), r=2).rows] == targets(family)
+def test_all_linear_leaves_alone_what_the_model_does_not_call(family):
+    names = [row.module for row in swap_(family.build(), r=2).rows]
+    assert names and not [name for name in names if name_ends(name, family.no_pair)]
+
+
+@pytest.mark.xfail(strict=True, raises=ArgumentError, reason="`swap_` refuses the whole model")
+def test_all_linear_leaves_alone_what_is_smaller_than_the_rank():
+    family = FAMILIES["qwen3_next"]
+    names = [row.module for row in swap_(family.build(), r=2).rows]
+    assert names and not [name for name in names if name_ends(name, family.no_pair)]

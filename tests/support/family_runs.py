@@ -40,10 +40,11 @@ class Bare(nn.Module):
 def targets(family: Family) -> list[str]:
     """The names of the linear layers that can have a pair."""
     names = choose_modules(family.build())
-    return [name for name in names if not _ends(name, family.no_pair)]
+    return [name for name in names if not name_ends(name, family.no_pair)]
 
 
-def _ends(name: str, ends: Iterable[str]) -> bool:
+def name_ends(name: str, ends: Iterable[str]) -> bool:
+    """Whether one of ``ends`` is the last part, or the last parts, of a name."""
     return any(f".{name}".endswith(f".{end}") for end in ends)
 
 
@@ -182,7 +183,7 @@ def why_not_fused(
         elif rows[name].path == "peft":
             reason = rows[name].reason.removeprefix("PEFT's own forward: ")
         else:
-            assert _ends(name, family.no_pair), name
+            assert name_ends(name, family.no_pair), name
             reason = "the model reads its weight itself"
         reasons[name] = reason
     return reasons
