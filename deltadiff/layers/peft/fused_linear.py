@@ -39,6 +39,10 @@ class FusedLinear(HoldsPairs, Linear):
     unmerged: Tensor
     _route: Route | None = None
 
+    def _get_name(self) -> str:
+        """PEFT's name, which `print` shows and PEFT's ``get_layer_status`` reports."""
+        return Linear.__name__
+
     def pairs(self) -> dict[str, LoraLayer]:
         pairs = {name: PeftPair(self, name) for name in self.lora_A}
         return {f"[{name}]" if len(pairs) > 1 else "": pair for name, pair in pairs.items()}

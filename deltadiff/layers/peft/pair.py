@@ -9,7 +9,7 @@ from ..base_format import base_format
 from ..linear import is_conv1d, linear_shape
 from ..lora_layers import HoldsPairs, Place
 from ..pending_delta import PendingDelta
-from .rules import active_adapters, why_peft
+from .rules import active_adapters, kind_of, why_peft
 
 if TYPE_CHECKING:
     from .fused_linear import FusedLinear
@@ -133,5 +133,5 @@ class PeftPair:
         if self.lora_dropout:
             return f"lora_dropout={self.lora_dropout:g}, which Delta-LoRA forbids"
         if self.layer.base_layer is not self.holder:
-            return f"another tuner's layer inside of it: {type(self.layer.base_layer).__name__}"
+            return f"another tuner's layer inside of it: {kind_of(self.layer.base_layer)}"
         return None
