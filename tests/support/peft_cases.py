@@ -55,8 +55,7 @@ class Case:
     after: Callable[[nn.Module], Any] | None = None
 
     def __str__(self) -> str:
-        words = [f"{name}={value!r}" for name, value in self.options.items()]
-        return ", ".join([self.model, *words])
+        return ", ".join([self.model, *(f"{k}={v!r}"[:50] for k, v in self.options.items())])
 
     def config(self) -> peft.LoraConfig:
         options = {"r": 2, "lora_alpha": 6, **self.options}
@@ -142,6 +141,7 @@ INITS: dict[Any, list[Case]] = {
     ],
 }
 _SEEN = "the cases of init_lora_weights have it"
+_BLOCKS = BdLoraConfig(target_modules_bd_a=["lin0"], target_modules_bd_b=["lin1"], nblocks=2)
 _FILE = "a note in the file that no layer reads"
 
 FIELDS: dict[str, list[Case] | str] = {
@@ -159,13 +159,14 @@ FIELDS: dict[str, list[Case] | str] = {
         lora(fused=1, target_modules=["lin1"]), lora("deep", fused=3, target_modules=r".*\.lin0"),
         lora("llama", fused=21, target_modules="all-linear"),
         lora("gpt2", fused=9, fan_in_fan_out=True),
-        lora("embedded", fused=1, own=1), lora("attention", fused=1, own=2, target_modules=["mha", "lin0"]),
+        lora("embedded", fused=1, own=1),
+        lora("attention", fused=1, own=2, target_modules=["mha", "lin0"]),
         *(lora(f"conv {d}d", fused=1, own=1, target_modules=["conv", "lin0"]) for d in (1, 2, 3)),
         lora("conv 2d in groups", fused=1, own=1, target_modules=["conv", "lin0"]),
     ],
     "exclude_modules": [lora(fused=1, exclude_modules=["lin1"])],
     "lora_alpha": [lora(fused=2, lora_alpha=1)],
-    "lora_dropout": "its masks are random: test_dropout",
+    "lora_dropout": "its masks are random, so test_dropout.py compares means",
     "fan_in_fan_out": [lora("conv1d stack", fused=2), lora(fused=2, fan_in_fan_out=True)],
     "bias": [lora(fused=2, bias="all"), lora(fused=2, bias="lora_only")],
     "use_rslora": [lora(fused=2, use_rslora=True)],
@@ -205,18 +206,26 @@ FIELDS: dict[str, list[Case] | str] = {
     "runtime_config": [lora(fused=2, runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))],
     "lora_bias": [lora(own=2, lora_bias=True)],
     "target_parameters": [
-        lora("experts", fused=1, own=1, target_modules=["lin0"], target_parameters=["experts.stack"]),
+        lora(
+            "experts", fused=1, own=1, target_modules=["lin0"], target_parameters=["experts.stack"]
+        ),
         lora(fused=1, own=1, target_modules=["lin0"], target_parameters=["lin1.weight"]),
     ],
     "use_bdlora": [
-        lora(own=2, use_bdlora=BdLoraConfig(target_modules_bd_a=["lin0"], target_modules_bd_b=["lin1"], nblocks=2)),
-        lora(own=2, use_bdlora=BdLoraConfig(target_modules_bd_a=["lin0"], nblocks=2, match_strict=False)),
+        lora(own=2, use_bdlora=_BLOCKS),
+        lora(own=2, use_bdlora=BdLoraConfig(["lin0"], nblocks=2, match_strict=False)),
     ],
-    "arrow_config": "its adapters come from files: test_arrow",
+    "arrow_config": "its adapters come from files, so test_several_adapters.py makes them",
     "kasa_config": [lora(own=2, kasa_config=KasaConfig())],
     "ensure_weight_tying": [
-        lora("tied", fused=1, own=1, target_modules=["lm_head", "embed_tokens"], ensure_weight_tying=True),
-        lora("tied", fused=1, target_modules=["conv1d"], modules_to_save=["lm_head"], ensure_weight_tying=True),
+        lora(
+            "tied", fused=1, own=1, target_modules=["lm_head", "embed_tokens"],
+            ensure_weight_tying=True,
+        ),
+        lora(
+            "tied", fused=1, target_modules=["conv1d"], modules_to_save=["lm_head"],
+            ensure_weight_tying=True,
+        ),
     ],
 }  # fmt: skip
 CASES = [case for cases in FIELDS.values() if not isinstance(cases, str) for case in cases]

@@ -109,7 +109,7 @@ class Stacked(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked weights, whose name PEFT takes as one of ``target_parameters``, and a linear layer."""
+    """Stacked weights, which PEFT takes as ``target_parameters``, and a linear layer."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which calls are one call of `lora_linear`, and which run PEFT's own forward pass, with what reason.
+"""Which calls are one call of `lora_linear`, and which run PEFT's own forward, with the reason.
 
 Whatever runs a call, the results are those of PEFT's layer.
 """
