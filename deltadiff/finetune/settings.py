@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 
 from ..checks import NAMED_DTYPES, ROUNDINGS
@@ -51,7 +51,11 @@ class Settings:
     preset: str | None = _run(
         None, "start from the values of a paper's table; `deltadiff presets` lists them"
     )
-    text_column: str | None = _text(None, 'column with the text (default "text")')
+    text_column: str | None = _text(
+        None,
+        "column with the text or the messages (default: text, messages or conversations, or "
+        "Alpaca's instruction, input and output)",
+    )
     label_column: str | None = _text(
         None, 'column with the class or number (default "none": train a language model)'
     )
@@ -269,7 +273,20 @@ def read_settings(output: Path) -> Settings:
         CheckpointError: there are none, or they are garbled.
     """
     path = output / "settings.json"
+    accepted = "the settings of an earlier run"
     try:
-        return Settings(**(json.loads(path.read_text()) | {"output": str(output)}))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(str(path), error, "the settings of an earlier run") from error
+        settings = Settings(**(json.loads(path.read_text()) | {"output": str(output)}))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(str(path), error, accepted) from error
+    for f in fields(Settings):
+        value, kind = getattr(settings, f.name), value_type(f)
+        numbers = (int, float) if kind is float else kind
+        whole = isinstance(value, numbers) and (kind is bool or not isinstance(value, bool))
+        if not whole and not (value is None and f.default is None):
+            raise CheckpointError(str(path), f"{f.name} {value!r:.60}", accepted)
+    return settings
+
+
+def value_type(f: Field) -> type:
+    """The type of a field's values that are not None."""
+    return f.metadata.get("type", str if f.default in (None, MISSING) else type(f.default))

@@ -5,6 +5,7 @@ from torch import nn
 from ..errors import ArgumentError
 from .batches import EncodedExamples
 from .models import Model
+from .tasks.text import prompt_tokens
 
 
 def check_tokenizer(tokenizer, name: str) -> None:
@@ -49,6 +50,20 @@ def check_tokens(data: EncodedExamples, model: Model, max_length: int) -> None:
     if positions is not None and longest > positions:
         given = f"{max_length}; a text has {longest} tokens"
         raise ArgumentError("max_length", given, f"at most {positions}, the positions of the model")
+
+
+def check_generation(data: EncodedExamples, model: Model, max_new_tokens: int) -> None:
+    """Reject prompts after which a model has too few positions for a completion.
+
+    Raises:
+        ArgumentError: see above.
+    """
+    positions = most_tokens(model.module)
+    longest = max(map(len, prompt_tokens(model.tokenizer, data.examples)))
+    if positions is not None and longest + max_new_tokens > positions:
+        given = f"{max_new_tokens}; a prompt has {longest} tokens"
+        accepted = f"a completion within the model's {positions} positions"
+        raise ArgumentError("max_new_tokens", given, accepted)
 
 
 def most_tokens(module: nn.Module) -> int | None:

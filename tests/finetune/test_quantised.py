@@ -5,10 +5,19 @@ import sys
 
 import pytest
 import torch
-from finetune_runs import finetune, prepare, stop_at, train, train_method, trained_names
+from finetune_runs import (
+    finetune,
+    prepare,
+    runner_of,
+    stop_at,
+    train,
+    train_method,
+    trained_names,
+)
 
 from deltadiff.finetune import training
 from deltadiff.finetune.methods.table import METHODS
+from deltadiff.finetune.training_setup import FirstStage
 from deltadiff.layers.lora_layers import lora_layers
 
 transformers = pytest.importorskip("transformers")
@@ -17,11 +26,11 @@ pytest.importorskip("matplotlib")
 pytest_plugins = ["tiny_models"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FACTORED = ["--w-update", "factored"]
-WORDS = {
-    "lora": [], "lora-alpha-control": [], "lora-peft": [], "adalora": [], "dylora": [],
-    "delta-lora": FACTORED, "delta-lora-factored": [], "diffora-random": [],
-    "diffora": [], "diffora-no-sharing": [], "diffora-delta-lora": FACTORED,
+FACTORED = {"w_update": "factored"}
+METHODS_WITH = {
+    "lora": {}, "lora-alpha-control": {}, "lora-peft": {}, "adalora": {}, "dylora": {},
+    "delta-lora": FACTORED, "delta-lora-factored": {}, "diffora-random": {},
+    "diffora": {}, "diffora-no-sharing": {}, "diffora-delta-lora": FACTORED,
 }  # fmt: skip
 
 
@@ -32,20 +41,36 @@ def bnb():
 
 def test_every_method_that_leaves_an_adapter_is_tried():
     adapters = {name for name, method in METHODS.items() if method.adapter_formats}
-    assert adapters - {"delta-lora-nearest"} == set(WORDS)  # which is in place
+    assert adapters - {"delta-lora-nearest"} == set(METHODS_WITH)  # which is in place
 
 
-@pytest.mark.parametrize("method", WORDS)
-def test_adapters_learn_beside_4_bits(method, bnb, bert, reviews, tmp_path):
+@pytest.mark.parametrize("method", METHODS_WITH)
+def test_adapters_are_trained_and_the_weights_stay(method, bnb, bert, reviews, tmp_path, capsys):
     if method == "lora-peft":
         pytest.importorskip("peft")
-    words = ["--load-in-4bit", "--steps", "60", "--start-step", "3", *WORDS[method]]
-    words += ["--search-rounds", "3"] if method.startswith("diffora") else []
-    result = train_method(tmp_path / "out", method, bert, reviews, *words)
-    assert result["after"]["loss"] < 0.9 * result["before"]["loss"]
+    more = {"search_rounds": 1, "inner_steps": 1, "start_step": 0, "batch_size": 4}
+    more |= METHODS_WITH[method] | {"load_in_4bit": True}
+    inputs, setup = prepare(method, bert, reviews, **more)
+    setup = setup.run(tmp_path) if isinstance(setup, FirstStage) else setup
+    before = {name: p.clone() for name, p in setup.module.named_parameters()}
+    runner, scaler = runner_of(inputs, setup), torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(3):
+        training._backward(runner, setup, scaler, inputs.train, list(range(4)), 4)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+    same = {n for n, p in setup.module.named_parameters() if torch.equal(p, before[n])}
+    trained = trained_names(setup.module)
+    assert same >= before.keys() - trained and len(trained - same) > 10
+    assert sum(before[name].dtype == torch.uint8 for name in same) >= 12
+
+
+def test_a_run_learns(bnb, bert, reviews, tmp_path):
+    words = ["--load-in-4bit", "--steps", "40", "--start-step", "3"]
+    result = train_method(tmp_path / "out", "delta-lora-factored", bert, reviews, *words)
+    assert result["after"]["loss"] < 0.95 * result["before"]["loss"]
     assert result["similarity"] and result["weight_update"] is None
     for blocks in result["similarity"].values():
-        assert all(0.1 < cosine < 1 for cosine in blocks.values())
+        assert all(0.1 < cosine < 1 + 1e-6 for cosine in blocks.values())
 
 
 @pytest.mark.parametrize(
@@ -79,28 +104,14 @@ def parts(module, head: str) -> list[str]:
     return [name for name, _ in module.get_submodule(head).named_parameters()]
 
 
-def test_the_weights_stay_as_they_are(bnb, llama, reviews):
-    _, setup = prepare(
-        "delta-lora-factored", llama, reviews, load_in_4bit=True, label_column=None, start_step=0
-    )
-    weights = {n: p.clone() for n, p in setup.module.named_parameters() if not p.requires_grad}
-    ids = torch.arange(3, 20).view(1, -1)
-    for _ in range(3):
-        setup.module(input_ids=ids, labels=ids).loss.backward()
-        setup.optimizer.step()
-        setup.optimizer.zero_grad()
-    after = dict(setup.module.named_parameters())
-    assert weights and all(torch.equal(w, after[name]) for name, w in weights.items())
-
-
-@pytest.mark.parametrize("method", ["lora", "delta-lora-factored"])
-def test_a_run_is_resumed(method, bnb, llama, reviews, tmp_path, monkeypatch):
-    words = ["--method", method, "--load-in-4bit", "--dtype", "bfloat16", "--steps", "8"]
-    words += ["--gradient-checkpointing", "--gradient-accumulation", "2", "--batch-size", "4"]
+def test_a_run_is_resumed(bnb, llama, reviews, tmp_path, monkeypatch):
+    words = ["--method", "delta-lora-factored", "--load-in-4bit", "--dtype", "bfloat16"]
+    words += ["--steps", "5", "--start-step", "1", "--gradient-checkpointing"]
+    words += ["--gradient-accumulation", "2", "--batch-size", "2", "--eval-batch-size", "40"]
     whole = train(llama, reviews, tmp_path / "whole", *words, labels=False)
-    fixed = ["--lr", "0.01", "--start-step", "3", "--device", "cpu", "--output", tmp_path / "out"]
+    fixed = ["--lr", "0.01", "--device", "cpu", "--output", tmp_path / "out"]
     with monkeypatch.context() as patch:
-        stop_at(patch, training, 6)
+        stop_at(patch, training, 4)
         assert finetune(llama, reviews, *words, *fixed) == 130
     assert finetune("--resume", tmp_path / "out") == 0
     parts = json.loads((tmp_path / "out" / "result.json").read_text())

@@ -1,12 +1,13 @@
 """Settings that contradict each other are refused before anything is read."""
 
+import dataclasses
 import json
 
 import pytest
 
-from deltadiff.errors import ArgumentError
+from deltadiff.errors import ArgumentError, CheckpointError
 from deltadiff.finetune.methods.table import METHODS
-from deltadiff.finetune.settings import make_settings, read_settings
+from deltadiff.finetune.settings import Settings, make_settings, read_settings
 
 
 def refusal(method: str, **more) -> str:
@@ -58,3 +59,20 @@ def test_settings_of_older_runs_have_the_defaults_of_new_options(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"model": "m", "data": "d", "r": 3}))
     settings = read_settings(tmp_path)
     assert (settings.r, settings.gradient_accumulation, settings.step_size) == (3, 1, 32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": "3"}, {"steps": 2.5}, {"steps": None}, {"steps": True}, {"lr": "fast"},
+        {"regression": 1}, {"method": None}, {"text_column": 3}, {"init_r": [4]}, {"model": None},
+        {"load_in_4bit": "yes"}, {"no_such": 1},
+    ],
+)  # fmt: skip
+def test_settings_of_the_wrong_type(change, tmp_path):
+    good = dataclasses.asdict(Settings("m", "d", init_r=4, lr=1))
+    (tmp_path / "settings.json").write_text(json.dumps(good))
+    assert read_settings(tmp_path) == Settings("m", "d", str(tmp_path), init_r=4, lr=1)
+    (tmp_path / "settings.json").write_text(json.dumps(good | change))
+    with pytest.raises(CheckpointError, match="settings.json: got"):
+        read_settings(tmp_path)

@@ -1,6 +1,7 @@
 """Tokenizers that do not belong to their model, and texts that are too long for it."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from finetune_runs import finetune
@@ -83,6 +84,25 @@ def test_texts_longer_than_the_positions(bert, tmp_path, capsys):
     words = [bert, tmp_path / "a.csv", "--label-column", "label"]
     text = told(capsys, tmp_path, *words)
     assert "max_length: got 128; a text has 70 tokens; accepted: at most 64, the positions" in text
+
+
+def test_no_positions_for_a_completion(tmp_path, bert, capsys):
+    config = transformers.GPT2Config(
+        vocab_size=23,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=20,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    for path in Path(bert).glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "model")
+    (tmp_path / "a.csv").write_text("prompt,text\n" + "a film is,great\n" * 20)
+    words = ["--prompt-column", "prompt", "--generate", "1", "--max-new-tokens", "18"]
+    text = told(capsys, tmp_path, tmp_path / "model", tmp_path / "a.csv", *words)
+    assert "max_new_tokens: got 18; a prompt has 3 tokens; accepted: a completion within" in text
 
 
 def test_the_positions_of_models():

@@ -120,5 +120,7 @@ def _is_comparison(output: Path) -> bool:
 def _check_input(settings: Settings) -> None:
     """Load text and model once: an error in them would otherwise become a note of every run."""
     with contextlib.redirect_stdout(None):
-        load_inputs(settings)
+        skipped = load_inputs(settings).skipped
+    if skipped:
+        print(f"skipped: {skipped}")
     free_memory(device_of(settings))

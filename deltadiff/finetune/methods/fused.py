@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import ArgumentError
 from ...layers.adapter_file import load_adapter, save_adapter
+from ...layers.peft_files.export import export_peft
 from ...layers.swap import swap_
 from ...optim.adalora import AdaLoRA, swap_adalora_
 from ...optim.delta_lora import DeltaLoRA
@@ -122,8 +123,6 @@ def _adapter_setup(
 
 def _keep_for_peft(module: nn.Module, folder: Path) -> None:
     """Write PEFT's format; where that cannot be, the trained adapter is kept in deltadiff's."""
-    from ...layers.export_peft import export_peft
-
     try:
         print(export_peft(module, folder))
     except ArgumentError as error:

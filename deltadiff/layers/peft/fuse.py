@@ -86,7 +86,7 @@ def unfuse_(model: nn.Module) -> None:
             raise SwapError(name, given, accepted)
     for layer in layers.values():
         for name in ("deltas", "backend", "_route"):
-            vars(layer).pop(name, None)
+            layer.__dict__.pop(name, None)
         layer.__class__ = lora.Linear
     for module in model.modules():
         if isinstance(module, LoraModel):

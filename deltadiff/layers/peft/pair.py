@@ -12,28 +12,30 @@ from ..pending_delta import PendingDelta
 from .rules import active_adapters, kind_of, why_peft
 
 if TYPE_CHECKING:
+    from ..linear import LinearLayer
     from .fused_linear import FusedLinear
 
 
 class PeftPair:
     """The view of adapter ``name`` of ``layer``; equal to every other view of the same adapter."""
 
-    gate = None
-    share_group = None
+    gate: Tensor | None = None
+    share_group: str | None = None
     in_peft = True
 
     def __init__(self, layer: "FusedLinear", name: str):
         self.layer, self.name = layer, name
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, PeftPair) and other.layer is self.layer
-        return same and other.name == self.name
+        if not isinstance(other, PeftPair):
+            return NotImplemented
+        return other.layer is self.layer and other.name == self.name
 
     def __hash__(self) -> int:
         return hash((self.layer, self.name))
 
     @property
-    def holder(self) -> nn.Module:
+    def holder(self) -> "LinearLayer":
         return self.layer.get_base_layer()
 
     @property

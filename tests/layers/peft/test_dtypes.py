@@ -1,4 +1,4 @@
-"""Base weights, adapters, inputs and autocast of all dtypes: as near to float64 as PEFT, and fast."""
+"""Bases, adapters, inputs and autocast of all dtypes: as near to float64 as PEFT is, and fast."""
 
 import peft
 import pytest
