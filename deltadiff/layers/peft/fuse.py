@@ -19,27 +19,36 @@ class LoraModel(lora.LoraModel):
     The name is PEFT's too, for its ``get_model_status`` tells it.
     """
 
-    def _check_kept(self, call: str) -> None:
+    def _check_kept(self, call: str, in_use: Collection[str]) -> None:
         for layer in self.modules():
             if isinstance(layer, FusedLinear):
-                check_kept(call, layer.changed_weight())
+                check_kept(call, layer.changed_weight(), in_use)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        layers = [layer for layer in self.modules() if isinstance(layer, FusedLinear)]
+        for layer in layers:
+            layer.keeps_active = True
+        try:
+            super().inject_adapter(*args, **kwargs)
+        finally:
+            for layer in layers:
+                del layer.keeps_active
 
     def disable_adapter_layers(self) -> None:
-        self._check_kept("disable_adapter")
+        self._check_kept("disable_adapter", ())
         super().disable_adapter_layers()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        if set(names) != set(self.active_adapters):
-            self._check_kept("set_adapter")
+        self._check_kept("set_adapter", names)
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._check_kept("delete_adapter")
+        self._check_kept("delete_adapter", self.peft_config.keys() - {adapter_name})
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
-        self._check_kept("unload")
+        self._check_kept("unload", ())
         return super().unload()
 
     def add_weighted_adapter(
@@ -47,7 +56,7 @@ class LoraModel(lora.LoraModel):
         combination_type: str = "svd", *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
         """PEFT's. Only its combinations by SVD read what Delta-LoRA holds beside A and B."""
-        self._check_kept("add_weighted_adapter")
+        self._check_kept("add_weighted_adapter", self.peft_config.keys() - set(adapters))
         for layer in self.modules():
             held = layer.deltas if isinstance(layer, FusedLinear) else {}
             changed = [n for n in adapters if n in held and held[n].changes_model()]
