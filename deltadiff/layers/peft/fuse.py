@@ -1,7 +1,6 @@
 """`fuse_` and `unfuse_`: give PEFT's layers in a model the fused forward pass, and take it away."""
 
 from collections.abc import Collection
-from typing import Any
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,63 +9,7 @@ from torch import nn
 from ...errors import SwapError
 from .fused_linear import FusedLinear
 from .rules import kind_of
-from .update_guards import check_kept
-
-
-class LoraModel(lora.LoraModel):
-    """PEFT's, which asks all layers before a call changes the first of them.
-
-    The name is PEFT's too, for its ``get_model_status`` tells it.
-    """
-
-    def _check_kept(self, call: str, in_use: Collection[str]) -> None:
-        for layer in self.modules():
-            if isinstance(layer, FusedLinear):
-                check_kept(call, layer.changed_weight(), in_use)
-
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        layers = [layer for layer in self.modules() if isinstance(layer, FusedLinear)]
-        for layer in layers:
-            layer.keeps_active = True
-        try:
-            super().inject_adapter(*args, **kwargs)
-        finally:
-            for layer in layers:
-                del layer.keeps_active
-
-    def disable_adapter_layers(self) -> None:
-        self._check_kept("disable_adapter", ())
-        super().disable_adapter_layers()
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self._check_kept("set_adapter", names)
-        super().set_adapter(adapter_name, inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self._check_kept("delete_adapter", self.peft_config.keys() - {adapter_name})
-        super().delete_adapter(adapter_name)
-
-    def unload(self) -> nn.Module:
-        self._check_kept("unload", ())
-        return super().unload()
-
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str,
-        combination_type: str = "svd", *args: Any, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        """PEFT's. Only its combinations by SVD read what Delta-LoRA holds beside A and B."""
-        self._check_kept("add_weighted_adapter", self.peft_config.keys() - set(adapters))
-        for layer in self.modules():
-            held = layer.deltas if isinstance(layer, FusedLinear) else {}
-            changed = [n for n in adapters if n in held and held[n].changes_model()]
-            if changed and "svd" not in combination_type:
-                given = f"{combination_type!r} of {changed[0]!r}, which Delta-LoRA trained"
-                accepted = "a combination by svd, or adapters that `export_peft` wrote"
-                raise SwapError("combination_type", given, accepted)
-        super().add_weighted_adapter(
-            adapters, weights, adapter_name, combination_type, *args, **kwargs
-        )
+from .tuner_models import TUNER_MODELS
 
 
 def fuse_(layers: Collection[lora.Linear], model: nn.Module, backend: str | None) -> None:
@@ -77,8 +20,8 @@ def fuse_(layers: Collection[lora.Linear], model: nn.Module, backend: str | None
             layer.deltas = {}
         layer.backend = backend
     for module in model.modules():
-        if type(module) is lora.LoraModel:
-            module.__class__ = LoraModel
+        if type(module) in TUNER_MODELS:
+            module.__class__ = TUNER_MODELS[type(module)]
 
 
 def unfuse_(model: nn.Module) -> None:
@@ -97,9 +40,10 @@ def unfuse_(model: nn.Module) -> None:
         for name in ("deltas", "backend", "_route"):
             layer.__dict__.pop(name, None)
         layer.__class__ = lora.Linear
+    pefts = {ours: theirs for theirs, ours in TUNER_MODELS.items()}
     for module in model.modules():
-        if isinstance(module, LoraModel):
-            module.__class__ = lora.LoraModel
+        if type(module) in pefts:
+            module.__class__ = pefts[type(module)]
 
 
 def why_not_fusable(module: nn.Module) -> str | None:
