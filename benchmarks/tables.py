@@ -169,6 +169,12 @@ def families_table(records: Records) -> str:
     return f"\n{'; '.join(versions)}:\n\n{markdown_table(header, *rows)}\n"
 
 
+def peft_calls_table(records: Records) -> str:
+    """A line for each call of PEFT, a column for each method."""
+    rows = [[r["call"], *r["outcomes"].values()] for r in records]
+    return markdown_table(["call", *records[0]["outcomes"]], *rows)
+
+
 # ------------------------------------------------------------------ the table of README.md
 
 # Machines and dtypes are not mixed in one table.
@@ -255,6 +261,7 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),
         "model": (partial(by_machine, table=model_table), measured("model")),
         "search": (partial(by_machine, table=search_table), measured("search")),
+        "peft calls": (peft_calls_table, lambda r: r["op"] == "peft_call"),
         "families": (families_table, lambda r: r["op"] == "families"),
         "compare": (compare_tables, lambda r: r["op"] == "compare"),
     },

@@ -79,6 +79,8 @@ def compare_mixed(first, second):
     assert_equal_runs(run(plain, x, output_of), found)
     paths = layers_named(swapped, report)
     assert {name for name, path in paths.items() if path != "peft"} == set(calls)
+    merged = [output_of(model.merge_and_unload(), x) for model in (plain, swapped)]
+    torch.testing.assert_close(merged[1], merged[0], rtol=1e-12, atol=1e-12)
     return [name.removeprefix("base_model.model.") for name in calls], str(report)
 
 
