@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Collection, Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _LOADING = {
 
 
 def _is_loading() -> bool:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         function = frame.f_globals.get("__name__"), frame.f_code.co_name
         if function in _LOADING:
