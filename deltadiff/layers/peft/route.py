@@ -77,7 +77,10 @@ class Route:
             return False
         w, given = self.weight, type(x)
         stored, adapter = self._dtypes
-        if w.requires_grad or w.dtype is not stored or self.factors[0][0].dtype is not adapter:
+        a, b, _ = self.factors[0]
+        if w.requires_grad or w.dtype is not stored:
+            return False
+        if a.dtype is not adapter or b.dtype is not adapter:
             return False
         if (given is not Tensor and given is not nn.Parameter) or x.device != w.device:
             return False

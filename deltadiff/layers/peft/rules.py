@@ -122,7 +122,8 @@ def _why_not_tensors(
         given = compute = torch.get_autocast_dtype(weight.device.type)
     accepted = (compute, torch.float32) if compute in HALF_DTYPES else (compute,)
     if any(t.dtype not in accepted or t.dtype != factors[0].dtype for t in factors):
-        return f"its adapters are {factors[0].dtype} beside {compute}"
+        dtypes = dict.fromkeys(str(t.dtype) for t in factors)
+        return f"its adapters are {' and '.join(dtypes)} beside {compute}"
     if not layer.cast_input_dtype_enabled and factors[0].dtype != given:
         return "the cast of its input is disabled"
     if x is None:

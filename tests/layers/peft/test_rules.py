@@ -111,6 +111,10 @@ STATES = {
     "A in float32": (
         lambda m: layer_of(m).lora_A["default"].float(), 1, "its adapters are torch.float32",
     ),
+    "B in float32": (
+        lambda m: layer_of(m).lora_B["default"].float(), 1,
+        "its adapters are torch.float64 and torch.float32 beside torch.float64",
+    ),
     "frozen A": (lambda m: layer_of(m).lora_A["default"].weight.requires_grad_(False), 2, None),
     "no cast, the dtypes agree": (
         lambda m: setattr(layer_of(m), "cast_input_dtype_enabled", False), 2, None,
