@@ -12,6 +12,7 @@ from family_runs import (
     outputs,
     randomise,
     run,
+    swap_takes_all_linear,
     swapped,
     why_not_fused,
     with_peft,
@@ -22,7 +23,11 @@ from torch.testing import assert_close
 from deltadiff import swap_
 from deltadiff.errors import ArgumentError
 
+NOT_YET = pytest.mark.xfail(
+    strict=True, reason="the method that reads the weight is not called by its module's forward"
+)
 ROUNDINGS = {"rtol": 1e-10, "atol": 1e-12}  # of runs in float64
+FACTOR = 5  # Between two right orders of summation, errors of such small models differ threefold.
 
 
 def assert_equal(found, expected):
@@ -57,11 +62,10 @@ def test_float32_is_as_close_to_float64_as_pefts(family):
     inputs = family.inputs(dtype)
     mine, eager = run(swapped(family, dtype), inputs), run(with_peft(family, dtype), inputs)
     truth = pefts_run(family, training=False)
-    assert_close_to_truth(mine.outputs, eager.outputs, truth.outputs.double(), 2)
-    assert_close_to_truth(mine.gradient, eager.gradient, truth.gradient, 3)
+    assert_close_to_truth(mine.outputs, eager.outputs, truth.outputs.double(), FACTOR)
+    assert_close_to_truth(mine.gradient, eager.gradient, truth.gradient, FACTOR)
 
 
-@pytest.mark.filterwarnings("ignore:no layer of this model became faster")  # Falcon's
 def test_pefts_own_model_gives_the_same_when_it_is_swapped(family):
     model, inputs = all_linear(family), family.inputs()
     before = [run(model, inputs, training) for training in (False, True)]
@@ -76,7 +80,7 @@ def test_pefts_own_model_gives_the_same_when_it_is_swapped(family):
 def test_checkpointed_activations_give_the_same_gradients(family):
     model, inputs = swapped(family), family.inputs()
     if not model.supports_gradient_checkpointing:
-        return
+        pytest.skip("transformers has no checkpointing for this family")
     plain = run(model, inputs, training=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_equal(run(model, inputs, training=True), plain)
@@ -108,11 +112,14 @@ def test_generated_text_is_pefts(family):
     assert_close(found, expected, **ROUNDINGS)
 
 
-LEFT = [f for f in FAMILIES.values() if f.no_pair and f.name != "qwen3_next"]
+LEFT = [
+    pytest.param(f, id=f.name, marks=[NOT_YET] * (f.name == "gemma3n_text"))
+    for f in FAMILIES.values()
+    if f.no_pair and swap_takes_all_linear(f)
+]
 
 
-@pytest.mark.parametrize("family", LEFT, ids=[f.name for f in LEFT])
-@pytest.mark.xfail(strict=True, reason="`swap_` puts pairs on layers that the model does not call")
+@pytest.mark.parametrize("family", LEFT)
 def test_all_linear_leaves_alone_what_the_model_does_not_call(family):
     names = [row.module for row in swap_(family.build(), r=2).rows]
     assert names and not [name for name in names if name_ends(name, family.no_pair)]
