@@ -153,6 +153,22 @@ def compare_tables(records: Records) -> str:
     return "\n" + "\n\n".join(parts) + "\n"
 
 
+def families_table(records: Records) -> str:
+    """A line for each family of models: what can have a pair, and what cannot."""
+    rows = []
+    for r in records:
+        left = [f"{kind} {x:.1%}" for kind, x in r["shares"].items() if kind != "adapted"]
+        left = [text for text in left if not text.endswith(" 0.0%")]
+        fused = [f"{r['fused']} of {r['peft_layers']}{'' if r['peft_all_linear'] else ' (named)'}"]
+        fused += [f"{count} not: {why}" for why, count in r["others"].items()]
+        share = f"{r['shares'].get('adapted', 0):.1%}"
+        size = f"{r['weights'] / 1e6:,.0f} M"
+        rows.append([r["model"], size, str(r["layers"]), share, ", ".join(left), "; ".join(fused)])
+    header = ["model", "weights", "layers adapted", "of the weight", "not adapted", "fused in PEFT"]
+    versions = sorted({f"transformers {r['transformers']}, PEFT {r['peft']}" for r in records})
+    return f"\n{'; '.join(versions)}:\n\n{markdown_table(header, *rows)}\n"
+
+
 # ------------------------------------------------------------------ the table of README.md
 
 # Machines and dtypes are not mixed in one table.
@@ -239,6 +255,7 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),
         "model": (partial(by_machine, table=model_table), measured("model")),
         "search": (partial(by_machine, table=search_table), measured("search")),
+        "families": (families_table, lambda r: r["op"] == "families"),
         "compare": (compare_tables, lambda r: r["op"] == "compare"),
     },
 }

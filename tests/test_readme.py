@@ -94,12 +94,12 @@ def test_adalora_and_dylora(run, llama):
         other(**batch)
 
 
-def test_verify(run, randn, capsys):
+def test_commands(run, randn, capsys):
     given = {"x": randn(4, 24), "weight": randn(16, 24)}
     given |= {"lora_A": randn(2, 24), "lora_B": randn(16, 2)}
     names = run("Commands", "", deltadiff=deltadiff, **given)
-    assert names["ok"] and names["y"].shape == (4, 16)
-    assert "lora_linear" in capsys.readouterr().out
+    assert names["y"].shape == (4, 16)
+    assert "CPU: native C++" in capsys.readouterr().out
 
 
 def commands() -> list[str]:

@@ -216,11 +216,14 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
     if delta.past_updates is None:
         given = "an update of W under too many values of update_ratio to be kept as factors"
         raise SwapError(name, given, "`merge_`, then save the whole model")
-    if delta.started():
+    past = list(delta.past_updates)
+    if delta.started() and delta.scaling == layer.scaling:
         entry["update_ratio"] = delta.update_ratio
         tensors |= {f"{name}.anchor_A": delta.anchor_A, f"{name}.anchor_B": delta.anchor_B}
-    entry["folded"] = len(delta.past_updates)
-    for i, product in enumerate(delta.past_updates):
+    elif delta.started():  # the entry has one scaling, which is that of the pair
+        past.append(delta.product(layer.lora_A, layer.lora_B))
+    entry["folded"] = len(past)
+    for i, product in enumerate(past):
         tensors |= {f"{name}.folded_A.{i}": product.A, f"{name}.folded_B.{i}": product.B}
     return entry
 
@@ -294,7 +297,13 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
         for i in range(entry["folded"])
     ]  # fmt: skip
     layer.delta = PendingDelta(
-        anchor_A, anchor_B, ratio or 0.0, scale, in_weight=False, past_updates=folded
+        anchor_A,
+        anchor_B,
+        ratio or 0.0,
+        layer.scaling,
+        scale,
+        in_weight=False,
+        past_updates=folded,
     )
 
 

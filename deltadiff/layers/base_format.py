@@ -29,15 +29,15 @@ class BaseFormat:
     """What a layer whose weight is stored in this format can do.
 
     Attributes:
-        forward: computes y from (layer, x, A, B, gate, dropout), for x (..., in_features),
-            A (rank, in_features), B (out_features, rank), gate None or on the rank, and the
-            probability of dropout.
+        forward: computes y from (layer, x, A, B, scaling, gate, dropout), for x (...,
+            in_features), A (rank, in_features), B (out_features, rank), gate None or on the rank,
+            and the probability of dropout.
         quantised: True where no kernel of `lora_linear` can multiply by the weight.
         writable: whether an update may be written into the weight.
         adapter_dtypes: the dtypes that A and B may have, the default last.
     """
 
-    forward: Callable[["LoraLinear", Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+    forward: Callable[["LoraLinear", Tensor, Tensor, Tensor, float, Tensor | None, float], Tensor]
     quantised: bool
     writable: bool
     adapter_dtypes: tuple[torch.dtype, ...]
@@ -75,20 +75,30 @@ def fused_branch(
 
 
 def _fused(
-    layer: "LoraLinear", x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, dropout: float
+    layer: "LoraLinear",
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    dropout: float,
 ) -> Tensor:
-    return fused_branch(
-        x, layer.matrix, layer.bias, a, b, layer.scaling, gate, dropout, layer.backend
-    )
+    return fused_branch(x, layer.matrix, layer.bias, a, b, scaling, gate, dropout, layer.backend)
 
 
 def _beside_base_layer(
-    layer: "LoraLinear", x: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, dropout: float
+    layer: "LoraLinear",
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     """The output of the base layer plus the low-rank branch, in the dtype of x."""
     s = nn.functional.dropout(x, dropout) @ a.to(x.dtype).T
     s = s if gate is None else s * gate.to(x.dtype)
-    return layer.base_layer(x) + layer.scaling * (s @ b.to(x.dtype).T)
+    return layer.base_layer(x) + scaling * (s @ b.to(x.dtype).T)
 
 
 def _dense(dtype: torch.dtype) -> BaseFormat:

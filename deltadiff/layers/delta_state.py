@@ -16,12 +16,13 @@ from .pending_delta import LowRankFactors, PendingDelta
 def delta_to_state(delta: PendingDelta, prefix: str) -> dict[str, Tensor]:
     """The tensors that `take_saved_delta` reads, by name; none shares memory with another.
 
-    ``numbers`` holds lambda, whether W holds the update, the number of past updates (-1: too
-    many to keep), and for each of these whether W holds it.
+    ``numbers`` holds lambda, the scaling, whether W holds the update, the number of past updates
+    (-1: too many to keep), and for each of these whether W holds it.
     """
     past = delta.past_updates
     count = -1 if past is None else len(past)
-    numbers = [delta.update_ratio, delta.in_weight, count, *(p.in_weight for p in past or ())]
+    numbers = [delta.update_ratio, delta.scaling, delta.in_weight, count]
+    numbers += [p.in_weight for p in past or ()]
     state = {
         "anchor_A": delta.anchor_A, "anchor_B": delta.anchor_B,
         "rank_scale": delta.rank_scale.clone(),
@@ -37,14 +38,14 @@ def take_saved_delta(state: dict[str, Tensor], prefix: str) -> PendingDelta | No
     found = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
     if not found:
         return None
-    ratio, in_weight, count, *past_in_weight = found["numbers"].tolist()
+    ratio, scaling, in_weight, count, *past_in_weight = found["numbers"].tolist()
     past = [
         LowRankFactors(found[f"past_B.{i}"], found[f"past_A.{i}"], bool(written))
         for i, written in enumerate(past_in_weight)
     ]
     return PendingDelta(
-        found["anchor_A"].clone(), found["anchor_B"].clone(), ratio, found["rank_scale"].clone(),
-        bool(in_weight), past_updates=None if count < 0 else past,
+        found["anchor_A"].clone(), found["anchor_B"].clone(), ratio, scaling,
+        found["rank_scale"].clone(), bool(in_weight), past_updates=None if count < 0 else past,
     )  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def load_delta(
     """Make the update of a layer the saved one; None: there is none.
 
     A delta that is there is changed in place, because an optimizer may hold its tensors. What was
-    saved under another lambda, or before this run started, becomes a past update.
+    saved under another lambda or scaling, or before this run started, becomes a past update.
 
     Args:
         lora_A, lora_B: the pair as it was saved.
@@ -71,12 +72,12 @@ def load_delta(
         return
     check_loadable(own, saved)
     same = saved is not None and saved.started() == own.started()
-    if saved is not None and same and (saved.update_ratio == own.update_ratio or not own.started()):
+    if saved is not None and same and (saved.factor() == own.factor() or not own.started()):
         anchors, own.past_updates = (saved.anchor_A, saved.anchor_B), saved.past_updates
     else:
         anchors, own.past_updates = (lora_A, lora_B), [] if saved is None else saved.past_updates
         if saved is not None and saved.started() and own.past_updates is not None:
-            own.past_updates.append(saved.product(lora_A, lora_B, layer.scaling))
+            own.past_updates.append(saved.product(lora_A, lora_B))
     own.anchor_A.copy_(anchors[0])
     own.anchor_B.copy_(anchors[1])
     follow_module(own, layer.lora_A)

@@ -38,17 +38,26 @@ class LoraLayer(Protocol):
         swapped_in: False once the layer was taken out of the model, or the pair out of the layer.
     """
 
-    out_features: int
-    in_features: int
-    r: int
-    lora_alpha: float
-    gate: Tensor | None
-    share_group: str | None
     delta: PendingDelta | None
-    active: bool
-    in_peft: bool
-    swapped_in: bool
 
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def r(self) -> int: ...
+    @property
+    def lora_alpha(self) -> float: ...
+    @property
+    def gate(self) -> Tensor | None: ...
+    @property
+    def share_group(self) -> str | None: ...
+    @property
+    def active(self) -> bool: ...
+    @property
+    def in_peft(self) -> bool: ...
+    @property
+    def swapped_in(self) -> bool: ...
     @property
     def weight(self) -> Tensor: ...
     @property

@@ -143,7 +143,7 @@ class LoraLinear(HoldsPairs, LayerState):
     def forward(self, x: Tensor) -> Tensor:
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
-        gate, dropout = self.gate, 0.0
+        scaling, gate, dropout = self.scaling, self.gate, 0.0
         if self.training:
             dropout = self.lora_dropout
             if self.training_gate is not None:
@@ -154,8 +154,8 @@ class LoraLinear(HoldsPairs, LayerState):
             if dropout:
                 given = f"lora_dropout={dropout} on a layer whose branch holds a Delta-LoRA update"
                 raise SwapError("lora_dropout", given, "0, or `merge_` first and swap again")
-            a, b, gate = self.branch_delta.stack(a, b, self.scaling)
-        return base_format(self.weight).forward(self, x, a, b, gate, dropout)
+            a, b, gate, scaling = self.branch_delta.stack(a, b, scaling)
+        return base_format(self.weight).forward(self, x, a, b, scaling, gate, dropout)
 
     def extra_repr(self) -> str:
         dropout = f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""

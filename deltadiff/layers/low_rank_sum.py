@@ -53,7 +53,7 @@ def _products(name: str, pair: LoraLayer) -> list[LowRankFactors]:
             raise SwapError(name, given, "`merge_`, then save the whole model")
         products += [p for p in delta.past_updates if p.in_weight]
         if delta.in_weight and delta.started():
-            products.append(delta.product(pair.lora_A, pair.lora_B, pair.scaling))
+            products.append(delta.product(pair.lora_A, pair.lora_B))
     return products
 
 

@@ -41,6 +41,8 @@ class PendingDelta:
     Attributes:
         anchor_A, anchor_B: A_k and B_k, of the shapes and dtype of lora_A and lora_B.
         update_ratio: lambda.
+        scaling: s, as it was when this update began. The layer's own may change later, for instance
+            by PEFT's ``set_scale``, and scales the pair alone.
         rank_scale: (2r,) on the device: 1 + lambda (r times), -lambda (r times) once the updates
             have started, before that 1 and 0. A tensor, so that starting needs no host read.
         in_weight: True where W holds the update, False where the forward pass adds it.
@@ -52,6 +54,7 @@ class PendingDelta:
     anchor_A: Tensor
     anchor_B: Tensor
     update_ratio: float
+    scaling: float
     rank_scale: Tensor
     in_weight: bool
     remainder: Tensor | None = None
@@ -73,40 +76,47 @@ class PendingDelta:
         """Whether W has been updated. Reads one value from the device."""
         return bool(self.rank_scale[-1] != 0)
 
-    def product(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> LowRankFactors:
+    def factor(self) -> float:
+        """lambda s, the factor of the difference of products."""
+        return self.update_ratio * self.scaling
+
+    def product(self, lora_A: Tensor, lora_B: Tensor) -> LowRankFactors:
         """lambda s (B A - B_k A_k) as two factors of rank 2r, float32 (float64 stays)."""
-        wide, c = self.rank_scale.dtype, self.update_ratio * scaling
+        wide, c = self.rank_scale.dtype, self.factor()
         b = torch.cat([c * lora_B.detach().to(wide), -c * self.anchor_B.to(wide)], dim=1)
         a = torch.cat([lora_A.detach().to(wide), self.anchor_A.to(wide)])
         return LowRankFactors(b, a, self.in_weight)
 
-    def unwritten(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> list[LowRankFactors]:
+    def unwritten(self, lora_A: Tensor, lora_B: Tensor) -> list[LowRankFactors]:
         """What the forward pass adds to W of the update, as factors; reads from the device."""
         found = [p for p in self.past_updates or () if not p.in_weight]
         if not self.in_weight and self.started():
-            found.append(self.product(lora_A, lora_B, scaling))
+            found.append(self.product(lora_A, lora_B))
         return found
 
     def changes_model(self) -> bool:
         """Whether the model is another than its base and its pairs; reads from the device."""
         return self.started() or self.past_updates is None or bool(self.past_updates)
 
-    def added(
-        self, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
-    ) -> list[LowRankFactors]:
+    def added(self, lora_A: Tensor, lora_B: Tensor) -> list[LowRankFactors]:
         """As `unwritten`, without a read from the device: zero before the updates have started."""
         wide, r = self.rank_scale.dtype, lora_A.shape[0]
         factor = self.rank_scale.clone()
         factor[:r] -= 1
-        b = torch.cat([lora_B, self.anchor_B], dim=1).to(wide) * (factor * scaling)
+        b = torch.cat([lora_B, self.anchor_B], dim=1).to(wide) * (factor * self.scaling)
         a = torch.cat([lora_A, self.anchor_A]).to(wide)
         past = [p for p in self.past_updates or () if not p.in_weight]
         return [*past, LowRankFactors(b, a, in_weight=False)]
 
     def stack(
-        self, lora_A: Tensor, lora_B: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, B, rank_scale) of the one low-rank product that the forward pass needs."""
+        self, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """(A, B, gate, scaling) of the one low-rank product that the forward pass needs.
+
+        ``scaling``: s of the pair now. Where it is that of the update too, the rank is the least.
+        """
+        if isinstance(scaling, Tensor) or scaling != self.scaling:
+            return self._stack_apart(lora_A, lora_B, scaling)
         a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.rank_scale)
         scale = self.rank_scale
         added = [p for p in self.past_updates or () if not p.in_weight]
@@ -114,7 +124,21 @@ class PendingDelta:
             b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
             a = torch.cat([a, *(p.A.to(a.dtype) for p in added)])
             scale = torch.cat([scale, scale.new_ones(a.shape[0] - scale.shape[0])])
-        return a, b, scale
+        return a, b, scale, scaling
+
+    def _stack_apart(
+        self, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """As `stack`: the pair with its own scale, and the update, a constant, beside it."""
+        r, wide = lora_A.shape[0], self.rank_scale
+        past = [p for p in self.past_updates or () if not p.in_weight]
+        constant = lora_A.detach(), self.anchor_A, *(p.A.to(lora_A.dtype) for p in past)
+        a = torch.cat([lora_A, *constant])
+        constant = lora_B.detach(), self.anchor_B, *(p.B.to(lora_B.dtype) for p in past)
+        b = torch.cat([lora_B, *constant], dim=1)
+        factors = self.scaling * (wide[:r] - 1), self.scaling * wide[r:]
+        ones = wide.new_ones(a.shape[0] - 3 * r)
+        return a, b, torch.cat([scaling * wide.new_ones(r), *factors, ones]), 1.0
 
 
 class _Stack(torch.autograd.Function):

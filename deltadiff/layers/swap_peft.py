@@ -1,7 +1,7 @@
 """`swap_` on a PEFT model: its layers stay PEFT's and get a faster forward pass."""
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
@@ -11,9 +11,6 @@ from .linear import is_peft
 from .lora_layers import lora_layers
 from .report import SwapReport, swap_report
 from .targets import Targets, choose_modules
-
-if TYPE_CHECKING:
-    from .peft.fused_linear import FusedLinear
 
 
 def swap_peft_(model: nn.Module, target_modules: Targets, backend: str | None) -> SwapReport:
@@ -49,7 +46,7 @@ def swap_peft_(model: nn.Module, target_modules: Targets, backend: str | None) -
     return report
 
 
-def _check_backend(layer: "FusedLinear", backend: str | None) -> None:
+def _check_backend(layer: Any, backend: str | None) -> None:
     """Raise BackendUnavailableError where ``backend`` cannot run a plain adapter of the layer."""
     from .peft.rules import why_peft
 

@@ -80,7 +80,7 @@ def swap_adalora_(
     )  # fmt: skip
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
-        if layer not in before:
+        if layer not in before and isinstance(layer, LoraLinear):
             for p in (layer.lora_A, layer.lora_B):
                 p.copy_(torch.empty(p.shape).normal_(std=INITIAL_STD, generator=generator))
             layer.gate = nn.Parameter(layer.lora_A.new_zeros(init_r))

@@ -318,8 +318,8 @@ class DeltaLoRA(FusedAdamW):
         for update in self.weight_updates:
             for name, layer in update.layers.items() if update.inplace else ():
                 w, saved = layer.weight, stored.get(layer.lora_B)
-                form = None if saved is None else (tuple(saved.shape), saved.dtype)
-                if form != (tuple(w.shape), w.dtype):
+                if saved is None or (saved.shape, saved.dtype) != (w.shape, w.dtype):
+                    form = "none" if saved is None else f"{tuple(saved.shape)} of {saved.dtype}"
                     accepted = f"{tuple(w.shape)} of {w.dtype}, as in this model"
                     raise ArgumentError(f"weight of {name} in state_dict", form, accepted)
                 if saved.data_ptr() != w.data_ptr():

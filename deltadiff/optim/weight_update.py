@@ -92,8 +92,14 @@ class WeightUpdate:
 
     def _update_of(self, layer: LoraLayer) -> LayerUpdate:
         a, b = layer.lora_A, layer.lora_B
-        scale = self.ratio * layer.scaling
+        scale = self.ratio * self._scaling_of(layer)
         return LayerUpdate(layer.matrix, a, b, self.delta[a], self.delta[b], scale)
+
+    def _scaling_of(self, layer: LoraLayer) -> float:
+        """s of the layer when this run began, see `PendingDelta.scaling`."""
+        delta = layer.delta
+        own = delta is not None and self.owns(delta, layer.lora_B)
+        return delta.scaling if delta is not None and own else layer.scaling
 
     # ---------------------------------------------------------------------- a step
 
@@ -159,9 +165,7 @@ class WeightUpdate:
             assert delta is not None  # `bind` gave it
             if started:
                 if delta.update_ratio and delta.past_updates is not None:
-                    delta.past_updates.append(
-                        delta.product(layer.lora_A, layer.lora_B, layer.scaling)
-                    )
+                    delta.past_updates.append(delta.product(layer.lora_A, layer.lora_B))
                     if len(delta.past_updates) > MAX_PAST_UPDATES:
                         delta.past_updates = None  # too many to save; W itself has them
                 delta.anchor_A.copy_(layer.lora_A)
@@ -174,7 +178,7 @@ class WeightUpdate:
         """Let the launches use another lambda from now on."""
         self.ratio = ratio
         for launch, layers in self._launches:
-            launch.rescale([ratio * m.scaling for m in layers])
+            launch.rescale([ratio * self._scaling_of(m) for m in layers])
 
     def _fill_rank_scales(self, ratio: float, started: bool) -> None:
         for r, now in self.rank_scales.items():
@@ -206,7 +210,7 @@ class WeightUpdate:
                 anchor_A.copy_(a)
                 anchor_B.copy_(b)
             delta = layer.delta = PendingDelta(
-                anchor_A, anchor_B, self.ratio, self.rank_scales[layer.r],
+                anchor_A, anchor_B, self.ratio, self._scaling_of(layer), self.rank_scales[layer.r],
                 in_weight=self.inplace, remainder=self.state[b].get("remainder"),
             )  # fmt: skip
             if restored is not None and b in restored:  # with W, it says all that there is
@@ -244,7 +248,7 @@ class WeightUpdate:
         past = None if before.past_updates is None else list(before.past_updates)
         unwritten = [p for p in past or () if not p.in_weight]
         if before.started():
-            pending = before.product(layer.lora_A, layer.lora_B, layer.scaling)
+            pending = before.product(layer.lora_A, layer.lora_B)
             if not pending.in_weight:
                 unwritten.append(pending)
             if past is not None:

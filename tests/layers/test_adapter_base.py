@@ -96,6 +96,7 @@ def test_a_classifiers_adapter_on_the_encoder_alone(tmp_path):
     """transformers puts the encoder's name before those of its layers."""
     model = build("bert")
     swap_(model, r=2, target_modules=["query"], seed=0)
+    model.classifier.requires_grad_(False)  # a head that was trained is in the file
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.lora_B)
     encoder = BertModel(model.config).eval()

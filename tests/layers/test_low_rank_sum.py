@@ -33,11 +33,7 @@ def test_each_value_of_lambda_adds_r(w_update, values):
     now = layer.matrix + layer.scaling * layer.lora_B @ layer.lora_A
     if w_update == "factored":
         past = sum(p.B @ p.A for p in layer.delta.past_updates)
-        now = (
-            now
-            + past
-            + (p := layer.delta.product(layer.lora_A, layer.lora_B, layer.scaling)).B @ p.A
-        )
+        now = now + past + (p := layer.delta.product(layer.lora_A, layer.lora_B)).B @ p.A
     assert_is(layer, now - start, 3 * (values + 1))
 
 
@@ -63,7 +59,8 @@ def test_no_rank_is_above_the_smaller_side():
 
 
 def test_what_has_no_values_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4, device="meta"))
+    model = nn.Sequential(nn.Linear(4, 4))
     swap_(model, r=2)
+    model.to("meta")
     with pytest.raises(ArgumentTypeError, match="0: got a tensor on meta"):
         low_rank_sum("0", [model[0]])

@@ -68,7 +68,7 @@ def merged(model: nn.Module, base: nn.Module, summed: bool = False) -> nn.Module
         if summed:
             start = base.get_submodule(name).weight.double()
             w = start.T if layer.transposed else start
-            products.append(layer.delta.product(layer.lora_A, layer.lora_B, layer.scaling))
+            products.append(layer.delta.product(layer.lora_A, layer.lora_B))
         w = w + sum(p.B.double() @ p.A.double() for p in products)
         truth.get_submodule(name).weight.copy_(w.T if layer.transposed else w)
     return truth
@@ -216,7 +216,8 @@ def dylora(rank=4) -> Case:
     model = copy.deepcopy(base)
     swap_(model, r=4, seed=0)
     optimizer = DyLoRA(model, lr=1e-2)
-    train(model, optimizer)
+    train(model.train(), optimizer)  # the drawn ranks hold in training mode alone
+    model.eval()
     with optimizer.truncated(rank):
         return case(base, model, {rank}, context=optimizer.truncated(rank))
 

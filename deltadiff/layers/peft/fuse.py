@@ -9,11 +9,15 @@ from torch import nn
 
 from ...errors import SwapError
 from .fused_linear import FusedLinear
+from .rules import kind_of
 from .update_guards import check_kept
 
 
 class FusedLoraModel(LoraModel):
     """PEFT's ``LoraModel``, which asks all layers before a call changes the first of them."""
+
+    def _get_name(self) -> str:
+        return LoraModel.__name__
 
     def _check_kept(self, call: str) -> None:
         for layer in self.modules():
@@ -82,7 +86,7 @@ def unfuse_(model: nn.Module) -> None:
             raise SwapError(name, given, accepted)
     for layer in layers.values():
         for name in ("deltas", "backend", "_route"):
-            vars(layer).pop(name, None)
+            layer.__dict__.pop(name, None)
         layer.__class__ = Linear
     for module in model.modules():
         if isinstance(module, FusedLoraModel):
@@ -93,12 +97,15 @@ def why_not_fusable(module: nn.Module) -> str | None:
     """None for a layer of PEFT that `fuse_` takes, else the reason in words."""
     kind = type(module)
     if "forward" in vars(module):
+        holder = getattr(vars(module)["forward"], "__self__", None)
+        if holder is not module and type(holder).__module__.startswith("peft."):
+            return f"{kind_of(holder)}, which holds its forward pass"
         return "hooks that hold its forward pass: call `swap_` before they are put on"
     if kind is Linear or kind is FusedLinear:
         return None
     if isinstance(module, Linear) and kind.__name__.startswith("FSDP"):
         return "it is sharded: call `swap_` before `fully_shard`"
-    return f"PEFT's {kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__}"
+    return kind_of(module)
 
 
 def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -39,6 +39,10 @@ class FusedLinear(HoldsPairs, Linear):
     unmerged: Tensor
     _route: Route | None = None
 
+    def _get_name(self) -> str:
+        """PEFT's name, which `print` shows and PEFT's ``get_layer_status`` reports."""
+        return Linear.__name__
+
     def pairs(self) -> dict[str, LoraLayer]:
         pairs = {name: PeftPair(self, name) for name in self.lora_A}
         return {f"[{name}]" if len(pairs) > 1 else "": pair for name, pair in pairs.items()}
@@ -63,7 +67,7 @@ class FusedLinear(HoldsPairs, Linear):
                     given = f"{dropout} on a layer whose branch holds a Delta-LoRA update"
                     accepted = "0, or the adapter that `export_peft` writes"
                     raise SwapError("lora_dropout", given, accepted)
-                a, b, gate = delta.stack(a, b, s)
+                a, b, gate, s = delta.stack(a, b, s)
             if len(route.names) == 1:
                 if isinstance(s, Tensor):  # made one for hot-swapping without a new compilation
                     return a, b, 1.0, s if gate is None else gate * s, dropout
@@ -85,7 +89,7 @@ class FusedLinear(HoldsPairs, Linear):
             return y
         for name in names:
             a, b = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
-            for p in self.deltas[name].added(a, b, self.scaling[name]):
+            for p in self.deltas[name].added(a, b):
                 s = nn.functional.linear(x, p.A.to(x.dtype))
                 y = y + nn.functional.linear(s, p.B.to(x.dtype)).to(y.dtype)
         return y
@@ -98,7 +102,7 @@ class FusedLinear(HoldsPairs, Linear):
         if delta is None:
             return found
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        for p in delta.unwritten(a, b, self.scaling[adapter]):
+        for p in delta.unwritten(a, b):
             product = p.B @ p.A
             found = found + (product.T if self.fan_in_fan_out else product).to(found.dtype)
         return found

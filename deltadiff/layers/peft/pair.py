@@ -9,31 +9,33 @@ from ..base_format import base_format
 from ..linear import is_conv1d, linear_shape
 from ..lora_layers import HoldsPairs, Place
 from ..pending_delta import PendingDelta
-from .rules import active_adapters, why_peft
+from .rules import active_adapters, kind_of, why_peft
 
 if TYPE_CHECKING:
+    from ..linear import LinearLayer
     from .fused_linear import FusedLinear
 
 
 class PeftPair:
     """The view of adapter ``name`` of ``layer``; equal to every other view of the same adapter."""
 
-    gate = None
-    share_group = None
+    gate: Tensor | None = None
+    share_group: str | None = None
     in_peft = True
 
     def __init__(self, layer: "FusedLinear", name: str):
         self.layer, self.name = layer, name
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, PeftPair) and other.layer is self.layer
-        return same and other.name == self.name
+        if not isinstance(other, PeftPair):
+            return NotImplemented
+        return other.layer is self.layer and other.name == self.name
 
     def __hash__(self) -> int:
         return hash((self.layer, self.name))
 
     @property
-    def holder(self) -> nn.Module:
+    def holder(self) -> "LinearLayer":
         return self.layer.get_base_layer()
 
     @property
@@ -133,5 +135,5 @@ class PeftPair:
         if self.lora_dropout:
             return f"lora_dropout={self.lora_dropout:g}, which Delta-LoRA forbids"
         if self.layer.base_layer is not self.holder:
-            return f"another tuner's layer inside of it: {type(self.layer.base_layer).__name__}"
+            return f"another tuner's layer inside of it: {kind_of(self.layer.base_layer)}"
         return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...checks import HALF_DTYPES
 from ..linear import is_conv1d
-from .rules import active_adapters, why_peft
+from .rules import active_adapters, why_not_now, why_peft
 
 if TYPE_CHECKING:
     from .fused_linear import FusedLinear
@@ -51,6 +51,7 @@ class Route:
         self._places = [(owner, key, owner[key]) for owner, key in owners]
         self._empty = [getattr(m, hooks) for m in modules for hooks in _HOOKS]
         self._attributes = [m.__dict__ for m in modules]
+        self._kinds = [(m, type(m)) for m in modules]
         self._dtypes = self.weight.dtype, self.factors[0][0].dtype
 
     def holds(self, layer: "FusedLinear", x: Tensor) -> bool:
@@ -69,11 +70,16 @@ class Route:
         for attributes in self._attributes:
             if "forward" in attributes:
                 return False
-        w, kind = self.weight, type(x)
+        for module, kind in self._kinds:
+            if module.__class__ is not kind:
+                return False
+        if why_not_now() is not None:
+            return False
+        w, given = self.weight, type(x)
         stored, adapter = self._dtypes
         if w.requires_grad or w.dtype is not stored or self.factors[0][0].dtype is not adapter:
             return False
-        if (kind is not Tensor and kind is not nn.Parameter) or x.device != w.device:
+        if (given is not Tensor and given is not nn.Parameter) or x.device != w.device:
             return False
         # Where the input is cast, and where several adapters meet, the rules are asked again.
         if not own["cast_input_dtype_enabled"] or len(self.names) > 1:

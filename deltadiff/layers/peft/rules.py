@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 from ...checks import HALF_DTYPES
 from ..base_format import base_format
@@ -24,6 +26,13 @@ def dropout_of(layer: "Linear", adapter: str) -> float:
     return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
 
+def kind_of(module: object) -> str:
+    """The class of a module in words; PEFT has many a ``Linear``."""
+    kind = type(module)
+    tuner = kind.__module__.removeprefix("peft.tuners.")
+    return kind.__name__ if tuner == kind.__module__ else f"PEFT's {tuner}.{kind.__name__}"
+
+
 def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
     """None where `lora_linear` computes what PEFT's forward pass would, else the reason in words.
 
@@ -35,7 +44,7 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
         return "its adapters are merged"
     base = layer.base_layer
     if type(base) is not nn.Linear and not is_conv1d(base):
-        return f"its base layer is {type(base).__name__}"
+        return f"its base layer is {kind_of(base)}"
     names = active_adapters(layer)
     if not names:
         return "it has no active adapter"
@@ -49,12 +58,28 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
         return "dropout under several active adapters, each with a mask of its own"
     if any(map(_has_hooks, modules)):
         return "hooks on the modules inside of it"
-    return _why_not_tensors(layer, base.weight, names, x)
+    return why_not_now() or _why_not_tensors(layer, base.weight, names, x)
+
+
+def why_not_now() -> str | None:
+    """What keeps all layers from `lora_linear` at this moment, in words."""
+    if _has_any_global_hook():
+        return "hooks on all modules"
+    if torch.compiler.is_compiling():  # it follows the transforms itself
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a transform of torch.func or forward-mode derivatives"
+    return None
+
+
+# MiCA chooses the first values of A and B and freezes B; its forward pass is that of LoRA.
+_PLAIN_VARIANTS = ("MiCALinearVariant",)
 
 
 def _why_not_adapter(layer: "Linear", name: str) -> str | None:
-    if name in layer.lora_variant:
-        return f"a variant of LoRA: {type(layer.lora_variant[name]).__name__}"
+    variant = type(layer.lora_variant.get(name)).__name__
+    if name in layer.lora_variant and variant not in _PLAIN_VARIANTS:
+        return f"a variant of LoRA: {variant}"
     if layer.lora_bias[name]:
         return "lora_bias"
     kinds = type(layer.lora_A[name]), type(layer.lora_B[name])

@@ -51,6 +51,6 @@ def keep_in_weight(delta: PendingDelta, layer: LoraLayer, lora_A: Tensor, lora_B
     W cannot be taken back, so the update by the old pair ends and one by the new pair begins.
     """
     if delta.started() and delta.past_updates is not None:
-        delta.past_updates.append(delta.product(layer.lora_A, layer.lora_B, layer.scaling))
+        delta.past_updates.append(delta.product(layer.lora_A, layer.lora_B))
     delta.anchor_A.copy_(lora_A)
     delta.anchor_B.copy_(lora_B)
