@@ -27,8 +27,6 @@ from family_runs import (
     fused_layers,
     peft_takes_all_linear,
     run,
-    swap_takes_all_linear,
-    targets,
     why_not_fused,
 )
 
@@ -51,8 +49,7 @@ def record(family: Family) -> dict:
     `lora_linear`; ``others`` counts the rest by reason.
     """
     model = family.build()
-    named = not swap_takes_all_linear(family)
-    report = swap_(model, target_modules=targets(family) if named else "all-linear", **OPTIONS)
+    report = swap_(model, **OPTIONS)
     kinds = kinds_of_weight(report)
     weights: Counter[str] = Counter()
     layers = 0
@@ -67,7 +64,6 @@ def record(family: Family) -> dict:
         "model": type(model).__name__,
         "weights": total,
         "layers": layers,
-        "named": named,
         "shares": {kind: round(n / total, 6) for kind, n in weights.most_common()},
         **in_peft(family),
     }

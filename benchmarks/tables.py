@@ -160,7 +160,7 @@ def families_table(records: Records) -> str:
         shares = {kind: f"{x:.1%}" if x >= 0.0005 else few for kind, x in r["shares"].items()}
         adapted, whole = (shares.pop(kind, "") for kind in ("adapted", "trained whole"))
         rest = [f"{kind} {share}" for kind, share in shares.items() if share != few]
-        layers = f"{r['layers']}{' (named)' if r['named'] else ''}"
+        layers = str(r["layers"])
         fused = [f"{r['fused']} of {r['peft_layers']}{' (named)' if r['peft_named'] else ''}"]
         fused += [f"{count} not: {why}" for why, count in r["others"].items()]
         size = f"{r['weights'] / 1e6:,.0f} M"

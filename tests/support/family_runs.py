@@ -76,11 +76,6 @@ def all_linear(family: Family) -> nn.Module:
     return model
 
 
-def swap_takes_all_linear(family: Family) -> bool:
-    """Whether `swap_` takes "all-linear"; it refuses layers that are smaller than the rank."""
-    return family.name != "qwen3_next"
-
-
 def peft_takes_all_linear(family: Family) -> bool:
     """Whether a model with PEFT's layers on "all-linear" runs."""
     return family.name not in _PEFT_FAILS
