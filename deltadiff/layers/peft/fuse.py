@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from peft.tuners.lora import Linear, LoraModel
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -14,33 +14,42 @@ from .rules import kind_of
 from .update_guards import check_kept
 
 
-class FusedLoraModel(LoraModel):
-    """PEFT's ``LoraModel``, which asks all layers before a call changes the first of them."""
+class LoraModel(lora.LoraModel):
+    """PEFT's, which asks all layers before a call changes the first of them.
 
-    def _get_name(self) -> str:
-        return LoraModel.__name__
+    The name is PEFT's too, for its ``get_model_status`` tells it.
+    """
 
-    def _check_kept(self, call: str) -> None:
+    def _check_kept(self, call: str, in_use: Collection[str]) -> None:
         for layer in self.modules():
             if isinstance(layer, FusedLinear):
-                check_kept(call, layer.changed_weight())
+                check_kept(call, layer.changed_weight(), in_use)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        layers = [layer for layer in self.modules() if isinstance(layer, FusedLinear)]
+        for layer in layers:
+            layer.keeps_active = True
+        try:
+            super().inject_adapter(*args, **kwargs)
+        finally:
+            for layer in layers:
+                del layer.keeps_active
 
     def disable_adapter_layers(self) -> None:
-        self._check_kept("disable_adapter")
+        self._check_kept("disable_adapter", ())
         super().disable_adapter_layers()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        if set(names) != set(self.active_adapters):
-            self._check_kept("set_adapter")
+        self._check_kept("set_adapter", names)
         super().set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._check_kept("delete_adapter")
+        self._check_kept("delete_adapter", self.peft_config.keys() - {adapter_name})
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
-        self._check_kept("unload")
+        self._check_kept("unload", ())
         return super().unload()
 
     def add_weighted_adapter(
@@ -48,7 +57,7 @@ class FusedLoraModel(LoraModel):
         combination_type: str = "svd", *args: Any, **kwargs: Any,
     ) -> None:  # fmt: skip
         """PEFT's. Only its combinations by SVD read what Delta-LoRA holds beside A and B."""
-        self._check_kept("add_weighted_adapter")
+        self._check_kept("add_weighted_adapter", self.peft_config.keys() - set(adapters))
         for layer in self.modules():
             held = layer.deltas if isinstance(layer, FusedLinear) else {}
             changed = [n for n in adapters if n in held and held[n].changes_model()]
@@ -61,7 +70,7 @@ class FusedLoraModel(LoraModel):
         )
 
 
-def fuse_(layers: Collection[Linear], model: nn.Module, backend: str | None) -> None:
+def fuse_(layers: Collection[lora.Linear], model: nn.Module, backend: str | None) -> None:
     """Give these layers of ``model`` the fused forward pass; their parameters stay as they are."""
     for layer in layers:
         if not isinstance(layer, FusedLinear):
@@ -69,8 +78,8 @@ def fuse_(layers: Collection[Linear], model: nn.Module, backend: str | None) -> 
             layer.deltas = {}
         layer.backend = backend
     for module in model.modules():
-        if type(module) is LoraModel:
-            module.__class__ = FusedLoraModel
+        if type(module) is lora.LoraModel:
+            module.__class__ = LoraModel
 
 
 def unfuse_(model: nn.Module) -> None:
@@ -88,10 +97,10 @@ def unfuse_(model: nn.Module) -> None:
     for layer in layers.values():
         for name in ("deltas", "backend", "_route"):
             layer.__dict__.pop(name, None)
-        layer.__class__ = Linear
+        layer.__class__ = lora.Linear
     for module in model.modules():
-        if isinstance(module, FusedLoraModel):
-            module.__class__ = LoraModel
+        if isinstance(module, LoraModel):
+            module.__class__ = lora.LoraModel
 
 
 def why_not_fusable(module: nn.Module) -> str | None:
@@ -102,9 +111,9 @@ def why_not_fusable(module: nn.Module) -> str | None:
         if holder is not module and type(holder).__module__.startswith("peft."):
             return f"{kind_of(holder)}, which holds its forward pass"
         return "hooks that hold its forward pass: call `swap_` before they are put on"
-    if kind is Linear or kind is FusedLinear:
+    if kind is lora.Linear or kind is FusedLinear:
         return None
-    if isinstance(module, Linear) and kind.__name__.startswith("FSDP"):
+    if isinstance(module, lora.Linear) and kind.__name__.startswith("FSDP"):
         return "it is sharded: call `swap_` before `fully_shard`"
     return kind_of(module)
 

@@ -29,6 +29,7 @@ class FusedLinear(HoldsPairs, Linear):
     Attributes:
         deltas: what Delta-LoRA has added so far, by adapter.
         backend: as for `swap_`.
+        keeps_active: whether an adapter that is being added stays inactive.
         _route: the way of the last call that was fast, see `Route`.
         unmerged: W as it was before PEFT merged adapters into it; only while they are merged, and
             only where Delta-LoRA updates W in place.
@@ -37,6 +38,7 @@ class FusedLinear(HoldsPairs, Linear):
     deltas: dict[str, PendingDelta]
     backend: str | None
     unmerged: Tensor
+    keeps_active = False
     _route: Route | None = None
 
     def _get_name(self) -> str:
@@ -122,23 +124,28 @@ class FusedLinear(HoldsPairs, Linear):
             self.get_base_layer().weight.data.copy_(self.unmerged)
             del self.unmerged
 
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, which adds an adapter; all but PEFT's own model then make it the active one."""
+        if not self.keeps_active:
+            check_kept("add_adapter", self.changed_weight(), ())
+        super().update_layer(adapter_name, *args, **kwargs)
+
     def changed_weight(self) -> list[str]:
         """The adapters whose update lies in W; reads from the device."""
         return [n for n, delta in self.deltas.items() if delta.in_weight and delta.changes_model()]
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
-            check_kept("disable_adapter", self.changed_weight())
+            check_kept("disable_adapter", self.changed_weight(), ())
         super().enable_adapters(enabled)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if set(names) != set(self.active_adapters):
-            check_kept("set_adapter", self.changed_weight())
+        check_kept("set_adapter", self.changed_weight(), names)
         super().set_adapter(adapter_names, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        check_kept("delete_adapter", self.changed_weight())
+        check_kept("delete_adapter", self.changed_weight(), self.deltas.keys() - {adapter_name})
         super().delete_adapter(adapter_name)
         self.deltas.pop(adapter_name, None)
 
@@ -149,7 +156,7 @@ class FusedLinear(HoldsPairs, Linear):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:
-            check_kept("unload", self.changed_weight())
+            check_kept("unload", self.changed_weight(), ())
         return self.get_base_layer()
 
     # ---------------------------------------------------------- moves, and the layer's state

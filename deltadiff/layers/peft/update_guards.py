@@ -1,6 +1,8 @@
 """What PEFT's calls do to Delta-LoRA's update of a layer: kept, refused, or said in a warning."""
 
+import sys
 import warnings
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -14,17 +16,46 @@ class LostUpdateWarning(UserWarning):
     """Delta-LoRA's update is missing from a file or was dropped from a model."""
 
 
-def check_kept(call: str, adapters: list[str]) -> None:
-    """Raise SwapError where ``call`` needs the base weights, which these ``adapters`` changed."""
-    if adapters:
-        given = f"weights that Delta-LoRA updated in place for adapter {adapters[0]!r}"
+def check_kept(call: str, changed: Sequence[str], in_use: Collection[str]) -> None:
+    """Raise SwapError where ``call`` needs W without the update of an adapter.
+
+    Args:
+        changed: the adapters whose update W holds.
+        in_use: the adapters that stay in use, so that W may hold theirs.
+    """
+    lost = [name for name in changed if name not in in_use]
+    if lost:
+        given = f"weights that Delta-LoRA updated in place for adapter {lost[0]!r}"
         accepted = "DeltaLoRA(w_update='factored'), which leaves them as they are"
         raise SwapError(call, given, accepted)
 
 
+# Functions that read a model's state to compare it with what they load as another adapter, and the
+# variable that is True where they hot-swap.
+_LOADING = {
+    ("peft.utils.save_and_load", "set_peft_model_state_dict"): None,
+    ("transformers.integrations.peft", "load_adapter"): "hotswap",
+}
+
+
+def _is_loading() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        function = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if function in _LOADING:
+            swaps = _LOADING[function]
+            return swaps is None or frame.f_locals.get(swaps) is False
+        frame = frame.f_back
+    return False
+
+
 def warn_saved(deltas: dict[str, PendingDelta]) -> None:
-    """Say that PEFT's files hold A and B alone, which are not all of the model."""
-    if any(delta.changes_model() for delta in deltas.values()):
+    """Say that PEFT's files hold A and B alone, which are not all of the model.
+
+    A state cannot know what it is asked for. Only where it is known that nothing is written, or
+    hot-swapped, nothing is said.
+    """
+    if any(delta.changes_model() for delta in deltas.values()) and not _is_loading():
         warnings.warn(
             "PEFT's adapter files and its hot-swapping leave out what Delta-LoRA added to W; "
             "`deltadiff.export_peft(model, folder)` writes an adapter that holds it, and the "
