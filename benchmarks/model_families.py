@@ -1,39 +1,38 @@
-"""Which layers of many model families `swap_` takes, and why it takes no others.
+"""How much of the weight of many model families `swap_` adapts, and why not the rest.
 
 python benchmarks/model_families.py    writes results/model-families.json
 
-What can have a pair is found on a tiny model of the family. How much of the weight that is, is
-counted on the family's default configuration, whose model gets no memory for its weights.
+What is adapted, and why the rest is not, is what `swap_` reports on a tiny model of the family. The
+weights are counted in the model of its default configuration, which gets no memory for them.
 """
 
 import re
 import sys
-import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
-
-from deltadiff import swap_, swap_report
+from deltadiff import swap_
 from deltadiff.devices import package_versions
 from deltadiff.files import write_records
+from deltadiff.layers.matrices import find_matrices
 from deltadiff.layers.report import SwapReport
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the tiny models
 
 from families import FAMILIES, Family
 from family_runs import (
+    OPTIONS,
     all_linear,
     fused_layers,
+    peft_takes_all_linear,
     run,
-    swapped,
-    takes_all_linear,
     why_not_fused,
 )
 
 RESULT = Path(__file__).parent / "results" / "model-families.json"
 VERSIONS = ("torch", "transformers", "peft")
-ADAPTED = "adapted"
+ADAPTED, WHOLE = "adapted", "trained whole"
 
 
 def main() -> None:
@@ -44,17 +43,19 @@ def main() -> None:
 def record(family: Family) -> dict:
     """What is covered in the models of a family, without the versions that this depends on.
 
-    ``shares`` has the share of the model's weight for each reason why it is not adapted, the
-    largest first, and for what is adapted. ``fused`` of ``peft_layers`` layers of a PEFT model
-    run `lora_linear`; ``others`` counts the rest by reason.
+    ``weights`` counts the elements of all matrices, ``layers`` those that are adapted. ``shares``
+    has the share of the weight that is adapted or trained whole, and that of each reason for which
+    the rest is not, the largest first. ``fused`` of ``peft_layers`` layers of a PEFT model run
+    `lora_linear`; ``others`` counts the rest by reason.
     """
-    model, real = swapped(family), family.build_default()
-    kinds = {pattern(name): kind for name, kind in kinds_of_weight(model, swap_report(model))}
+    model = family.build()
+    report = swap_(model, **OPTIONS)
+    kinds = kinds_of_weight(report)
     weights: Counter[str] = Counter()
     layers = 0
-    for name, p in real.named_parameters():
-        kind = kinds[pattern(name)]
-        weights[kind] += p.numel()
+    for matrix in find_matrices(family.build_default()):
+        kind = find_kind(matrix.name, kinds)
+        weights[kind] += matrix.elements
         layers += kind == ADAPTED
     total = weights.total()
     return {
@@ -68,50 +69,44 @@ def record(family: Family) -> dict:
     }
 
 
+def kinds_of_weight(report: SwapReport) -> dict[str, str]:
+    """For the name of each matrix `ADAPTED`, `WHOLE` or why it is not; for heads, the head's."""
+    kinds = {pattern(row.module): ADAPTED for row in report.rows}
+    kinds |= {pattern(group.name): WHOLE for group in report.coverage.whole}
+    kinds |= {pattern(g.name): general(g.reason) for g in report.coverage.left_out}
+    return kinds
+
+
+def find_kind(name: str, kinds: Mapping[str, str]) -> str:
+    """The kind of a matrix, or of the head that it stands in."""
+    parts = pattern(name).split(".")
+    names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    for known in names:
+        if known in kinds:
+            return kinds[known]
+    raise KeyError(f"the tiny model has no {name}")
+
+
 def pattern(name: str) -> str:
-    """A parameter's name without its place in a list."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    """A name without places in lists."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def kinds_of_weight(model: nn.Module, report: SwapReport) -> list[tuple[str, str]]:
-    """For each parameter of a swapped model its name, and `ADAPTED` or why it is not."""
-    adapted = {f"{row.module}.weight" for row in report.rows}
-    head = model.get_output_embeddings()
-    found = []
-    for name, p in model.named_parameters():
-        owner, _, last = name.rpartition(".")
-        if last not in ("lora_A", "lora_B"):
-            kind = ADAPTED if name in adapted else _kind(model.get_submodule(owner), p, head)
-            found.append((name, kind))
-    return found
-
-
-def _kind(owner: nn.Module, p: Tensor, head: nn.Module | None) -> str:
-    if owner is head and p.ndim == 2:
-        return "the output head"
-    if isinstance(owner, nn.Linear) and p.ndim == 2:
-        return "linear layers that cannot have a pair"
-    if p.numel() == max(p.shape, default=1):
-        return "norms, biases and other vectors"
-    if isinstance(owner, nn.Embedding):
-        return "embeddings"
-    if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "convolutions"
-    name = type(owner).__name__
-    return "experts" if "Experts" in name else f"parameters of {name}"
+def general(reason: str) -> str:
+    """A reason without the shapes and names of one model."""
+    reason = re.sub(r", tied to .*|, not an nn.Linear", "", reason)
+    return re.sub(r"^\([\d, ]+\) of | \([\d, ]+\)", "", reason)
 
 
 def in_peft(family: Family) -> dict:
     """How many of the layers of PEFT's own model are fused when that is swapped."""
     model = all_linear(family)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no layer of this model became faster")
-        report = swap_(model)
+    report = swap_(model)
     with fused_layers(model) as fused:
         run(model, family.inputs())
     others = why_not_fused(family, model, report, fused)
     return {
-        "peft_all_linear": takes_all_linear(family),
+        "peft_named": not peft_takes_all_linear(family),
         "peft_layers": len(fused) + len(others),
         "fused": len(fused),
         "others": dict(Counter(others.values()).most_common()),

@@ -154,17 +154,19 @@ def compare_tables(records: Records) -> str:
 
 
 def families_table(records: Records) -> str:
-    """A line for each family of models: what can have a pair, and what cannot."""
-    rows = []
+    """A line for each family of models: what is adapted, and why the rest is not."""
+    rows, few = [], "<0.1%"
     for r in records:
-        left = [f"{kind} {x:.1%}" for kind, x in r["shares"].items() if kind != "adapted"]
-        left = [text for text in left if not text.endswith(" 0.0%")]
-        fused = [f"{r['fused']} of {r['peft_layers']}{'' if r['peft_all_linear'] else ' (named)'}"]
+        shares = {kind: f"{x:.1%}" if x >= 0.0005 else few for kind, x in r["shares"].items()}
+        adapted, whole = (shares.pop(kind, "") for kind in ("adapted", "trained whole"))
+        rest = [f"{kind} {share}" for kind, share in shares.items() if share != few]
+        layers = str(r["layers"])
+        fused = [f"{r['fused']} of {r['peft_layers']}{' (named)' if r['peft_named'] else ''}"]
         fused += [f"{count} not: {why}" for why, count in r["others"].items()]
-        share = f"{r['shares'].get('adapted', 0):.1%}"
         size = f"{r['weights'] / 1e6:,.0f} M"
-        rows.append([r["model"], size, str(r["layers"]), share, ", ".join(left), "; ".join(fused)])
-    header = ["model", "weights", "layers adapted", "of the weight", "not adapted", "fused in PEFT"]
+        cells = [r["model"], size, layers, adapted, whole, ", ".join(rest), "; ".join(fused)]
+        rows.append(cells)
+    header = ["model", "weights", "layers", "adapted", "whole", "not adapted", "fused in PEFT"]
     versions = sorted({f"transformers {r['transformers']}, PEFT {r['peft']}" for r in records})
     return f"\n{'; '.join(versions)}:\n\n{markdown_table(header, *rows)}\n"
 

@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 import torch
-import trl
-from datasets import Dataset
 from trainer_runs import TARGETS, llama, lora_config, make
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 from word_tokenizer import WORDS, word_tokenizer
@@ -13,6 +11,8 @@ from word_tokenizer import WORDS, word_tokenizer
 from deltadiff import DeltaLoRA, swap_
 from deltadiff.layers.lora_layers import lora_layers
 
+trl = pytest.importorskip("trl")
+Dataset = pytest.importorskip("datasets").Dataset
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:PEFT's adapter files"),

@@ -66,7 +66,7 @@ def load_inputs(settings: "Settings") -> RunInputs:
     encoded = []
     for name, part in (("training", examples), ("held-out", heldout)):
         data = task.encode(part, model.tokenizer, settings.max_length)
-        check_tokens(data, model, settings.max_length)
+        check_tokens(data, model, settings.max_length, name)
         if data.cut:
             print(
                 f"{data.cut} of {len(data)} {name} texts were cut at {settings.max_length} tokens"

@@ -23,8 +23,10 @@ def check_tokenizer(tokenizer, name: str) -> None:
         raise ArgumentError("model", given, "a tokenizer with one of the two")
 
 
-def check_tokens(data: EncodedExamples, model: Model, max_length: int) -> None:
+def check_tokens(data: EncodedExamples, model: Model, max_length: int, name: str) -> None:
     """Reject tokens that the model has no embedding or no position for, or that all mean "unknown".
+
+    ``name`` is what a message calls the texts.
 
     Raises:
         ArgumentError: see above. Most often the folder holds the tokenizer of another model.
@@ -38,13 +40,13 @@ def check_tokens(data: EncodedExamples, model: Model, max_length: int) -> None:
     unknown = tokenizer.unk_token_id
     if unknown is not None:
         ignored = set(tokenizer.all_special_ids) - {unknown}
-        words = [t for row in data.ids for t in row if t not in ignored]
-        share = words.count(unknown) / max(1, len(words))
+        words = sum(token not in ignored for row in data.ids for token in row)
+        share = sum(row.count(unknown) for row in data.ids) / max(1, words)
         if share == 1:
             given = f"a tokenizer for which all of the text is unknown ({tokenizer.unk_token})"
             raise ArgumentError("model", given, "a model with its own tokenizer")
         if share > 0.01:
-            print(f"{share:.1%} of the tokens are unknown to the tokenizer")
+            print(f"{share:.1%} of the tokens of {name} texts are unknown to the tokenizer")
     positions = most_tokens(module)
     longest = max(map(len, data.ids))
     if positions is not None and longest > positions:

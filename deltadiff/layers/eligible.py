@@ -114,6 +114,11 @@ def _own_forward(module: nn.Module) -> bool:
     of_instance = vars(module).get("forward")
     if of_instance is not None and of_instance != kind.forward.__get__(module):
         return True  # accelerate leaves the class's own there when its hook is removed
-    plain = is_conv1d(module) or kind.forward is nn.Linear.forward
-    plain |= kind.__name__ in _SAME_PRODUCT and kind.__module__.startswith("transformers")
+    plain = is_conv1d(module) or kind.forward is nn.Linear.forward or has_same_product(module)
     return not plain or kind.__call__ is not nn.Module.__call__
+
+
+def has_same_product(module: nn.Module) -> bool:
+    """Whether the class of a module is known to compute what ``nn.Linear`` does."""
+    kind = type(module)
+    return kind.__name__ in _SAME_PRODUCT and kind.__module__.startswith("transformers.")

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,8 @@ def swap_(
 
     Args:
         model: any module that contains linear layers.
-        r: rank, 1 to min(in, out) of every layer.
+        r: rank, 1 to min(in, out) of every layer. "all-linear" leaves out layers that are smaller,
+            such as a gate of one output; the report names them.
         lora_alpha: the branch is scaled by lora_alpha / r.
         target_modules: "all-linear" (all but heads and what cannot be taken, see `eligible`), a
             regular expression that matches the whole name, a collection of names (or their last
@@ -103,6 +104,11 @@ def swap_(
     scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
     branch = _Branch(r, lora_alpha, scaling, float(lora_dropout), adapter_dtype, backend)
     chosen = choose_modules(model, target_modules, modules_to_save, to_swap=True)
+    small = [n for n, m in chosen.items() if min(linear_shape(m)) < r]
+    if target_modules == "all-linear" and len(small) < len(chosen):
+        chosen = {name: module for name, module in chosen.items() if name not in small}
+    else:
+        small = []  # `check_rank` refuses them
     # A function of the caller decides alone, as that of `load_adapter` does.
     heads = () if callable(target_modules) else find_heads(model).new.values()
     whole = trained_whole(model, chosen.values(), modules_to_save, heads)
@@ -123,7 +129,11 @@ def swap_(
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
     _replace(model, layers.items())
-    return swap_report(model)
+    report = swap_report(model)
+    if not small:
+        return report
+    note = f"{len(small)} layers are smaller than r = {r} and got no pair: {', '.join(small[:3])}"
+    return replace(report, notes=(*report.notes, note + (", ..." if len(small) > 3 else "")))
 
 
 def unswap_(model: nn.Module) -> nn.Module:

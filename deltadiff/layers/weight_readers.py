@@ -11,7 +11,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -31,8 +31,13 @@ _Path = tuple[str, ...]
 def find_readers(model: nn.Module) -> dict[nn.Module, str]:
     """The modules whose own forward pass is not what another one calls, with the reason."""
     found: dict[nn.Module, str] = {}
-    for reader in model.modules():
-        for path in _weights_read(reader):
+    entries: dict[nn.Module, set[str]] = {m: {"forward"} for m in model.modules()}
+    for caller in model.modules():  # Gemma3n's layers call `self.altup.correct(...)`
+        for *path, name in _reads(caller, frozenset(["forward"])).calls:
+            for module in _follow(caller, tuple(path)):
+                entries[module].add(name)
+    for reader, names in entries.items():
+        for path in _reads(reader, frozenset(names)).weights:
             for module in _follow(reader, path):
                 # The innermost reader comes last.
                 found[module] = f"{type(reader).__name__} reads its weight, past its forward pass"
@@ -55,8 +60,20 @@ def _follow(module: nn.Module, path: _Path) -> list[nn.Module]:
     return ends
 
 
-def _weights_read(module: nn.Module) -> frozenset[_Path]:
-    """The paths to the weights that the forward pass of a module reads."""
+class _Reads(NamedTuple):
+    """What methods of a class, with all that they call on the same object, read inside of it.
+
+    Attributes:
+        weights: the paths to weights.
+        calls: the paths to attributes of modules inside, among them the methods that are called.
+    """
+
+    weights: frozenset[_Path]
+    calls: frozenset[_Path]
+
+
+def _reads(module: nn.Module, entries: frozenset[str]) -> _Reads:
+    """What a module reads when these of its methods are called."""
     config = getattr(module, "config", None)
     switched_off = frozenset(
         name
@@ -64,19 +81,20 @@ def _weights_read(module: nn.Module) -> frozenset[_Path]:
         if getattr(module, name, getattr(config, name, off)) == off
     )
     kind: Any = type(module)  # not hashable in the eyes of mypy
-    return _class_reads(kind, _function(vars(module).get("forward")), switched_off)
+    return _class_reads(kind, entries, _function(vars(module).get("forward")), switched_off)
 
 
 @functools.lru_cache(maxsize=4096)
 def _class_reads(
-    kind: type, own: Callable | None, switched_off: frozenset[str]
-) -> frozenset[_Path]:
-    """What the forward pass of a class reads, with all methods that it calls.
+    kind: type, entries: frozenset[str], own: Callable | None, switched_off: frozenset[str]
+) -> _Reads:
+    """`_reads` by class.
 
     ``own``: the forward pass of an instance where it has one, which perhaps calls its class's.
     """
     classes = [c for c in kind.__mro__ if c not in (nn.Module, object)]
-    found: set[_Path] = set()
+    weights: set[_Path] = set()
+    calls: set[_Path] = set()
     seen: set[Callable] = set()
 
     def search(function: Callable | None, owner: int) -> None:
@@ -84,14 +102,16 @@ def _class_reads(
             return
         seen.add(function)
         source = _search(function, switched_off)
-        found.update(source.weights)
+        weights.update(source.weights)
+        calls.update(source.calls)
         for names, start in ((source.own, 0), (source.inherited, owner + 1)):
             for name in names:
                 search(*_method(classes, start, name))
 
     search(own, -1)
-    search(*_method(classes, 0, "forward"))
-    return frozenset(found)
+    for name in entries:
+        search(*_method(classes, 0, name))
+    return _Reads(frozenset(weights), frozenset(calls))
 
 
 def _method(classes: list[type], start: int, name: str) -> tuple[Callable | None, int]:
@@ -117,11 +137,13 @@ class _Source(ast.NodeVisitor):
 
     Attributes:
         weights: the paths to weights whose values it reads.
+        calls: the paths to other attributes of what is inside of the object.
         own, inherited: names of attributes, and of those after ``super()``.
     """
 
     def __init__(self, function: ast.FunctionDef, switched_off: frozenset[str]):
         self.weights: set[_Path] = set()
+        self.calls: set[_Path] = set()
         self.own: set[str] = set()
         self.inherited: set[str] = set()
         self._switched_off = switched_off
@@ -174,6 +196,8 @@ class _Source(ast.NodeVisitor):
             self.own |= {*path} if len(path) == 1 else set()
             if path[-1] == "weight" and len(path) > 1 and isinstance(node.ctx, ast.Load):
                 self.weights.add(path[:-1])
+            elif len(path) > 1:
+                self.calls.add(path)
         if node.attr in _NO_VALUES and getattr(value, "attr", None) == "weight":
             value = value.value  # type: ignore[attr-defined]  # it is an Attribute
         self.visit(value)

@@ -83,6 +83,18 @@ def test_a_row_of_the_front_page_comes_from_its_records(tables):
     assert "8192" not in tables.summary([ours, peft])  # without a floor there is no row
 
 
+def test_a_row_of_the_table_of_families_comes_from_its_record(tables):
+    shares = {"experts": 0.8, "adapted": 0.15, "a convolution": 0.0496, "trained whole": 0.0004}
+    record = {
+        "model": "Tiny", "weights": 7_000_000, "layers": 9, "shares": shares,
+        "peft_named": True, "peft_layers": 5, "fused": 3, "others": {"why": 2},
+        "transformers": "1", "peft": "2",
+    }  # fmt: skip
+    text = tables.families_table([record])
+    cells = "Tiny | 7 M | 9 | 15.0% | <0.1% | experts 80.0%, a convolution 5.0%"
+    assert f"| {cells} | 3 of 5 (named); 2 not: why |" in text and "transformers 1, PEFT 2" in text
+
+
 def test_check_says_what_is_not_up_to_date(tables, monkeypatch, capsys, tmp_path):
     page = tmp_path / "README.md"
     page.write_text("<!-- verify -->old<!-- end -->")

@@ -15,6 +15,7 @@ from finetune_runs import (
     trained_names,
 )
 
+from deltadiff.__main__ import main
 from deltadiff.finetune import training
 from deltadiff.finetune.methods.table import METHODS
 from deltadiff.finetune.training_setup import FirstStage
@@ -71,6 +72,10 @@ def test_a_run_learns(bnb, bert, reviews, tmp_path):
     assert result["similarity"] and result["weight_update"] is None
     for blocks in result["similarity"].values():
         assert all(0.1 < cosine < 1 + 1e-6 for cosine in blocks.values())
+    adapter, merged = str(tmp_path / "out" / "adapter"), tmp_path / "merged"
+    assert main(["merge", bert, adapter, str(merged)]) == 0  # the base as it is on the disk
+    kind = transformers.AutoModelForSequenceClassification
+    assert kind.from_pretrained(merged).config.id2label == {0: "dull", 1: "fun"}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,14 @@ def test_what_has_4_bits_and_what_is_trained(name, label, dtype, bnb, request, r
 
 def parts(module, head: str) -> list[str]:
     return [name for name, _ in module.get_submodule(head).named_parameters()]
+
+
+@pytest.mark.gpu
+def test_a_run_learns_on_a_gpu(bnb, llama, reviews, tmp_path):
+    words = ["--method", "delta-lora-factored", "--load-in-4bit", "--dtype", "bfloat16"]
+    words += ["--gradient-checkpointing", "--device", "cuda"]
+    result = train(llama, reviews, tmp_path / "out", *words, labels=False)
+    assert result["after"]["nll_per_token"] < 0.9 * result["before"]["nll_per_token"]
 
 
 def test_a_run_is_resumed(bnb, llama, reviews, tmp_path, monkeypatch):

@@ -50,6 +50,24 @@ def test_a_batch_counts_by_its_tokens(llama, reviews):
     assert shares[0] / shares[1] == tokens[0] / tokens[1] and tokens[0] != tokens[1]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_parts_that_are_computed_again_have_the_same_dropout(device, bert, reviews):
+    inputs, setup = prepare("lora", bert, reviews, lora_dropout=0.3, device=device)
+    with torch.no_grad():
+        for name, p in setup.module.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    runner, scaler = runner_of(inputs, setup), torch.amp.GradScaler(device, enabled=False)
+    indices = list(range(12))
+    torch.manual_seed(0)
+    runner.mean_loss(inputs.train, indices, 5).backward()
+    again = gradients(setup)
+    torch.manual_seed(0)
+    training._backward(runner, setup, scaler, inputs.train, indices, 5)
+    for name, gradient in gradients(setup).items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("method", ["lora", "delta-lora", "diffora"])
 def test_a_run_of_small_batches_ends_like_one_of_large_ones(method, llama, reviews, tmp_path):
     words = ["--method", method, "--steps", "6", "--lr", "1e-3"]

@@ -56,7 +56,10 @@ def test_the_share_of_unknown_tokens_is_said(bert, tmp_path, capsys):
     (tmp_path / "a.csv").write_text("text,label\n" + "a film,a\nthe фильм,b\n" * 20)
     words = ["--label-column", "label", "--output", tmp_path / "out", "--steps", "1"]
     assert finetune(bert, tmp_path / "a.csv", *words, "--heldout", tmp_path / "a.csv") == 0
-    assert "25.0% of the tokens are unknown to the tokenizer" in capsys.readouterr().out
+    assert (
+        "25.0% of the tokens of training texts are unknown to the tokenizer"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_tokenizer_that_is_larger_than_the_embedding(copied, reviews, tmp_path, capsys):

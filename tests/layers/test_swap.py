@@ -47,7 +47,8 @@ def test_report_prints_what_path_each_layer_takes_and_why():
     ("options", "message"),
     [
         ({"r": 0}, "r: got 0"),
-        ({"r": 7}, "r: got 7; accepted: 1 to 6"),
+        ({"r": 7, "target_modules": ["v_proj"]}, "r: got 7; accepted: 1 to 6"),
+        ({"r": 9}, "r: got 9; accepted: 1 to 8"),
         ({"r": 2.0}, "r: got 2.0"),
         ({"r": True}, "r: got True"),
         ({"lora_alpha": -1}, "lora_alpha: got -1"),
@@ -182,3 +183,9 @@ def test_empty_weight_is_refused():
     model[0].weight = nn.Parameter(torch.empty(0))
     with pytest.raises(ArgumentTypeError, match="weight of 0"):
         swap_(model, r=1)
+
+
+def test_all_linear_leaves_out_what_is_smaller_than_the_rank():
+    report = swap_(Model(), r=7)
+    assert [row.module.rpartition(".")[2] for row in report.rows] == ["q_proj", "q_proj"]
+    assert "2 layers are smaller than r = 7 and got no pair: layers.0.v_proj" in str(report)

@@ -99,6 +99,24 @@ def test_a_swap_that_makes_nothing_faster_warns():
         swap_(model)
 
 
+def test_a_pair_that_the_model_does_not_use_is_said():
+    import peft
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.q_proj = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.attention(self.q_proj(x), x, x)[0]
+
+    config = peft.LoraConfig(target_modules=["out_proj", "q_proj"])
+    report = swap_(peft.get_peft_model(Attending(), config))
+    said = "MultiheadAttention reads its weight, past its forward pass (base_model.model.attention"
+    assert f"1 of PEFT's layers may have no part in the model: {said}" in str(report)
+    assert "own forward pass: " not in str(report)
+
+
 def test_calls_for_our_own_layers_name_pefts():
     model = peft_model()
     swap_(model)

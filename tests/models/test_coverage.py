@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES
-from family_runs import swapped
 
-from deltadiff import swap_report
+from deltadiff import swap_
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "model_families.py"
 
@@ -35,15 +34,19 @@ def test_no_other_family_is_written(written):
     assert list(written) == list(FAMILIES)
 
 
-def test_each_weight_has_one_kind(script):
-    model = swapped(FAMILIES["siglip"])
-    kinds = dict(script.kinds_of_weight(model, swap_report(model)))
-    assert len(kinds) == sum("lora_" not in name for name, _ in model.named_parameters())
-    place, head = "vision_model.encoder.layers.0", "vision_model.head"
-    assert kinds[f"{place}.self_attn.q_proj.weight"] == script.ADAPTED
-    assert kinds[f"{place}.self_attn.q_proj.bias"] == "norms, biases and other vectors"
-    assert kinds[f"{head}.attention.in_proj_weight"] == "parameters of MultiheadAttention"
-    left = "linear layers that cannot have a pair"
-    assert kinds[f"{head}.attention.out_proj.weight"] == left
-    assert kinds["vision_model.embeddings.patch_embedding.weight"] == "convolutions"
-    assert kinds["text_model.embeddings.token_embedding.weight"] == "embeddings"
+def test_all_of_the_weight_is_counted(written):
+    for r in written.values():
+        assert r["layers"] > 0 and abs(sum(r["shares"].values()) - 1) < 1e-5
+
+
+def test_reasons_are_those_of_the_report_without_the_sizes_of_the_tiny_model(script):
+    kinds = script.kinds_of_weight(swap_(FAMILIES["mixtral"].build(), r=2))
+    assert script.find_kind("model.layers.31.self_attn.q_proj", kinds) == script.ADAPTED
+    assert script.find_kind("model.layers.31.mlp.experts.down_proj", kinds) == "experts"
+    assert script.find_kind("model.layers.31.mlp.gate", kinds) == "MixtralTopKRouter"
+    assert script.find_kind("lm_head", kinds) == "the output head"
+    with pytest.raises(KeyError, match="adapter"):
+        script.find_kind("model.layers.0.adapter", kinds)
+    kinds = script.kinds_of_weight(swap_(FAMILIES["deberta-v2"].build(), r=2))
+    assert script.find_kind("pooler.dense", kinds) == script.WHOLE
+    assert script.find_kind("deberta.embeddings.word_embeddings", kinds) == "an embedding"

@@ -20,9 +20,9 @@ from tolerance import assert_close_to_truth
 from torch.testing import assert_close
 
 from deltadiff import swap_
-from deltadiff.errors import ArgumentError
 
 ROUNDINGS = {"rtol": 1e-10, "atol": 1e-12}  # of runs in float64
+FACTOR = 5  # Between two right orders of summation, errors of such small models differ threefold.
 
 
 def assert_equal(found, expected):
@@ -57,11 +57,10 @@ def test_float32_is_as_close_to_float64_as_pefts(family):
     inputs = family.inputs(dtype)
     mine, eager = run(swapped(family, dtype), inputs), run(with_peft(family, dtype), inputs)
     truth = pefts_run(family, training=False)
-    assert_close_to_truth(mine.outputs, eager.outputs, truth.outputs.double(), 2)
-    assert_close_to_truth(mine.gradient, eager.gradient, truth.gradient, 3)
+    assert_close_to_truth(mine.outputs, eager.outputs, truth.outputs.double(), FACTOR)
+    assert_close_to_truth(mine.gradient, eager.gradient, truth.gradient, FACTOR)
 
 
-@pytest.mark.filterwarnings("ignore:no layer of this model became faster")  # Falcon's
 def test_pefts_own_model_gives_the_same_when_it_is_swapped(family):
     model, inputs = all_linear(family), family.inputs()
     before = [run(model, inputs, training) for training in (False, True)]
@@ -76,7 +75,7 @@ def test_pefts_own_model_gives_the_same_when_it_is_swapped(family):
 def test_checkpointed_activations_give_the_same_gradients(family):
     model, inputs = swapped(family), family.inputs()
     if not model.supports_gradient_checkpointing:
-        return
+        pytest.skip("transformers has no checkpointing for this family")
     plain = run(model, inputs, training=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_equal(run(model, inputs, training=True), plain)
@@ -108,18 +107,11 @@ def test_generated_text_is_pefts(family):
     assert_close(found, expected, **ROUNDINGS)
 
 
-LEFT = [f for f in FAMILIES.values() if f.no_pair and f.name != "qwen3_next"]
+LEFT = [pytest.param(f, id=f.name) for f in FAMILIES.values() if f.no_pair]
 
 
-@pytest.mark.parametrize("family", LEFT, ids=[f.name for f in LEFT])
-@pytest.mark.xfail(strict=True, reason="`swap_` puts pairs on layers that the model does not call")
+@pytest.mark.parametrize("family", LEFT)
 def test_all_linear_leaves_alone_what_the_model_does_not_call(family):
-    names = [row.module for row in swap_(family.build(), r=2).rows]
-    assert names and not [name for name in names if name_ends(name, family.no_pair)]
-
-
-@pytest.mark.xfail(strict=True, raises=ArgumentError, reason="`swap_` refuses the whole model")
-def test_all_linear_leaves_alone_what_is_smaller_than_the_rank():
-    family = FAMILIES["qwen3_next"]
+    """Nor does it give a pair to layers that are smaller than the rank, such as Qwen's gates."""
     names = [row.module for row in swap_(family.build(), r=2).rows]
     assert names and not [name for name in names if name_ends(name, family.no_pair)]

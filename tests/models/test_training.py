@@ -91,7 +91,6 @@ def test_a_merged_model_is_an_ordinary_model(family, tmp_path):
     assert_close(outputs(again, inputs), expected, **ROUNDINGS)
 
 
-@pytest.mark.filterwarnings("ignore:no layer of this model became faster")  # Falcon's
 def test_train_and_merge_pefts_model(family):
     inputs, model = family.inputs(), with_peft(family)
     swap_(model)

@@ -89,11 +89,12 @@ class Family:
         sizes = {} if "text_config" in self.options else SIZES
         config = transformers.AutoConfig.for_model(self.name, **{**sizes, **self.options})
         torch.manual_seed(0)
-        model = self._auto_class.from_config(config, **_IN_FLOAT64)
+        model = self._auto_class.from_config(config, dtype=torch.float64, **_IN_FLOAT64)
         with torch.no_grad():
             for p in model.parameters():
                 if not p.any():
                     p.normal_(std=0.1)
+                p.copy_(p.float())  # the same weights in float32
         return model.to(dtype).eval()
 
     def load(self, folder: Path) -> nn.Module:
@@ -167,6 +168,11 @@ _TABLE = (
     Family("qwen3", options=_HEADS),
     Family("mistral"),
     Family("gemma2", options=_HEADS),
+    Family("gemma3n_text", options=_HEADS | {
+        "laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64,
+        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"],
+        "intermediate_size": [24, 24], "activation_sparsity_pattern": [0.0, 0.0]},
+        no_pair=("altup.correction_coefs",)),
     Family("phi", options={"num_key_value_heads": 2}),
     Family("phi3"),
     Family("gpt2", options={"n_positions": 32}),

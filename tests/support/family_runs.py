@@ -18,6 +18,7 @@ from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.layers.peft.fuse import why_not_fusable
 from deltadiff.layers.report import SwapReport
 from deltadiff.layers.targets import choose_modules
+from deltadiff.layers.weight_readers import find_readers
 
 PREFIX = "base_model.model."  # of the names in PEFT's models
 OPTIONS = {"r": 2, "lora_alpha": 6}
@@ -69,13 +70,13 @@ def with_peft(family: Family, dtype: torch.dtype = torch.float64) -> nn.Module:
 def all_linear(family: Family) -> nn.Module:
     """PEFT's model with "all-linear", or where PEFT cannot take all, with what `targets` says."""
     model = family.build()
-    chosen = "all-linear" if takes_all_linear(family) else targets(family)
+    chosen = "all-linear" if peft_takes_all_linear(family) else targets(family)
     model = _get_peft_model(model, chosen)
     randomise(model)
     return model
 
 
-def takes_all_linear(family: Family) -> bool:
+def peft_takes_all_linear(family: Family) -> bool:
     """Whether a model with PEFT's layers on "all-linear" runs."""
     return family.name not in _PEFT_FAILS
 
@@ -175,7 +176,7 @@ def why_not_fused(
 ) -> dict[str, str]:
     """For the other layers of a swapped PEFT model the reason, which the report must give."""
     rows = {row.module.removeprefix(PREFIX): row for row in report.rows}
-    reasons = {}
+    readers, reasons = find_readers(model), {}
     for name in pairs(model).keys() - fused:
         if name not in rows:
             reason = why_not_fusable(model.get_submodule(PREFIX + name))
@@ -183,7 +184,8 @@ def why_not_fused(
         elif rows[name].path == "peft":
             reason = rows[name].reason.removeprefix("PEFT's own forward: ")
         else:
-            assert name_ends(name, family.no_pair), name
-            reason = "the model reads its weight itself"
+            known = readers.get(model.get_submodule(PREFIX + name))
+            assert known in str(report) if known else name_ends(name, family.no_pair), name
+            reason = known or "the model reads its weight itself"
         reasons[name] = reason
     return reasons

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn.functional import cross_entropy, pad
@@ -30,7 +31,11 @@ class EncodedText(EncodedExamples):
 
     def counted(self, indices):
         """The tokens that are learnt. The first one of a row is not: nothing stands before it."""
-        return sum(label != IGNORED for i in indices for label in self.labels[i][1:])
+        return sum(self._counts[i] for i in indices)
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [sum(label != IGNORED for label in row[1:]) for row in self.labels]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import SwapError
+from ..weight_readers import find_readers
 from .fused_linear import FusedLinear
 from .rules import kind_of
 from .tuner_models import TUNER_MODELS
@@ -67,15 +68,18 @@ def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def describe_others(model: nn.Module) -> list[str]:
-    """A line for each kind of PEFT's layers that run PEFT's own forward pass, with the reason."""
-    found: dict[str, list[str]] = {}
-    for name, module in tuner_layers(model).items():
-        if isinstance(module, FusedLinear):
-            continue
-        reason = why_not_fusable(module) or "`swap_` was not called since it was added"
-        found.setdefault(reason, []).append(name)
+    """A line for each kind of PEFT's layers that are not faster, or not always, with the reason."""
+    readers, layers = find_readers(model), tuner_layers(model)
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, module in layers.items():
+        inside = any(name.startswith(f"{other}.") for other in layers)  # that one reads it rightly
+        if not isinstance(module, FusedLinear):
+            reason = why_not_fusable(module) or "`swap_` was not called since it was added"
+            found.setdefault(("run its own forward pass", reason), []).append(name)
+        elif module in readers and not inside:  # then its pair gets no gradient in PEFT's model
+            found.setdefault(("may have no part in the model", readers[module]), []).append(name)
     return [
-        f"{len(names)} of PEFT's layers run its own forward pass: {reason} ({names[0]}"
+        f"{len(names)} of PEFT's layers {what}: {reason} ({names[0]}"
         f"{', ...' if len(names) > 1 else ''})"
-        for reason, names in found.items()
+        for (what, reason), names in found.items()
     ]

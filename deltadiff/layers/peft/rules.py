@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ...checks import HALF_DTYPES
 from ..base_format import base_format
+from ..eligible import has_same_product
 from ..linear import is_conv1d
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
     if layer.merged_adapters:
         return "its adapters are merged"
     base = layer.base_layer
-    if type(base) is not nn.Linear and not is_conv1d(base):
+    if type(base) is not nn.Linear and not is_conv1d(base) and not has_same_product(base):
         return f"its base layer is {kind_of(base)}"
     names = active_adapters(layer)
     if not names:

@@ -1,5 +1,6 @@
 """What an adapter of PEFT holds beside the pairs: new heads and other modules that were trained."""
 
+import inspect
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -94,7 +95,9 @@ def _task_type(base: nn.Module) -> str | None:
     for ending, task in _TASK_OF_CLASS.items():
         if kind.endswith(ending):
             return task
-    return "FEATURE_EXTRACTION" if getattr(base, "base_model", None) is base else None
+    # PEFT's wrapper for this task passes ``inputs_embeds``, which CLIP's models do not take.
+    takes = "inputs_embeds" in inspect.signature(base.forward).parameters
+    return "FEATURE_EXTRACTION" if takes and getattr(base, "base_model", None) is base else None
 
 
 def _modules_to_save(
