@@ -22,11 +22,12 @@ from deltadiff.text import align_columns
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the tiny models
 
-from peft_calls import CALLS, METHODS, outcome
+from peft_calls import CALLS, outcome
 from peft_cases import CASES, Case
 from peft_checks import assert_equal_runs, fused_calls, layers_named, run, swap_quietly
 from peft_models import input_of, output_of
 from peft_tuners import ON_OTHER_LAYERS, TUNERS, Tuner, build_tuner
+from trained_peft import METHODS
 
 RESULT = Path(__file__).parent / "results" / "peft-calls.json"
 VERSIONS = ("torch", "transformers", "peft")

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from peft_calls import CALLS, METHODS, outcome
+from peft_calls import CALLS, outcome
+from trained_peft import METHODS
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "peft-calls.json"
