@@ -3,7 +3,7 @@
 from importlib import metadata
 
 from . import diffora
-from .layers.adapter_file import load_adapter, save_adapter
+from .layers.adapter_files.adapter_file import load_adapter, save_adapter
 from .layers.lora_linear import LoraLinear
 from .layers.merge import merge_
 from .layers.peft_files.export import export_peft

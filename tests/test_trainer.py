@@ -7,7 +7,7 @@ import pytest
 import torch
 from trainer_runs import KINDS, Tokens, delta_lora, everything, lora_config, make, trainer_of
 
-from deltadiff import DeltaLoRA, FusedAdamW, swap_
+from deltadiff import DeltaLoRA, FusedAdamW, diffora, swap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError
 from deltadiff.trainer import SHARE, DeltaLoRACallback
 
@@ -227,3 +227,16 @@ def test_transformers_own_adapters_without_a_peft_model(tmp_path):
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         assert len(peft.load_peft_weights(str(tmp_path / "checkpoint-3"), device="cpu")) == 8
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_resumed_run_of_diffora_with_sharing_is_bit_equal(tmp_path):
+    """The selected modules have their own pairs, whose W moves; the others share one pair a type."""
+    candidates = diffora.find_candidates(make("plain", swap=False), ["q_proj", "v_proj"])
+    selection = diffora.random_selection(candidates, 0.5, seed=0)
+
+    def model():
+        found = make("plain", swap=False)
+        diffora.apply_(found, selection, r=4, share_r=2, seed=0)
+        return found
+
+    assert_resumes(model, METHODS["in place"], tmp_path)

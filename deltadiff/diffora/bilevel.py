@@ -21,7 +21,7 @@ from ..checks import check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError, NonFiniteLossError, SwapError
 from ..layers.lora_layers import lora_layers
 from ..layers.swap import swap_, unswap_
-from ..layers.targets import Targets
+from ..layers.targets.choose import Targets
 from ..optim.fused_adamw import FusedAdamW
 from .candidates import Candidates, find_candidates, swapped_candidate
 from .gate_logits import GateLogits

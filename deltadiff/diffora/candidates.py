@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ArgumentError, ArgumentTypeError
 from ..layers.linear import refuse_peft
 from ..layers.lora_linear import LoraLinear
-from ..layers.targets import Targets, choose_modules
+from ..layers.targets.choose import Targets, choose_modules
 
 
 @dataclass(frozen=True)

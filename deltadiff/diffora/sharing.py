@@ -20,7 +20,7 @@ from ..layers.lora_layers import lora_layers
 from ..layers.model_notes import note_selection, noted_selection
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_, unswap_
-from ..layers.targets import choose_modules
+from ..layers.targets.choose import choose_modules
 from .bilevel import Search
 from .candidates import swapped_candidate
 from .gates import Selection

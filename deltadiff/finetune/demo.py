@@ -19,7 +19,7 @@ import torch
 from ..devices import default_device, find_device
 from ..errors import ArgumentError
 from ..files import as_folder, write_json
-from ..layers.adapter_file import load_adapter
+from ..layers.adapter_files.adapter_file import load_adapter
 from ..text import align_columns
 from ..verify.run import run as run_checks
 from ..verify.tolerance import Row, format_table

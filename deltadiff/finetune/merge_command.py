@@ -12,8 +12,8 @@ from torch import nn
 from ..checks import need_package
 from ..errors import ArgumentError
 from ..files import as_folder, whole_folder
-from ..layers.adapter_file import load_adapter
-from ..layers.adapter_format import read_adapter_config
+from ..layers.adapter_files.adapter_file import load_adapter
+from ..layers.adapter_files.format import read_adapter_config
 from ..layers.merge import merge_
 from ..layers.peft_files.read import is_peft_folder, read_peft
 from .models import find_model, load_model

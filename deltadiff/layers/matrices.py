@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .eligible import is_linear
 from .linear import linear_shape
 from .lora_linear import LoraLinear
+from .targets.eligible import is_linear
 
 
 @dataclass

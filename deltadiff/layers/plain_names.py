@@ -17,12 +17,13 @@ from .linear import is_conv1d
 T = TypeVar("T")
 
 _WRAPPED = ("module", "_orig_mod")  # what wrappers call the one module that they hold
-_INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# What wrappers that may stand around any module call the one inside of them.
+INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def plain_name(name: str) -> str:
     """The name of a module or tensor without what wrappers add to it; empty for the model."""
-    parts = [part for part in name.split(".") if part not in _INNER]
+    parts = [part for part in name.split(".") if part not in INNER]
     while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
         del parts[: 1 if parts[0] == "module" else 2]
     return re.sub(r"\.modules_to_save\.[^.]+\.", ".", ".".join(parts))

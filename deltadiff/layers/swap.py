@@ -12,16 +12,16 @@ from torch import nn
 from ..checks import check_dropout, check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
 from .base_format import base_format, check_backend
-from .eligible import is_linear
-from .heads import find_heads
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
 from .report import SwapReport, swap_report
 from .swap_peft import swap_peft_
-from .targets import Targets, choose_modules
-from .trained import trained_whole
+from .targets.choose import Targets, choose_modules
+from .targets.eligible import is_linear
+from .targets.heads import find_heads
+from .targets.trained import trained_whole
 
 if TYPE_CHECKING:
     from .linear import LinearLayer

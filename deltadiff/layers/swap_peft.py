@@ -10,7 +10,7 @@ from .base_format import check_backend
 from .linear import is_peft
 from .lora_layers import lora_layers
 from .report import SwapReport, swap_report
-from .targets import Targets, choose_modules
+from .targets.choose import Targets, choose_modules
 
 
 def swap_peft_(model: nn.Module, target_modules: Targets, backend: str | None) -> SwapReport:

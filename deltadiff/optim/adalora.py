@@ -35,7 +35,7 @@ from ..layers.lora_layers import lora_layers
 from ..layers.lora_linear import LoraLinear
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_
-from ..layers.targets import Targets
+from ..layers.targets.choose import Targets
 from .adalora_budget import Schedule, largest
 from .adalora_importance import Triplets
 from .fused_adamw import FusedAdamW

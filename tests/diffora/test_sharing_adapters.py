@@ -12,7 +12,7 @@ from small_models import build, loss_of
 from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_, swap_report, unswap_
 from deltadiff.diffora import Search, apply_, find_candidates, random_selection, selection_of
 from deltadiff.errors import ArgumentError, CheckpointError, SwapError
-from deltadiff.layers.adapter_format import sha256_of_json
+from deltadiff.layers.adapter_files.format import sha256_of_json
 from deltadiff.layers.lora_layers import lora_layers
 
 

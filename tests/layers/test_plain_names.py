@@ -12,7 +12,7 @@ from version_1_adapters import save_version_1
 from deltadiff import load_adapter, save_adapter, swap_, unswap_
 from deltadiff.diffora import apply_, find_candidates, random_selection, selection_of
 from deltadiff.errors import ArgumentError
-from deltadiff.layers.adapter_format import read_adapter, read_adapter_config
+from deltadiff.layers.adapter_files.format import read_adapter, read_adapter_config
 from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.layers.plain_names import plain_name
 

@@ -17,8 +17,8 @@ from deltadiff.layers import base_format
 from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.layers.peft.fuse import why_not_fusable
 from deltadiff.layers.report import SwapReport
-from deltadiff.layers.targets import choose_modules
-from deltadiff.layers.weight_readers import find_readers
+from deltadiff.layers.targets.choose import choose_modules
+from deltadiff.layers.targets.weight_readers import find_readers
 
 PREFIX = "base_model.model."  # of the names in PEFT's models
 OPTIONS = {"r": 2, "lora_alpha": 6}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from deltadiff import save_adapter
-from deltadiff.layers.adapter_format import sha256_of_json, weights_name
+from deltadiff.layers.adapter_files.format import sha256_of_json, weights_name
 from deltadiff.layers.lora_layers import lora_layers
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import ArgumentError
-from ...layers.adapter_file import load_adapter, save_adapter
+from ...layers.adapter_files.adapter_file import load_adapter, save_adapter
 from ...layers.peft_files.export import export_peft
 from ...layers.swap import swap_
 from ...optim.adalora import AdaLoRA, swap_adalora_

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import SwapError
-from ..weight_readers import find_readers
+from ..targets.weight_readers import find_readers
 from .fused_linear import FusedLinear
 from .rules import kind_of
 from .tuner_models import TUNER_MODELS

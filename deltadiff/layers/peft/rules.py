@@ -9,8 +9,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ...checks import HALF_DTYPES
 from ..base_format import base_format
-from ..eligible import has_same_product
 from ..linear import is_conv1d
+from ..targets.eligible import has_same_product
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear

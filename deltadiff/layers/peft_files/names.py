@@ -14,11 +14,11 @@ from torch import nn
 
 from ...errors import SwapError
 from ..lora_layers import HoldsPairs, LoraLayer
+from ..plain_names import INNER
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before the name of every tensor in the weights file
 _PLAIN_LORA = "plain LoRA and modules_to_save; PEFT's own save_pretrained has all of it"
-_WRAPPED_IN = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 # ----------------------------------------------------------------------- the base model
@@ -44,7 +44,7 @@ def is_of_peft(module: nn.Module) -> bool:
 
 def plain_name(name: str) -> str:
     """A name inside of a `base_model`, without the wrappers that may stand around any module."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED_IN)
+    return ".".join(part for part in name.split(".") if part not in INNER)
 
 
 def base_modules(base: nn.Module) -> dict[str, nn.Module]:
@@ -100,7 +100,7 @@ def active_pairs(name: str, module: Any) -> list[LoraLayer]:
 
 def _unwrap(module: nn.Module) -> nn.Module:
     """The module without the wrappers that may stand around any module."""
-    while inner := [m for key in _WRAPPED_IN if (m := module._modules.get(key)) is not None]:
+    while inner := [m for key in INNER if (m := module._modules.get(key)) is not None]:
         (module,) = inner
     return module
 

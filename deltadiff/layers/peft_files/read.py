@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from ...files import as_folder, reading
-from .. import adapter_format
+from ..adapter_files import format as adapter_format
 from .names import CONFIG_FILE, PREFIX, WEIGHTS_FILE, look_up, pattern_regex
 
 _INSTEAD = "plain LoRA; for all else call PeftModel.from_pretrained, then swap_"

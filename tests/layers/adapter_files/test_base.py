@@ -15,8 +15,8 @@ from version_1_adapters import save_version_1
 
 from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_
 from deltadiff.errors import ArgumentError, CheckpointError, SwapError
-from deltadiff.layers import adapter_base
-from deltadiff.layers.adapter_format import read_adapter_config
+from deltadiff.layers.adapter_files import base as adapter_base
+from deltadiff.layers.adapter_files.format import read_adapter_config
 from deltadiff.layers.lora_layers import lora_layers
 
 # ------------------------------------------------------- weights that are stored otherwise

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from deltadiff import swap_
 from deltadiff.errors import ArgumentError
-from deltadiff.layers.weight_readers import find_readers
+from deltadiff.layers.targets.weight_readers import find_readers
 
 
 def read_in(model: nn.Module) -> set[str]:

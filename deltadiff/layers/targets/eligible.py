@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..checks import DTYPES, dtype_name
-from .linear import is_conv1d, linear_shape
-from .lora_linear import LoraLinear
+from ...checks import DTYPES, dtype_name
+from ..linear import is_conv1d, linear_shape
+from ..lora_linear import LoraLinear
 from .weight_readers import find_readers
 
 if TYPE_CHECKING:
-    from .linear import LinearLayer
+    from ..linear import LinearLayer
 
 # The dtypes in which bitsandbytes and its like store the bytes of a quantised weight.
 _BYTES = (torch.int8, torch.uint8)

@@ -47,10 +47,10 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import as_folder, reading
-from .adapter_entries import check_entries
-from .plain_names import plain_name
+from ...errors import CheckpointError
+from ...files import as_folder, reading
+from ..plain_names import plain_name
+from .entries import check_entries
 
 FORMAT, VERSION = "deltadiff-adapter", 2
 VERSIONS = (1, VERSION)  # that are read

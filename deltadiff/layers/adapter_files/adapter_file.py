@@ -1,6 +1,6 @@
 """`save_adapter` and `load_adapter`: what was trained, without the base weights.
 
-`adapter_format` describes the two files. The weights file carries its hash in its name and the JSON
+`format.py` describes the two files. The weights file carries its hash in its name and the JSON
 file is written last, so that a crash at any moment leaves the old adapter or the new one. Nothing
 is pickled. The update that Delta-LoRA wrote into W is stored as the factors that it telescopes to
 (see `pending_delta`), so the file has the size of the adapter, not of the model.
@@ -21,10 +21,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ArgumentTypeError, SwapError
-from ..files import as_folder, write_bytes, write_text
-from . import adapter_format
-from .adapter_base import (
+from ...errors import ArgumentError, ArgumentTypeError, SwapError
+from ...files import as_folder, write_bytes, write_text
+from ..linear import is_peft_model
+from ..lora_linear import LoraLinear, own_layers
+from ..model_notes import note_selection, noted_selection
+from ..peft_files.load import load_peft
+from ..peft_files.read import is_peft_folder
+from ..pending_delta import LowRankFactors, PendingDelta
+from ..plain_names import by_plain_name, held_tensors, plain_name, rename_to_fit
+from ..report import SwapReport, swap_report
+from . import format as adapter_format
+from .base import (
     base_shapes,
     check_saved,
     linear_modules,
@@ -32,7 +40,7 @@ from .adapter_base import (
     trained_beside,
     turn_saved,
 )
-from .adapter_format import (
+from .format import (
     check_base,
     pair_owner,
     read_adapter,
@@ -40,14 +48,6 @@ from .adapter_format import (
     rename_selection,
     sha256_of_json,
 )
-from .linear import is_peft_model
-from .lora_linear import LoraLinear, own_layers
-from .model_notes import note_selection, noted_selection
-from .peft_files.load import load_peft
-from .peft_files.read import is_peft_folder
-from .pending_delta import LowRankFactors, PendingDelta
-from .plain_names import by_plain_name, held_tensors, plain_name, rename_to_fit
-from .report import SwapReport, swap_report
 
 _LEFTOVER = re.compile(r"\.(adapter\.json|adapter-[0-9a-f]{16}\.safetensors)\.\w{8}")
 

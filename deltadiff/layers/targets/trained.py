@@ -4,11 +4,11 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from ..checks import DTYPES, dtype_name
-from ..errors import ArgumentError, ArgumentTypeError
+from ...checks import DTYPES, dtype_name
+from ...errors import ArgumentError, ArgumentTypeError
+from ..lora_layers import HoldsPairs, lora_layers
+from .choose import match_names
 from .heads import Head, parameters_of
-from .lora_layers import HoldsPairs, lora_layers
-from .targets import match_names
 
 
 def trained_whole(

@@ -33,9 +33,9 @@ def find_readers(model: nn.Module) -> dict[nn.Module, str]:
     found: dict[nn.Module, str] = {}
     entries: dict[nn.Module, set[str]] = {m: {"forward"} for m in model.modules()}
     for caller in model.modules():  # Gemma3n's layers call `self.altup.correct(...)`
-        for *path, name in _reads(caller, frozenset(["forward"])).calls:
-            for module in _follow(caller, tuple(path)):
-                entries[module].add(name)
+        for called in _reads(caller, frozenset(["forward"])).calls:
+            for module in _follow(caller, called[:-1]):
+                entries[module].add(called[-1])
     for reader, names in entries.items():
         for path in _reads(reader, frozenset(names)).weights:
             for module in _follow(reader, path):

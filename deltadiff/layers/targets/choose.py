@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Iterable
 
 from torch import nn
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ...errors import ArgumentError, ArgumentTypeError
+from ..linear import is_peft
+from ..lora_linear import LoraLinear
+from ..matrices import find_matrices, why_no_linear
 from .eligible import find_refused, is_linear
 from .heads import find_heads
-from .linear import is_peft
-from .lora_linear import LoraLinear
-from .matrices import find_matrices, why_no_linear
 
 Targets = str | Collection[str] | Callable[[str, nn.Module], bool]
 

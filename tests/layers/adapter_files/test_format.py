@@ -9,7 +9,7 @@ from trained_adapters import base, output, trained
 
 from deltadiff import load_adapter, save_adapter
 from deltadiff.errors import CheckpointError
-from deltadiff.layers.adapter_format import read_adapter_config, sha256_of_json
+from deltadiff.layers.adapter_files.format import read_adapter_config, sha256_of_json
 from deltadiff.layers.lora_layers import lora_layers
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import CheckpointError
-from .linear import is_conv1d, linear_shape
-from .lora_layers import lora_layers
-from .lora_linear import LoraLinear
-from .plain_names import Held, by_plain_name, held_tensors, plain_name
-from .swap import swap_, unswap_
+from ...errors import CheckpointError
+from ..linear import is_conv1d, linear_shape
+from ..lora_layers import lora_layers
+from ..lora_linear import LoraLinear
+from ..plain_names import Held, by_plain_name, held_tensors, plain_name
+from ..swap import swap_, unswap_
 
 
 def linear_modules(model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from deltadiff import load_adapter, save_adapter, swap_
 from deltadiff.diffora import apply_
 from deltadiff.errors import ArgumentError, CheckpointError
-from deltadiff.layers.adapter_format import read_adapter_config, sha256_of_json
+from deltadiff.layers.adapter_files.format import read_adapter_config, sha256_of_json
 from deltadiff.layers.lora_layers import lora_layers
 
 

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from deltadiff import LoraLinear, swap_
 from deltadiff.errors import ArgumentError
-from deltadiff.layers.eligible import why_not_linear
+from deltadiff.layers.targets.eligible import why_not_linear
 
 
 class Doubled(nn.Linear):

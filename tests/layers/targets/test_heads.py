@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 from deltadiff import swap_
-from deltadiff.layers.heads import find_heads
 from deltadiff.layers.lora_layers import lora_layers
+from deltadiff.layers.targets.heads import find_heads
 
 SIZES = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

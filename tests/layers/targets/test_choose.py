@@ -7,7 +7,7 @@ from two_blocks import Model
 
 from deltadiff import LoraLinear, swap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.layers.targets import choose_modules
+from deltadiff.layers.targets.choose import choose_modules
 
 
 @pytest.mark.parametrize(
