@@ -230,7 +230,7 @@ def test_transformers_own_adapters_without_a_peft_model(tmp_path):
 
 
 def test_a_resumed_run_of_diffora_with_sharing_is_bit_equal(tmp_path):
-    """The selected modules have their own pairs, whose W moves; the others share one pair a type."""
+    """W of the selected modules moves; those that are not selected share a pair by type."""
     candidates = diffora.find_candidates(make("plain", swap=False), ["q_proj", "v_proj"])
     selection = diffora.random_selection(candidates, 0.5, seed=0)
 
