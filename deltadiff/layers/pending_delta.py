@@ -115,7 +115,7 @@ class PendingDelta:
 
         ``scaling``: s of the pair now. Where it is that of the update too, the rank is the least.
         """
-        if isinstance(scaling, Tensor) or scaling != self.scaling:
+        if isinstance(scaling, Tensor) or scaling != self.scaling or scaling == 0:
             return self._stack_apart(lora_A, lora_B, scaling)
         a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.rank_scale)
         scale = self.rank_scale

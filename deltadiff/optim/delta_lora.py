@@ -303,6 +303,7 @@ class DeltaLoRA(FusedAdamW):
         self._bound_iteration(extra["iteration"])
         for update, ratio in zip(self.weight_updates, extra["update_ratio"], strict=True):
             update.set_ratio(ratio)
+        self._settings = [None] * len(self.param_groups)  # a lambda may not have been sent yet
         self._bind(restored)
 
     def _saved_weights(

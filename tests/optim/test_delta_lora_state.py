@@ -177,3 +177,19 @@ def test_a_run_that_would_lose_the_factored_update_before_it_is_refused(way_on):
     loss_of(model, 0).backward()
     third.step()
     torch.testing.assert_close(output(model), before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("w_update", W_UPDATES)
+def test_a_ratio_that_no_step_has_seen_is_in_force_after_loading(w_update):
+    """Also in an optimizer whose last step had that ratio already."""
+    model = make_model()
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=0.5, w_update=w_update)
+    train(model, optimizer, 3)
+    optimizer.param_groups[0]["update_ratio"] = 1.0
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 2, start=3)
+    wanted = output(model)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer, 2, start=3)
+    assert torch.equal(output(model), wanted)

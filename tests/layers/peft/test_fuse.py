@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft_cases import lora
 from peft_checks import assert_equal_runs, facts_of, fused_calls, run, swap_quietly
-from peft_models import input_of, output_of
+from peft_models import input_of, make_model, output_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -175,6 +175,33 @@ def test_layers_that_peft_does_not_wrap_in_its_model():
     with torch.no_grad():
         models[0][0].set_adapter([]), models[1][0].set_adapter([])
     compare(models, 1)
+
+
+def test_adapters_of_transformers_without_pefts_model(tmp_path):
+    x, models = input_of("llama"), []
+    for _ in range(2):
+        model = make_model("llama").double()
+        options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        torch.manual_seed(0)
+        model.add_adapter(peft.LoraConfig(**options), "a")
+        model.add_adapter(peft.LoraConfig(**options), "b")
+        models.append(model)
+    report = swap_(models[1])
+    assert len(report.rows) == 6 and {row.path for row in report.rows} == {"reference"}
+    models[1].save_pretrained(tmp_path)  # the active one, "b"
+    calls = {
+        "set": (lambda m: m.set_adapter("a"), 6),
+        "two": (lambda m: m.set_adapter(["a", "b"]), 6),
+        "disable": (lambda m: m.disable_adapters(), 0),
+        "enable": (lambda m: m.enable_adapters(), 6),
+        "load": (lambda m: m.load_adapter(str(tmp_path), "c"), 6),
+        "hot-swap": (lambda m: m.load_adapter(str(tmp_path), "c", hotswap=True), 6),
+        "delete": (lambda m: m.delete_adapter(["a", "b"]), 6),
+    }
+    for call, fused in calls.values():
+        for model in models:
+            call(model)
+        compare(models, fused, x=x)
 
 
 def test_a_swap_of_a_part_of_the_model():

@@ -154,3 +154,16 @@ def test_our_own_layers_too(tmp_path):
     torch.testing.assert_close(again(X).detach(), wanted, rtol=1e-12, atol=1e-12)
     merge_(model)
     torch.testing.assert_close(model(X).detach(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_run_that_begins_at_scale_0_keeps_the_update_of_the_last_one():
+    model, _, layers, before = trained("factored")
+    wanted = [weight_of(layer, w, 0.0) for layer, w in zip(layers, before, strict=True)]
+    for layer in layers:
+        layer.set_scale("default", 0.0)
+    train(model, DeltaLoRA(model, lr=1e-2, update_ratio=RATIO), 1)
+    for layer, w in zip(layers, wanted, strict=True):
+        assert layer.deltas["default"].past_updates
+        x = torch.randn(4, layer.in_features, dtype=torch.float64)
+        y = x @ w.T + layer.base_layer.bias
+        torch.testing.assert_close(layer(x), y, rtol=1e-12, atol=1e-12)
