@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -120,6 +121,12 @@ def swap_(
         assert is_linear(module)
         layers[module] = _new_layer(name, module, branch, generator)
 
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        warnings.warn(
+            "DistributedDataParallel does not average the gradients of pairs that it did not see "
+            "when it wrapped the model: to train them, call `swap_` or `load_adapter` first",
+            stacklevel=2,
+        )
     note_required_grad(model)
     earlier = {id(p) for m in lora_layers(model).values() for p in m.adapter}
     for p in model.parameters():

@@ -78,7 +78,7 @@ def test_an_adapter_goes_onto_a_wrapped_model(tmp_path, wrapper, swapped):
         swap_(fresh, r=3, target_modules=["0"], modules_to_save=["2"])
     wrapped = WRAPPERS[wrapper](fresh)
     if "DDP" in wrapper and not swapped:
-        with pytest.warns(UserWarning, match="call `load_adapter` first, then wrap"):
+        with pytest.warns(UserWarning, match="call `swap_` or `load_adapter` first"):
             load_adapter(wrapped, tmp_path)
     else:
         load_adapter(wrapped, tmp_path)
@@ -86,6 +86,11 @@ def test_an_adapter_goes_onto_a_wrapped_model(tmp_path, wrapper, swapped):
     torch.testing.assert_close(output(fresh), output(model), atol=1e-12, rtol=0)
     unswap_(wrapped)
     assert not lora_layers(fresh) and all(p.requires_grad for p in fresh.parameters())
+
+
+def test_pairs_that_ddp_did_not_see_are_said():
+    with pytest.warns(UserWarning, match="does not average the gradients of pairs"):
+        swap_(WRAPPERS["DDP"](base()), r=2, target_modules=["0"])
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])

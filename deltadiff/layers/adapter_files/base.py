@@ -1,12 +1,10 @@
 """The base model of an adapter: which of its layers and tensors the adapter is about."""
 
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import CheckpointError
 from ..linear import is_conv1d, linear_shape
@@ -67,12 +65,6 @@ def swap_as_saved(
         if lora_layers(model):
             unswap_(model)
         raise
-    if any(isinstance(m, DistributedDataParallel) for m in model.modules()):
-        warnings.warn(
-            "DistributedDataParallel does not average the gradients of an adapter that it did not "
-            "see when it wrapped the model: to train it, call `load_adapter` first, then wrap",
-            stacklevel=3,
-        )
 
 
 def _named(names: set[str]) -> Callable[[str, nn.Module], bool]:
