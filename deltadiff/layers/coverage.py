@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..text import align_columns
-from .adapter_files.format import plain_name
 from .lora_layers import HoldsPairs, lora_layers
 from .matrices import Matrix, find_matrices, size_of, why_no_linear
 from .model_notes import stopped_training
+from .plain_names import plain_name
 from .targets.eligible import find_refused
 from .targets.heads import Head, Heads, find_heads, modules_of, parameters_of
 

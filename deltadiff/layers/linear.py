@@ -1,6 +1,5 @@
 """The layers that can be swapped: ``nn.Linear``, transformers' `Conv1D`, PEFT's LoRA layers."""
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
@@ -15,27 +14,11 @@ if TYPE_CHECKING:  # what deltadiff uses of the layers of packages that need not
         weight: Tensor
         bias: Tensor
 
-    class PeftFactor(nn.Module):
-        """The linear layer without bias in which PEFT keeps A or B."""
-
-        weight: nn.Parameter
-        bias: nn.Parameter | None
-
     class PeftLayer(nn.Module):
-        """PEFT's ``lora.Linear``, whose mappings are from the name of an adapter."""
+        """PEFT's ``lora.Linear``."""
 
         out_features: int
         in_features: int
-        active_adapters: Sequence[str]
-        merged: bool
-        disable_adapters: bool
-        lora_A: Mapping[str, PeftFactor]
-        lora_B: Mapping[str, PeftFactor]
-        lora_alpha: Mapping[str, float]
-        lora_dropout: Mapping[str, nn.Module]
-        scaling: Mapping[str, float]
-
-        def get_base_layer(self) -> nn.Module: ...
 
     LinearLayer = nn.Linear | Conv1D
 

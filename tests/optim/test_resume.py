@@ -178,7 +178,7 @@ def test_states_without_the_weights_are_refused(change):
     saved = on_disk(optimizer.state_dict())
     weights = saved["state"]["delta_lora"]["weights"]
     first = next(iter(weights))
-    if change == "no weights":  # as it was saved before version 0.2
+    if change == "no weights":  # earlier versions did not save them
         del saved["state"]["delta_lora"]["weights"]
     elif change == "one less":
         del weights[first]

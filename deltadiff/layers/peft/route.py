@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from ...checks import HALF_DTYPES
 from ..linear import is_conv1d
-from .rules import active_adapters, why_not_now, why_peft
+from .rules import HOOKS, active_adapters, why_not_now, why_peft
 
 if TYPE_CHECKING:
     from .fused_linear import FusedLinear
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Route:
@@ -49,7 +47,7 @@ class Route:
             owners += [(m._parameters, "weight") for m in parts[:2]]
             modules += parts
         self._places = [(owner, key, owner[key]) for owner, key in owners]
-        self._empty = [getattr(m, hooks) for m in modules for hooks in _HOOKS]
+        self._empty = [getattr(m, hooks) for m in modules for hooks in HOOKS]
         self._attributes = [m.__dict__ for m in modules]
         self._kinds = [(m, type(m)) for m in modules]
         self._dtypes = self.weight.dtype, self.factors[0][0].dtype

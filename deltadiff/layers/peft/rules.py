@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from peft.tuners.lora import Linear
 
 
+# Where PyTorch keeps what happens when a module is called and happens nowhere else.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def active_adapters(layer: "Linear") -> list[str]:
     """The active adapters that this layer has."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
@@ -94,13 +98,8 @@ def _why_not_adapter(layer: "Linear", name: str) -> str | None:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether something happens when the module is called that happens nowhere else."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # accelerate's hooks
-    )
+    # accelerate's hooks are a forward pass of the instance.
+    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def _why_not_tensors(

@@ -13,7 +13,7 @@ from ..lora_layers import lora_layers
 from ..lora_linear import LoraLinear
 from ..report import SwapReport, swap_report
 from ..swap import swap_, unswap_
-from ..targets.choose import is_linear
+from ..targets.eligible import is_linear
 from .names import base_model, base_modules, check_places
 from .read import PeftAdapter, read_peft
 
