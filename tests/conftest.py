@@ -7,13 +7,15 @@ absent: a C++ extension that was not built fails its tests.
 A test with ``@pytest.mark.check(short=2, long=100)`` takes ``seed`` and runs for so many seeds:
 the short form begins with seed 0. The long form (``make check``, that is ``pytest --check -m
 check``) begins with a new seed, which the head of the report and the name of a failed test show;
-``--seed`` gives it again.
+``--seed`` gives it again. With ``--record``, a run without a failure writes what its tests counted
+with the fixture ``tally`` to benchmarks/results.
 """
 
 import os
 import secrets
 
 import pytest
+import tally as tallies
 import torch
 from op_paths import F32, op_paths
 from tolerance import assert_close_to_truth
@@ -32,6 +34,8 @@ def pytest_addoption(parser):
     parser.addoption("--check", action="store_true", help=text)
     text = "the first seed of the tests that are marked check (default: 0; with --check, a new one)"
     parser.addoption("--seed", type=int, help=text)
+    text = "write what was counted to benchmarks/results, if no test failed"
+    parser.addoption("--record", action="store_true", help=text)
 
 
 def pytest_configure(config):
@@ -41,6 +45,34 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     return f"form: {'long' if config.option.check else 'short'}, --seed {config.option.seed}"
+
+
+# ---------------------------------------------------------------- what was counted
+
+counted: list[dict] = []
+
+
+@pytest.fixture
+def tally(record_property):
+    """tally(suite, op, cases, ...) counts cases for the table of checks, see `tally.row`."""
+    return lambda *args, **fields: record_property(tallies.PROPERTY, tallies.row(*args, **fields))
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call":
+        counted.extend(row for name, row in report.user_properties if name == tallies.PROPERTY)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    rows = tallies.merge(counted)
+    if not rows or not config.option.check:
+        return
+    terminalreporter.section("counted")
+    for row in rows:
+        terminalreporter.write_line(tallies.describe(row))
+    if config.option.record and exitstatus == 0:
+        for path in tallies.write(rows, config.option.seed):
+            terminalreporter.write_line(f"written: {path}")
 
 
 # ---------------------------------------------------------------- parameters
