@@ -15,6 +15,11 @@ from cubins import compile_instead, records_of
 
 # Whatever orders memory, or touches memory that threads share.
 ORDERED = re.compile(r"(?:^|\s)(ld|st|atom|red|bar|barrier|mbarrier|cp|wgmma|fence)\.")
+ALL_THREADS = "barrier.sync \t1;"
+OFFSET = re.compile(r"\+(\d+)\]")
+NUM_WARPS = (
+    8  # that multiply; `deltadiff.kernels.lora_linear.hopper` is not importable without Gluon
+)
 GROUP_SYNC = re.compile(r"(bar\.warp\.sync|bar\.sync)\s")
 
 
@@ -48,6 +53,21 @@ def print_steps(capability: int) -> None:
 @pytest.fixture(scope="module")
 def kernels():
     return records_of(__file__, "90")
+
+
+def test_what_warps_run_is_handed_over_across_a_barrier_of_all(kernels):
+    """`warp_specialize`: its bytes are stored before, and loaded after, such a barrier."""
+    for steps in kernels:
+        loads = [i for i, step in enumerate(steps) if step.startswith("ld.shared.b8")]
+        assert loads
+        offsets = {int(OFFSET.search(steps[i])[1]) for i in loads}
+        (first,) = {offset + NUM_WARPS for offset in offsets}  # each warp has a byte of its own
+        stores = [
+            i for i, step in enumerate(steps)
+            if step.startswith("st.shared") and f"+{first}]" in step
+        ]  # fmt: skip
+        assert len(stores) == 2  # it starts the warps, and ends them
+        assert {steps[i - 1] for i in loads} == {steps[i + 1] for i in stores} == {ALL_THREADS}
 
 
 def test_each_arrival_stands_behind_a_synchronisation(kernels):
