@@ -85,7 +85,7 @@ def explains(hazard: re.Match) -> bool:
         return any("pipe.work.index(" in line and ".load(one)" in line for line in read)
     multiplies = range(8 * 32)  # hopper.NUM_WARPS warps
     sends = int(hazard["writer"]) in multiplies and int(hazard["reader"]) not in multiplies
-    hands_over = ("def _lora_linear_hopper_kernel", "], [1], [24])")
+    hands_over = ("def _lora_linear_hopper_kernel", "gl.warp_specialize([")
     return sends and all(
         any(word in line for word in hands_over for line in at) for at in (write, read)
     )
