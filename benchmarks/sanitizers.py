@@ -54,7 +54,7 @@ def row_of(tool: str, path: str, output: str, found: int, explained: int = 0) ->
     ``explained``: reports beside the findings that `explains` knows to be none.
     """
     calls = re.search(r"^calls: (\d+)", output, re.MULTILINE)
-    found = found if calls else found + 1
+    found += not calls  # it did not come to its end
     if found:
         print(output[-6000:])
     row = tally.row("sanitizers", tool, int(calls[1]) if calls else 0, found, path)
@@ -108,12 +108,12 @@ def source(place: str) -> list[str]:
 
 def on_gpu() -> Iterator[dict]:
     # Compiling is not what shall be watched, and takes many times as long under a tool.
-    code, output = run([sys.executable, "-P", str(SUITE), "cuda"])
+    code, output = run([sys.executable, str(SUITE), "cuda"])
     if code:
         raise SystemExit(f"the suite fails without a tool:\n{output[-4000:]}")
     # A block of memory of its own for each tensor: the tool then knows where each one ends.
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    suite = [sys.executable, "-P", str(SUITE), "cuda"]
+    suite = [sys.executable, str(SUITE), "cuda"]
     for tool in ("memcheck", "initcheck", "synccheck"):
         _, output = run(["compute-sanitizer", "--tool", tool, *suite], **apart)
         summary = SUMMARY.search(output)
@@ -141,7 +141,7 @@ def on_cpu() -> Iterator[dict]:
     libraries = [run([compiler, f"-print-file-name={name}"])[1].strip() for name in names]
     for capability in ("default", "avx2", "avx512"):
         _, output = run(
-            [sys.executable, "-P", str(SUITE), "cpu"],
+            [sys.executable, str(SUITE), "cpu"],
             LD_PRELOAD=":".join(libraries), ASAN_OPTIONS="detect_leaks=0",
             PYTHONPATH=str(built / "lib"), ATEN_CPU_CAPABILITY=capability,
         )  # fmt: skip
