@@ -1,4 +1,4 @@
-"""benchmarks/sanitizers.py: which reports of racecheck are no findings, and the calls that it runs."""
+"""benchmarks/sanitizers.py: which reports of racecheck are no findings, and what it runs."""
 
 import importlib.util
 from pathlib import Path
