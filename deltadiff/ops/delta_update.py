@@ -129,7 +129,9 @@ def delta_update_(
             list and place of the element.
             "nearest" loses every change below half a unit in the last place.
             None means "remainder" where ``remainder`` is given; else a 16-bit W is refused.
-        remainder: shaped like W; int16 for bfloat16, float16 for float16; zeros at the start.
+        remainder: int16, shaped like W, zeros at the start. Beside bfloat16 it is float32
+            arithmetic exactly; beside float16 too, for 2^-16 <= |W| <= 65504 (`split_remainder`
+            says what holds outside).
         seed: an int that fits 64 bits, for the random bits.
         step: an int or a 0-dim int64 tensor on the device, for the random bits.
         apply: 0-dim tensor on the device. Where it is zero, nothing is changed; the host does not
