@@ -49,6 +49,7 @@ class PendingDelta:
         remainder: what a 16-bit W could not hold, for rounding="remainder".
         past_updates: the updates under earlier values of lambda and in earlier runs; None once
             there were too many of them to keep.
+        told_saturated: whether the user knows that a float16 W reached the end of its range.
     """
 
     anchor_A: Tensor
@@ -59,6 +60,7 @@ class PendingDelta:
     in_weight: bool
     remainder: Tensor | None = None
     past_updates: list[LowRankFactors] | None = field(default_factory=list)
+    told_saturated: bool = False
 
     @staticmethod
     def make_rank_scale(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:

@@ -186,6 +186,12 @@ def join_remainder(weight: Tensor, remainder: Tensor) -> Tensor:
     return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
 
 
+def past_range(weight: Tensor, remainder: Tensor) -> Tensor:
+    """Where a float16 weight is +-65504 because its float32 value rounds to no finite float16."""
+    most, half = torch.finfo(torch.float16).max, 2**14  # half of the last place, as a remainder
+    return ((weight == most) & (remainder >= half)) | ((weight == -most) & (remainder <= -half))
+
+
 def _remainder_unit(weight: Tensor) -> Tensor:
     """2^-15 of the last place of float16 values, as float32; below 2^-14 that place is fixed."""
     exponent = weight.float().view(torch.int32) & 0x7F800000
