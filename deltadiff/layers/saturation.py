@@ -33,6 +33,6 @@ def saturated_message(what: str, counts: Mapping[str, int]) -> str:
     """The warning: what was done, and how many elements of which weights are past the range."""
     elements = ", ".join(f"{count} elements of {name}" for name, count in counts.items())
     return (
-        f"{what} {elements} past the range of float16; they stay at its end, +-65504, and what goes "
-        "beyond is lost. A base model in bfloat16 has the range of float32"
+        f"{what} {elements} past the range of float16; they stay at its end, +-65504, and what "
+        "goes beyond is lost. A base model in bfloat16 has the range of float32"
     )
