@@ -12,7 +12,7 @@ from ..checks import DTYPES, check_betas, check_number, check_tensor, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
-from .dispatch import choose_path
+from .dispatch import choose_path, refuse_transforms
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import adamw_step as triton_adamw_step
@@ -140,10 +140,12 @@ def adamw_step_(
         backend: None chooses one (see `choose_path`); a name asks for that one.
 
     Raises:
-        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit; nothing
-            was changed.
+        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit, or the call
+            is made under a transform of torch.func or forward-mode differentiation; nothing was
+            changed.
         BackendUnavailableError: ``backend`` cannot run here.
     """
+    refuse_transforms("adamw_step_")
     n = len(params)
     lists = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)
     none: list[Tensor | None] = [None] * n

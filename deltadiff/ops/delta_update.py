@@ -22,7 +22,7 @@ from ..checks import (
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
-from .dispatch import choose_path
+from .dispatch import choose_path, refuse_transforms
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import delta_update as triton_delta_update
@@ -142,10 +142,12 @@ def delta_update_(
         ``weight``.
 
     Raises:
-        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit; nothing
-            was changed.
+        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit, or the call
+            is made under a transform of torch.func or forward-mode differentiation; nothing was
+            changed.
         BackendUnavailableError: ``backend`` cannot run here.
     """
+    refuse_transforms("delta_update_")
     single = isinstance(weight, Tensor)
     factors = _as_list(lora_A), _as_list(lora_B), _as_list(delta_A), _as_list(delta_B)
     lists = _as_list(weight), *factors

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from ..checks import HALF_DTYPES, dtype_name
 from ..errors import ArgumentError, BackendUnavailableError
@@ -261,6 +262,25 @@ def keeps_x(backend: str, need_A: bool, need_gate: bool) -> bool:
 
 # ---------------------------------------------------------------------------------- the choice
 
+TRANSFORMED = "a transform of torch.func, or forward-mode derivatives"
+_torch_func_is_at_work = torch._C._are_functorch_transforms_active  # looked up once, for speed
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work.
+
+    The kernels have one derivative, that of a backward pass, and take plain tensors. The reference
+    consists of PyTorch's own operations, and follows all of these.
+    """
+    return _torch_func_is_at_work() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(op: str) -> None:
+    """Raise where an operation that writes its tensors in place is called under a transform."""
+    if transformed():
+        accepted = "a call outside: it writes in place, which has no derivative"
+        raise ArgumentError(op, f"a call under {TRANSFORMED}", accepted)
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -305,6 +325,7 @@ def choose_path(
     layer: tuple[int, int, int] | None = None,
     dropout: bool = False,
     transposed: bool = False,
+    transformed: bool = False,
 ) -> Dispatch:
     """Choose what runs an operation on tensors of ``dtype`` on ``device``.
 
@@ -314,17 +335,23 @@ def choose_path(
             most layers on sm_90; None for the other operations.
         dropout: whether the layer has dropout, which that kernel lacks.
         transposed: whether W is stored (in, out), like GPT-2's; that kernel would copy it.
+        transformed: what the function of this name says; then only the reference will do.
 
     Returns:
         The backend, the reason for it and, for a layer, which kernels run at which number of
         tokens.
 
     Raises:
-        BackendUnavailableError: ``backend`` was asked for and cannot run here.
+        BackendUnavailableError: ``backend`` was asked for and cannot run here, or not under a
+            transform.
     """
     call = None if layer is None else Layer(*layer, dtype, dropout, transposed)
     if backend is not None:
         objection = why_unavailable(backend, device, dtype) or _why_not_taken(backend, call)
+        if transformed and backend != "reference":
+            raise BackendUnavailableError(
+                "backend", f"{backend!r} under {TRANSFORMED}", "None or 'reference'"
+            )
         if objection:
             raise BackendUnavailableError(
                 "backend",
@@ -332,6 +359,8 @@ def choose_path(
                 "a backend that `deltadiff info` lists as there",
             )
         return _dispatch(backend, "asked for", call)
+    if transformed:
+        return _dispatch("reference", TRANSFORMED, call)
     refused = ""
     for name in ("cpp",) if device.type == "cpu" else ("hopper", "triton"):
         objection = _objection(name, device, dtype, call)

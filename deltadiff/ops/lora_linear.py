@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import (
     DTYPES,
@@ -18,9 +17,18 @@ from ..checks import (
     check_seed,
     check_tensor,
 )
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, BackendUnavailableError
 from . import reference
-from .dispatch import CPP_MISSING, LAUNCHERS, Kernel, choose_path, keeps_x, kernel_at, runs_of
+from .dispatch import (
+    CPP_MISSING,
+    LAUNCHERS,
+    Kernel,
+    choose_path,
+    keeps_x,
+    kernel_at,
+    runs_of,
+    transformed,
+)
 
 with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
     from ..kernels.lora_linear import hopper_launch, hopper_plan
@@ -105,6 +113,48 @@ def _launch_bwd(
     return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
 
 
+def _reference_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+) -> Sequence[Tensor | None]:
+    """(dx, dA, dB, dgate) by PyTorch's own operations, for derivatives of these in turn.
+
+    The forward pass cannot know that they will be wanted, so a backend's kernels may have run it.
+    """
+    need_x, _, need_B, need_gate = needs
+    if not any(needs):
+        return [None] * 4
+    if x is None:
+        if need_B or need_gate:
+            raise BackendUnavailableError(
+                "backend",
+                "a second derivative where lora_A is frozen, for which x was not kept",
+                "backend='reference', which keeps all that these need",
+            )
+        x = dy.new_zeros(dy.shape[0], weight.shape[1]).requires_grad_(need_x)  # dx is without x
+    create_graph, device = torch.is_grad_enabled(), dy.device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        # Aliases, so that no gradient goes on from one of them to another that it was made of.
+        leaves = [None if t is None else t.view_as(t) for t in (x, lora_A, lora_B, gate)]
+        x, a, b, gate = leaves
+        assert x is not None and a is not None and b is not None
+        y = reference.lora_linear_ref(
+            x, weight, a, b, scaling=scaling * (1 - dropout), gate=gate,
+            dropout=dropout, seed=0 if seed is None else seed,
+        )  # fmt: skip
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [next(grads) if need else None for need in needs]
+
+
 def _kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
     """Shape of what the forward pass keeps.
 
@@ -142,7 +192,6 @@ class LoraLinearFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, gate, s, seed = ctx.saved_tensors
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
@@ -150,10 +199,16 @@ class LoraLinearFunction(torch.autograd.Function):
         n, k = weight.shape
         leading, dy = dy.shape[:-1], dy.reshape(-1, n)
         rows = None if x is None else x.reshape(-1, k)
-        dx, da, db, dgate = _launch_bwd(
-            dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
-            ctx.dropout, seed, ctx.backend,
-        )  # fmt: skip
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # from is_grads_batched=True
+        if torch.is_grad_enabled() or batched:
+            dx, da, db, dgate = _reference_bwd(
+                dy, rows, weight, lora_A, lora_B, ctx.scaling, gate, needs, ctx.dropout, seed
+            )
+        else:
+            dx, da, db, dgate = _launch_bwd(
+                dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
+                ctx.dropout, seed, ctx.backend,
+            )  # fmt: skip
         dx = None if dx is None else dx.view(*leading, k)
         dbias = dy.sum(0, dtype=torch.float32).to(weight.dtype) if need_bias else None
         return dx, None, da, db, None, dgate, dbias, None, None, None
@@ -162,6 +217,8 @@ class LoraLinearFunction(torch.autograd.Function):
 if not CPP_MISSING:
     torch.library.impl("deltadiff::lora_linear_fwd_python", "default")(_launch_fwd)
     torch.library.impl("deltadiff::lora_linear_bwd_python", "default")(_launch_bwd)
+    _derivable = torch.library.Library("deltadiff", "IMPL")  # lives as long as this module
+    _derivable.impl("lora_linear_bwd_reference", _reference_bwd, "CompositeImplicitAutograd")
 
     @torch.library.register_fake("deltadiff::lora_linear_fwd")
     def _fwd_shapes(
@@ -223,7 +280,7 @@ def _lora_linear_path(
     *how: bool,
 ) -> tuple[str, bool]:
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
-    backend = choose_path(device, dtype, asked, layer, *how).backend
+    backend = choose_path(device, dtype, asked, layer, *how, transformed()).backend
     reached = backend == "cpp" or (backend != "reference" and device.type == "cuda")
     return backend, reached and not CPP_MISSING
 
@@ -252,6 +309,9 @@ def lora_linear(
     backward pass only where that reads it (`dispatch.keeps_x`): where ``lora_A`` requires a
     gradient and, in the C++ kernels on the CPU, where ``gate`` does.
 
+    Second derivatives, as from ``create_graph=True``, and everything under a transform of
+    torch.func or forward-mode differentiation come from the reference.
+
     Args:
         x: (..., K), any leading shape and strides, also empty; float32, bfloat16, float16 or
             float64.
@@ -272,7 +332,8 @@ def lora_linear(
 
     Raises:
         ArgumentTypeError, ArgumentError: a dtype, device or shape does not fit.
-        BackendUnavailableError: ``backend`` cannot run here.
+        BackendUnavailableError: ``backend`` cannot run here, or not under such a transform; (in a
+            backward pass with ``create_graph=True``) second derivatives where x was not kept.
     """
     if not isinstance(x, Tensor):
         raise ArgumentTypeError("x", type(x).__name__, "a torch.Tensor")
