@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checks import wide_dtype
-from ..ops.dispatch import transformed
+from ..ops.transforms import transformed
 
 
 @dataclass

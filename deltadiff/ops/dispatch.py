@@ -19,10 +19,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from ..checks import HALF_DTYPES, dtype_name
-from ..errors import ArgumentError, BackendUnavailableError
+from ..errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+from .transforms import TRANSFORMED
 
 BACKENDS = ("hopper", "triton", "cpp", "reference")
 
@@ -58,6 +58,13 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental, its nam
 
 
 # --------------------------------------------------------------------- which backend is there
+
+
+def check_backend(backend: object) -> None:
+    """Raise where ``backend`` is no name. `choose_path` says whether it is that of a backend."""
+    if not isinstance(backend, str):
+        accepted = f"None or one of {', '.join(BACKENDS)}"
+        raise ArgumentTypeError("backend", type(backend).__name__, accepted)
 
 
 def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -262,25 +269,6 @@ def keeps_x(backend: str, need_A: bool, need_gate: bool) -> bool:
 
 # ---------------------------------------------------------------------------------- the choice
 
-TRANSFORMED = "a transform of torch.func, or forward-mode derivatives"
-_torch_func_is_at_work = torch._C._are_functorch_transforms_active  # looked up once, for speed
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work.
-
-    The kernels have one derivative, that of a backward pass, and take plain tensors. The reference
-    consists of PyTorch's own operations, and follows all of these.
-    """
-    return _torch_func_is_at_work() or forward_ad._current_level >= 0
-
-
-def refuse_transforms(op: str) -> None:
-    """Raise where an operation that writes its tensors in place is called under a transform."""
-    if transformed():
-        accepted = "a call outside: it writes in place, which has no derivative"
-        raise ArgumentError(op, f"a call under {TRANSFORMED}", accepted)
-
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -342,6 +330,7 @@ def choose_path(
         tokens.
 
     Raises:
+        ArgumentError: there is no such backend.
         BackendUnavailableError: ``backend`` was asked for and cannot run here, or not under a
             transform.
     """

@@ -14,6 +14,7 @@ from ..checks import (
     check_dropout,
     check_matrix,
     check_number,
+    check_plain,
     check_seed,
     check_tensor,
 )
@@ -23,12 +24,13 @@ from .dispatch import (
     CPP_MISSING,
     LAUNCHERS,
     Kernel,
+    check_backend,
     choose_path,
     keeps_x,
     kernel_at,
     runs_of,
-    transformed,
 )
+from .transforms import transformed
 
 with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
     from ..kernels.lora_linear import hopper_launch, hopper_plan
@@ -45,6 +47,7 @@ def check_lora_linear(
     bias: Tensor | None,
 ) -> None:
     """Raise where the arguments of `lora_linear` do not fit each other."""
+    check_plain("x", x)
     check_matrix("weight", weight)
     check_matrix("lora_A", lora_A)
     check_number("scaling", scaling)
@@ -258,17 +261,17 @@ if not CPP_MISSING:
 # -------------------------------------------------------------------------------- lora_linear
 
 
-def _layer(weight: Tensor, lora_A: Tensor) -> tuple[int, int, int]:
-    """(out_features, in_features, r), for `choose_path`."""
+def _layer(weight: Tensor, lora_A: Tensor) -> tuple[tuple[int, int, int], bool]:
+    """(out_features, in_features, r), and whether W is stored (in, out), for `choose_path`."""
     try:
-        (n, k), r = weight.shape, lora_A.shape[0]
-    except (AttributeError, ValueError, IndexError):
+        (n, k), r, transposed = weight.shape, lora_A.shape[0], weight.stride(1) != 1
+    except (AttributeError, ValueError, IndexError, RuntimeError):
         check_matrix("weight", weight)  # these two name what does not fit
         check_matrix("lora_A", lora_A)
         raise
     if torch.compiler.is_compiling():  # makes constants of them where it treats sizes as variables
         n, k, r = (range(size).stop for size in (n, k, r))
-    return n, k, r
+    return (n, k, r), transposed
 
 
 @torch.compiler.assume_constant_result
@@ -337,8 +340,15 @@ def lora_linear(
     """
     if not isinstance(x, Tensor):
         raise ArgumentTypeError("x", type(x).__name__, "a torch.Tensor")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALF_DTYPES):
+    try:
+        autocast = torch.is_autocast_enabled(x.device.type)
+    except RuntimeError:  # on meta, for instance
+        accepted = "a device that computes, such as cpu or cuda"
+        raise ArgumentTypeError("x", f"device {x.device}", accepted) from None
+    if autocast and x.dtype in (torch.float32, *HALF_DTYPES):
         check_matrix("weight", weight)
+        if bias is not None:
+            check_plain("bias", bias)
         compute = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(compute), weight.detach().to(compute)
         bias = None if bias is None else bias.to(compute)
@@ -349,8 +359,10 @@ def lora_linear(
         p = reference.round_dropout(check_dropout("dropout", p))
     mask_seed = check_seed(seed, x.device) if p else None
     args = x, weight, lora_A, lora_B, scaling, gate, bias
-    layer = _layer(weight, lora_A)
-    how = mask_seed is not None, weight.stride(1) != 1
+    if backend is not None:
+        check_backend(backend)
+    layer, transposed = _layer(weight, lora_A)
+    how = mask_seed is not None, transposed
     backend, native = _lora_linear_path(x.device, x.dtype, backend, layer, *how)
     kernel_args = *args[:4], scaling / (1 - p), gate, bias, p, mask_seed, backend
     if native:

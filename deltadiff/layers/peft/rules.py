@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...checks import HALF_DTYPES
-from ...ops.dispatch import TRANSFORMED, transformed
+from ...ops.transforms import TRANSFORMED, transformed
 from ..base_format import base_format
 from ..linear import is_conv1d
 from ..targets.eligible import has_same_product
