@@ -137,10 +137,12 @@ def check_matrix(name: str, t: Tensor) -> None:
 
 def check_dropout(name: str, p: object) -> float:
     """``p`` as a float; raises where it is not a probability below 1."""
-    number = check_number(name, p)
-    if not 0 <= number < 1:
-        raise ArgumentError(name, repr(p), "a probability >= 0 and < 1")
-    return number
+    accepted = "a probability >= 0 and < 1"
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise ArgumentTypeError(name, f"{p!r} ({type(p).__name__})", accepted)
+    if not 0 <= p < 1:  # torch.compile can follow this
+        raise ArgumentError(name, "an int other than 0" if isinstance(p, int) else p, accepted)
+    return float(p)
 
 
 def check_seed(seed: object, device: torch.device) -> Tensor:

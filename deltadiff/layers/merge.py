@@ -70,7 +70,7 @@ def merge_(model: nn.Module) -> MergeReport:
     """
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
     check_writable(layers, [model])
-    rows, past = [], {}
+    rows, past = [], dict[str, int]()
     for name, layer in layers.items():
         n, k = layer.matrix.shape
         error, saturated = _merge_layer(layer)

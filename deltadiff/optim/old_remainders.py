@@ -24,8 +24,9 @@ def renew_remainders(state_dict: dict[str, Any], layers: Mapping[int, LoraLayer]
     weights = dict(state["delta_lora"].get("weights", {}))
     for i, layer in layers.items():
         low, w = state.get(i, {}).get("remainder"), weights.get(i)
-        pair = [t for t in (low, w) if isinstance(t, Tensor) and t.dtype == torch.float16]
-        if len(pair) < 2:
+        if not isinstance(low, Tensor) or not isinstance(w, Tensor):
+            continue
+        if (low.dtype, w.dtype) != (torch.float16, torch.float16):
             continue
         matrix = w.T if layer.transposed else w
         if matrix.shape != low.shape:
