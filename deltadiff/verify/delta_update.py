@@ -47,8 +47,6 @@ def delta_update_rows(case, shapes, dtype, factor, rounding) -> Iterator[Row]:
             floor = torch.finfo(dtype).eps / 2
         elif rounding == "remainder":
             eager = eager_delta_update(old, *(t.float() for t in factors), call["scale"][i])
-            if dtype == torch.float16:  # the rounding of the remainder is at least half of 2^-24
-                floor = 2.0**-22 + 2.0**-25 * truth.numel() ** 0.5 / truth.norm().item()
         else:
             eager = eager_delta_update(old, *factors, call["scale"][i])
         shape = f"{n}x{k} r={r}"
