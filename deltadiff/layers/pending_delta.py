@@ -158,8 +158,13 @@ class PendingDelta:
             return False
         if stamp == self._moved_at or is_capturing(lora_A.device):
             return True
+        return self.differs(lora_A, lora_B)
+
+    def differs(self, lora_A: Tensor, lora_B: Tensor) -> bool:
+        """As `moved`, for whatever wrote the pair; reads from the device."""
         a, b = lora_A.detach(), lora_B.detach()
         same = _equal(a, self.last_A) and _equal(b, self.last_B)
+        stamp = self._stamp(lora_A, lora_B)
         self._equal_at, self._moved_at = (stamp, None) if same else (None, stamp)
         return not same
 

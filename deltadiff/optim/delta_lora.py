@@ -220,7 +220,7 @@ class DeltaLoRA(FusedAdamW):
         for update in self.weight_updates:
             update.bind(t > update.start_step + 1, restored)
         super()._bind()
-        if not any(update.has_moved() for update in self.weight_updates):
+        if restored is None or not any(update.has_moved() for update in self.weight_updates):
             self._accept_writes()
 
     def _follow_writes(self) -> None:

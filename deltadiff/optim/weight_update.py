@@ -160,7 +160,7 @@ class WeightUpdate:
             delta = layer.delta
             if delta is None or not self.owns(delta, layer.lora_B) or not delta.started():
                 continue
-            if only_moved and not delta.moved(layer.lora_A, layer.lora_B):
+            if only_moved and not delta.differs(layer.lora_A, layer.lora_B):
                 continue
             past = delta.past_updates
             if past is None or len(past) >= MAX_PAST_UPDATES:
@@ -178,9 +178,9 @@ class WeightUpdate:
                     check_known(name, delta)
 
     def has_moved(self) -> bool:
-        """Whether a pair is another than the last step left; see `PendingDelta.moved`."""
+        """Whether a pair is another than the last step left; reads from the device."""
         layers = self.layers.values()
-        return any(m.delta is not None and m.delta.moved(m.lora_A, m.lora_B) for m in layers)
+        return any(m.delta is not None and m.delta.differs(m.lora_A, m.lora_B) for m in layers)
 
     def change_ratio(self, t: int) -> None:
         """Follow the group's lambda in iteration ``t``.
@@ -218,7 +218,7 @@ class WeightUpdate:
             delta = layer.delta
             if delta is None or not self.owns(delta, layer.lora_B):
                 self._join(layer, t > self.start_step + 1)
-            elif delta.moved(layer.lora_A, layer.lora_B):
+            elif delta.differs(layer.lora_A, layer.lora_B):
                 delta.end_update(layer.lora_A, layer.lora_B)
         self.set_ratio(self.ratio)  # a layer that joined may have another scaling
 
@@ -245,7 +245,7 @@ class WeightUpdate:
             else:
                 delta = layer.delta = self._new_delta(layer, before.scaling)
                 delta.past_updates = before.past_updates
-                if delta.moved(layer.lora_A, b):
+                if delta.differs(layer.lora_A, b):
                     delta.end_update(layer.lora_A, b)
         self.set_ratio(self.ratio)  # a layer may have joined with another scaling
 
