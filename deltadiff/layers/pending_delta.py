@@ -101,7 +101,7 @@ class PendingDelta:
     @property
     def rank(self) -> int:
         """The rank of the one low-rank product that the forward pass needs; see `stack`."""
-        added = [p.A.shape[0] for p in self.past_updates or () if not p.in_weight]
+        added = [p.A.shape[0] for p in self.unwritten_past()]
         return self.rank_scale.shape[0] + sum(added)
 
     def started(self) -> bool:
@@ -125,10 +125,20 @@ class PendingDelta:
 
     def unwritten(self) -> list[LowRankFactors]:
         """What the forward pass adds to W of the update, as factors; reads from the device."""
-        found = [p for p in self.past_updates or () if not p.in_weight]
+        found = self.unwritten_past()
         if not self.in_weight and self.started():
             found.append(self.product())
         return found
+
+    def unwritten_past(self) -> list[LowRankFactors]:
+        """The past updates that the forward pass adds."""
+        return [p for p in self.past_updates or () if not p.in_weight]
+
+    def all_updates(self) -> list[LowRankFactors] | None:
+        """The past updates and the one that goes on; None where they are not known."""
+        if not self.known() or self.past_updates is None:
+            return None
+        return [*self.past_updates, *([self.product()] if self.started() else [])]
 
     # ------------------------------------------------------------- a pair that moved
 
@@ -204,8 +214,7 @@ class PendingDelta:
         factor[:r] -= 1
         b = torch.cat([self.last_B, self.anchor_B], dim=1).to(wide) * (factor * self.scaling)
         a = torch.cat([self.last_A, self.anchor_A]).to(wide)
-        past = [p for p in self.past_updates or () if not p.in_weight]
-        return [*past, LowRankFactors(b, a, in_weight=False)]
+        return [*self.unwritten_past(), LowRankFactors(b, a, in_weight=False)]
 
     def stack(
         self, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
@@ -221,7 +230,7 @@ class PendingDelta:
             return self._stack_apart(lora_A, lora_B, scaling)
         a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.rank_scale)
         scale = self.rank_scale
-        added = [p for p in self.past_updates or () if not p.in_weight]
+        added = self.unwritten_past()
         if added:
             b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
             a = torch.cat([a, *(p.A.to(a.dtype) for p in added)])
@@ -233,7 +242,7 @@ class PendingDelta:
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         """As `stack`: the pair with its own scale, and the update, a constant, beside it."""
         r, wide = lora_A.shape[0], self.rank_scale
-        past = [p for p in self.past_updates or () if not p.in_weight]
+        past = self.unwritten_past()
         constant = self.last_A, self.anchor_A, *(p.A.to(lora_A.dtype) for p in past)
         a = torch.cat([lora_A, *constant])
         constant = self.last_B, self.anchor_B, *(p.B.to(lora_B.dtype) for p in past)

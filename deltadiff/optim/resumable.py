@@ -70,7 +70,10 @@ class Resumable(torch.optim.Optimizer):
 
         Raises:
             ArgumentError: the state of another method, of other groups or settings, of parameters
-                of other shapes, of a newer format, or garbled; nothing was changed.
+                or weights of other shapes, of a newer format, or garbled; of Delta-LoRA also from
+                a version that did not save W. Nothing was changed.
+            SwapError: the update of an earlier run of Delta-LoRA would be lost, as in `step`;
+                nothing was changed.
         """
         self._follow_moves()
         saved = read_state(state_dict, self.param_groups, self._methods)

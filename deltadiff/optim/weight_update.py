@@ -4,7 +4,7 @@ It knows when the updates of its layers start, gives each layer its `PendingDelt
 what an earlier run, an adapter file or an earlier lambda left there.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from ..checks import DTYPES, HALF_DTYPES, NO_ROUNDING
 from ..errors import ArgumentError, SwapError
 from ..layers.lora_layers import LoraLayer
 from ..layers.low_rank_sum import check_known
-from ..layers.pending_delta import MAX_PAST_UPDATES, PendingDelta
+from ..layers.pending_delta import MAX_PAST_UPDATES, LowRankFactors, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
 from .rounding_loss import LayerUpdate, RoundingLoss
-
-if TYPE_CHECKING:
-    from .saved_update import SavedUpdate
+from .saved_update import SavedUpdate, write_update
 
 
 class WeightUpdate:
@@ -224,7 +222,7 @@ class WeightUpdate:
 
     # ------------------------------------------------- what earlier steps left in W
 
-    def bind(self, started: bool, restored: dict[Tensor, "SavedUpdate"] | None = None) -> None:
+    def bind(self, started: bool, restored: dict[Tensor, SavedUpdate] | None = None) -> None:
         """Give each layer its `PendingDelta`.
 
         Args:
@@ -238,9 +236,12 @@ class WeightUpdate:
             b, before = layer.lora_B, layer.delta
             if restored is not None and b in restored:  # with W, it says all that there is
                 saved = restored[b]
-                layer.delta = self._new_delta(layer, saved.scaling)
-                layer.delta.past_updates = saved.past_updates
-            elif before is None or not self.owns(before, b):
+                delta = layer.delta = self._new_delta(layer, saved.scaling)
+                delta.past_updates = saved.past_updates
+                self._write(layer, delta)
+            elif before is None or restored is not None or not self.owns(before, b):
+                if before is not None and self.owns(before, b):
+                    layer.delta = None  # what was done since then is taken back
                 self._join(layer, started)
             else:
                 delta = layer.delta = self._new_delta(layer, before.scaling)
@@ -271,7 +272,7 @@ class WeightUpdate:
         if before is not None:
             self._take_over(layer, before, delta)
 
-    def check_earlier_run(self, restored: dict[Tensor, "SavedUpdate"] | None) -> None:
+    def check_earlier_run(self, restored: dict[Tensor, SavedUpdate] | None) -> None:
         """Raise where `bind` could not keep what an earlier run left; ``restored``: as there.
 
         Raises:
@@ -296,19 +297,40 @@ class WeightUpdate:
         """Keep in ``delta`` what ``before`` says is part of the model; W gets what it may hold."""
         if before.remainder is not None and delta.remainder is not None:
             delta.remainder.copy_(before.remainder)
-        past = list(before.past_updates or ()) if before.known() else None
-        unwritten = [p for p in past or () if not p.in_weight]
-        if before.started():
-            pending = before.product()
-            if not pending.in_weight:
-                unwritten.append(pending)
-            if past is not None:
-                past.append(pending)
-        if delta.in_weight:
-            for p in unwritten:
-                delta_update_(
-                    layer.matrix, p.A, p.B, torch.zeros_like(p.A), p.B, scale=1.0,
-                    rounding=self.rounding, remainder=delta.remainder, seed=self.seed,
-                )  # fmt: skip
-                p.in_weight = True
-        delta.past_updates = past
+        delta.past_updates = before.all_updates()
+        # Of what is not known as factors W holds all but the update that goes on.
+        self._write(layer, delta, before.unwritten() if delta.past_updates is None else None)
+
+    def _write(
+        self, layer: LoraLayer, delta: PendingDelta, parts: list[LowRankFactors] | None = None
+    ) -> None:
+        """Write past updates that W does not hold yet, if it may; None: all of them."""
+        for p in delta.unwritten_past() if parts is None else parts:
+            if not delta.in_weight or p.in_weight:
+                continue
+            delta_update_(
+                layer.matrix, p.A, p.B, torch.zeros_like(p.A), p.B, scale=1.0,
+                rounding=self.rounding, remainder=delta.remainder, seed=self.seed,
+            )  # fmt: skip
+            p.in_weight = True
+
+    def save(self, layer: LoraLayer, entries: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Add to a state what it must say of a layer; ``entries``: its entries by parameter."""
+        b, delta = layer.lora_B, layer.delta
+        if self.inplace:
+            entries[b]["weight"] = layer.weight.detach()
+        if delta is None:
+            return
+        lost = not delta.known() and not delta.in_weight and delta.started()
+        if self.owns(delta, b):
+            past = delta.past_updates if delta.known() else None
+            saved = SavedUpdate(delta.update_ratio, delta.scaling, past)
+        elif lost:
+            return  # the run that loads it finds the same, and takes it over or refuses it
+        else:  # another run's: this one would take it over in its next step
+            saved = SavedUpdate(self.ratio, layer.scaling, delta.all_updates())
+            for p in (layer.lora_A, b):
+                entries[p] |= dict.fromkeys(("anchor", "last"), p.detach().clone())
+            if delta.remainder is not None and "remainder" in entries[b]:
+                entries[b]["remainder"] = delta.remainder
+        entries[b] |= write_update(saved, self.inplace)
