@@ -29,6 +29,12 @@ class AddressTracker : public torch::CustomClassHolder {
     for (const at::Tensor& t : params_) known_params_.push_back(address(t));
     for (const at::Tensor& t : weights_) known_weights_.push_back(address(t));
     fitting_.resize(params_.size());
+    for (size_t i = 0; i < params_.size(); ++i) {
+      if (!copies_[i]) continue;
+      const at::Tensor &p = params_[i], &c = *copies_[i];
+      const bool on_cpu = p.is_cpu() && c.is_cpu();
+      pairs_.push_back({p.unsafeGetTensorImpl(), c.unsafeGetTensorImpl(), on_cpu});
+    }
     accept();
   }
 
@@ -72,22 +78,27 @@ class AddressTracker : public torch::CustomClassHolder {
  private:
   enum { kMoved = 1, kGrads = 2, kAny = 4, kAligned = 8, kWritten = 16 };
 
+  struct Pair {
+    const c10::TensorImpl *param, *copy;
+    bool on_cpu;
+  };
+
   // How often parameters with a copy were written otherwise than by a step, which writes both.
   int64_t writes() const {
     int64_t count = 0;
-    for (size_t i = 0; i < params_.size(); ++i) {
-      if (!copies_[i]) continue;
-      count += params_[i].unsafeGetTensorImpl()->version_counter().current_version();
-      count -= copies_[i]->unsafeGetTensorImpl()->version_counter().current_version();
+    for (const Pair& pair : pairs_) {
+      count += pair.param->version_counter().current_version();
+      count -= pair.copy->version_counter().current_version();
     }
     return count;
   }
 
   // Whether a parameter on the CPU is not what its copy holds. On a GPU the kernels compare them.
   bool differ() const {
-    for (size_t i = 0; i < params_.size(); ++i) {
-      if (!copies_[i] || !params_[i].is_cpu() || params_[i].nbytes() != copies_[i]->nbytes()) continue;
-      if (std::memcmp(address(params_[i]), address(*copies_[i]), params_[i].nbytes()) != 0) return true;
+    for (const auto& [param, copy, on_cpu] : pairs_) {
+      if (!on_cpu || param->dtype() != copy->dtype()) continue;
+      const size_t bytes = param->numel() * param->itemsize();
+      if (std::memcmp(param->data(), copy->data(), bytes) != 0) return true;
     }
     return false;
   }
@@ -105,6 +116,7 @@ class AddressTracker : public torch::CustomClassHolder {
 
   std::vector<at::Tensor> params_, weights_;
   std::vector<std::optional<at::Tensor>> copies_;
+  std::vector<Pair> pairs_;  // of the parameters with a copy
   std::vector<at::Tensor> fitting_;  // gradients in the form that the kernels read
   int64_t known_writes_ = 0;
   std::vector<const void*> known_params_, known_weights_;
