@@ -58,9 +58,10 @@ def take_saved_delta(
     anchors = found["anchor_A"], found["anchor_B"]
     pair = [anchor if p is None else p for p, anchor in zip((lora_A, lora_B), anchors, strict=True)]
     last = found.get("last_A", pair[0]), found.get("last_B", pair[1])
+    anchor_A, anchor_B, last_A, last_B = (t.detach().clone() for t in (*anchors, *last))
     return PendingDelta(
-        *(t.detach().clone() for t in (*anchors, *last)), ratio, scaling,
-        found["rank_scale"].clone(), bool(in_weight), past_updates=None if count < 0 else past,
+        anchor_A, anchor_B, last_A, last_B, ratio, scaling, found["rank_scale"].clone(),
+        bool(in_weight), past_updates=None if count < 0 else past,
     )  # fmt: skip
 
 

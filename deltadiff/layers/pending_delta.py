@@ -179,9 +179,13 @@ class PendingDelta:
         return not same
 
     def _stamp(self, lora_A: Tensor, lora_B: Tensor) -> Stamp:
-        pairs = (lora_A, self.last_A), (lora_B, self.last_B)
-        writes = [0 if p.is_inference() else p._version - c._version for p, c in pairs]
-        return Stamp(*writes, lora_A.data_ptr(), lora_B.data_ptr())
+        def writes(p: Tensor, copy: Tensor) -> int:
+            return 0 if p.is_inference() else p._version - copy._version
+
+        return Stamp(
+            writes(lora_A, self.last_A), writes(lora_B, self.last_B),
+            lora_A.data_ptr(), lora_B.data_ptr(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def end_update(self, lora_A: Tensor, lora_B: Tensor) -> None:

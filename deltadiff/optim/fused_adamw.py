@@ -75,7 +75,7 @@ class FusedAdamW(Resumable):
     _model: nn.Module | None = None  # the model that bare parameters belong to
     _method_defaults: dict[str, Any] = {}  # of the values that it adds to param groups
     # Searches that older versions saved hold states of a `DeltaLoRA` that updates nothing.
-    _methods = ("FusedAdamW", "DeltaLoRA")
+    _methods: tuple[str, ...] = ("FusedAdamW", "DeltaLoRA")
     # The values of a param group that the host compares in each step; `AdamWRun` compares lr.
     _settings_of: Callable[[dict[str, Any]], tuple] = itemgetter("betas", "eps", "weight_decay")
 

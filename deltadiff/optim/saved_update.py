@@ -103,7 +103,7 @@ def read_update(
     return SavedUpdate(ratio, scaling, None if count < 0 else kept)
 
 
-def add_older_updates(saved: SavedState, updates: list, w_update: str) -> None:
+def add_older_updates(saved: SavedState, updates: list, w_update: str | None) -> None:
     """Put what an older state has under "delta_lora" where this version has it.
 
     Args:
