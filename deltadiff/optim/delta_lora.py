@@ -51,8 +51,8 @@ class DeltaLoRA(FusedAdamW):
             (whose "params" may be a module). Groups may set lr, betas, eps, weight_decay,
             update_ratio and start_step.
         lr, betas, eps, weight_decay, skip_nonfinite: as for `FusedAdamW`.
-        update_ratio: lambda >= 0. It may change between steps (not from 0): what the old value did
-            then stays in the model.
+        update_ratio: lambda >= 0. It may change between steps: what the old value did then stays
+            in the model.
         start_step: K, an int >= 0; W is updated where t > K, so K = 0 skips the first step.
         w_update: "inplace" writes W (Algorithm 1); "factored" does not, and adds the same update
             in the forward pass, also for a weight that cannot be written. None is "inplace", but
@@ -247,7 +247,7 @@ class DeltaLoRA(FusedAdamW):
     def send_param_groups(self) -> None:
         """Send what changed in ``param_groups`` to the device, see `FusedAdamW.send_param_groups`.
 
-        Nothing waits for the device, unless update_ratio changed after a step was skipped.
+        Nothing waits for the device, unless update_ratio changed.
 
         Raises:
             ArgumentError: as there; a changed update_ratio with w_update "factored", where the
