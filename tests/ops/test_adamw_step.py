@@ -322,3 +322,36 @@ def test_runs_on_the_current_stream(gpu_path, randn):
         other.step(late)
     stream.synchronize()
     assert equal(ours.state(), other.state())
+
+
+def test_copies_and_what_was_written_beside_the_steps(path, dtype, randn):
+    """A copy of p' for those that want one; a mark where p is another than its copy."""
+    ours = Tensors(path, dtype, randn, shapes=[(3, 5), (64, 40), (2000,), (8, 16)])
+    copies = [p.clone() for p in ours.params]
+    copies[3] = None
+    moved = torch.zeros(4, dtype=torch.int32, device=path.device)
+    extra = {"copies": copies, "moved": moved}
+    ours.step(ours.make(), **extra)
+    assert equal(copies[:3], ours.params[:3]) and not moved.any()
+    ours.params[1].data[63, 39] += 1
+    ours.params[3].data[0, 0] += 1  # nobody asked for this one
+    before = ours.snapshot()
+    ours.step(ours.make(), found_inf=ours.scalar(1.0), **extra)
+    assert equal(before, ours.state()) and not moved.any()
+    ours.step(ours.make(), **extra)
+    assert equal(copies[:3], ours.params[:3]) and moved.tolist() == [0, 1, 0, 0]
+    ours.step(ours.make(), **extra)
+    assert moved.tolist() == [0, 1, 0, 0]  # until the caller resets it
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "shape", "moved", "strides"])
+def test_copies_that_do_not_fit(wrong, randn):
+    p, zero = torch.ones(4, 6), torch.zeros(4, 6)
+    copy = {"dtype": p.double(), "shape": p[:2], "strides": torch.ones(6, 4).T}.get(wrong, p)
+    moved = torch.zeros(2 if wrong == "moved" else 1, dtype=torch.int32)
+    with pytest.raises(ArgumentError, match="moved" if wrong == "moved" else "copies"):
+        adamw_step_(
+            [p], [p.clone()], [zero], [zero.clone()], torch.zeros(1), lr=1.0, copies=[copy],
+            moved=moved,
+        )  # fmt: skip
+    assert (p == 1).all()

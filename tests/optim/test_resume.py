@@ -7,10 +7,13 @@ import peft
 import pytest
 import torch
 from delta_lora_runs import batch, make_model, make_peft_model, train
+from older_states import as_older
 from torch import nn
 
-from deltadiff import DeltaLoRA, load_adapter, save_adapter
+from deltadiff import DeltaLoRA, FusedAdamW, load_adapter, save_adapter
 from deltadiff.errors import ArgumentError, SwapError
+from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
+from deltadiff.optim.dylora import DyLoRA
 
 ROUNDINGS = ["remainder", "stochastic", "nearest"]
 FORMS = [("inplace", torch.float32, None), ("factored", torch.bfloat16, None)] + [
@@ -171,20 +174,78 @@ def test_a_factored_state_is_refused_while_the_optimizer_writes_into_w():
 
 
 @pytest.mark.parametrize("change", ["no weights", "one less", "shape", "dtype"])
-def test_states_without_the_weights_are_refused(change):
+@pytest.mark.parametrize("older", [False, True])
+def test_states_without_the_weights_are_refused(change, older):
     model, other = make_model(), make_model()
     optimizer, fresh = (optimizer_of(m, "inplace", None) for m in (model, other))
     go_on(model, optimizer, 0, 4)
     saved = on_disk(optimizer.state_dict())
-    weights = saved["state"]["delta_lora"]["weights"]
-    first = next(iter(weights))
-    if change == "no weights":  # earlier versions did not save them
-        del saved["state"]["delta_lora"]["weights"]
-    elif change == "one less":
-        del weights[first]
-    else:
-        weights[first] = weights[first].float() if change == "dtype" else weights[first][1:]
+    entries = [entry for entry in saved["state"].values() if "weight" in entry]
+    for entry in entries if change == "no weights" else entries[:1]:
+        w = entry.pop("weight")
+        if change in ("shape", "dtype"):
+            entry["weight"] = w.float() if change == "dtype" else w[1:]
+    if older:
+        saved = as_older(saved, optimizer)
     before = everything(other, fresh)
     with pytest.raises(ArgumentError, match="weight of 0 in state_dict"):
         fresh.load_state_dict(saved)
     assert all(map(torch.equal, before, everything(other, fresh)))
+
+
+METHODS = {
+    **{f"delta-lora {w} {str(d)[6:]} {r}": (w, d, r) for w, d, r in FORMS},
+    "adamw": FusedAdamW, "dylora": DyLoRA, "adalora": AdaLoRA,
+}  # fmt: skip
+WAYS = ["model, optimizer", "optimizer, model", "adapter, optimizer"]
+# After which step the run is saved; K is 1, so K + 1 is the first step that updates W.
+CASES = list(itertools.product(METHODS, WAYS, (0, 1, 2, 3, 6), (None, -1, 0, 1), (False, True)))
+
+
+def make_method(name) -> tuple[nn.Module, torch.optim.Optimizer]:
+    kind = METHODS[name]
+    if kind is AdaLoRA:
+        torch.manual_seed(0)
+        layers = nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3)
+        model = nn.Sequential(*layers)
+        swap_adalora_(model, init_r=3, seed=1)
+        return model, AdaLoRA(model, lr=1e-2, total_step=20, target_r=2)
+    if isinstance(kind, tuple):
+        w_update, dtype, rounding = kind
+        model = make_model(dtype)
+        return model, optimizer_of(model, w_update, rounding)
+    model = make_model(torch.float32)
+    return model, kind(model, lr=1e-2)
+
+
+@pytest.mark.check(short=1, long=60)
+def test_every_way_at_every_step_over_a_change_of_lambda(seed, tally, tmp_path):
+    """Bit for bit; the lambda changes before, at or after the step at which the run is saved."""
+    for case, name in enumerate(CASES[seed % 60 :: 60]):
+        method, way, cut, change, used = name
+
+        def run(model, optimizer, start, stop, changed_at):
+            for t in range(start, stop):
+                if t == changed_at and isinstance(optimizer, DeltaLoRA):
+                    for group in optimizer.param_groups:
+                        group["update_ratio"] = 0.25
+                train(model, optimizer, 1, start=t)
+
+        changed_at = None if change is None else cut + change
+        model, optimizer = make_method(method)
+        twin, other = make_method(method)
+        if used and way != "adapter, optimizer":  # a file fits the base model alone
+            run(twin, other, 0, 4, 2)
+        run(model, optimizer, 0, cut, changed_at)
+        saved = on_disk({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        if way == "adapter, optimizer":
+            save_adapter(model, tmp_path / str(case))
+            load_adapter(twin, tmp_path / str(case))
+            other.load_state_dict(saved["optimizer"])
+        else:
+            load_states(twin, other, saved, way.split(", "))
+        for m, o in ((model, optimizer), (twin, other)):
+            run(m, o, cut, cut + 4, changed_at)
+        assert torch.equal(*(m(batch(9, m)[0]) for m in (model, twin))), name
+        assert all(map(torch.equal, model.parameters(), twin.parameters())), name
+    tally("sequences", "resumed runs, bit for bit", len(CASES[seed % 60 :: 60]))
