@@ -39,7 +39,7 @@ def test_a_float16_remainder_is_read(make):
     optimizer, layers = run(make, 4)
     state, meant = copy.deepcopy(optimizer.state_dict()), {}
     for i, layer in layers.items():
-        w = state["state"]["delta_lora"]["weights"][i]
+        w = state["state"][i]["weight"]
         matrix = w.T if layer.transposed else w
         # As large as rounding errors are, and larger: some of the sums round to a neighbour of W.
         low = (matrix.float() * 2.0**-11 * torch.randn(matrix.shape)).to(F16)
@@ -53,9 +53,9 @@ def test_a_float16_remainder_is_read(make):
         joined, exact = join_remainder(layer.matrix.detach(), low), meant[i].abs() >= 2.0**-16
         assert torch.equal(joined[exact], meant[i][exact]) and exact.sum() > exact.numel() / 2
         assert ((joined - meant[i]).abs() <= 2.0**-40).all()
-        of_state = state["state"]["delta_lora"]["weights"][i], state["state"][i]["remainder"]
-        of_copy = kept["state"]["delta_lora"]["weights"][i], kept["state"][i]["remainder"]
-        assert all(map(torch.equal, of_state, of_copy))  # the caller's state is as it was
+        of_state, of_copy = (s["state"][i] for s in (state, kept))
+        for name in ("weight", "remainder"):  # the caller's state is as it was
+            assert torch.equal(of_state[name], of_copy[name])
 
 
 def test_a_new_remainder_is_taken_as_it_is():
