@@ -87,32 +87,26 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Give a new folder to write files into; it becomes ``target`` when the block ends.
 
     All that was written reaches the disk first. If the block raises, ``target`` stays as it was and
-    the new folder is removed. A crash leaves ``target`` as it was or complete, but for one case: a
-    ``target`` that held files is moved aside a moment before the new folder takes its name, and a
-    crash between the two leaves both under temporary names.
+    the new folder is removed. A crash leaves ``target`` as it was or complete.
+
+    Raises:
+        OSError: ``target`` is there and not empty, for which nothing can take its place at once.
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    handle, aside = os.open(temporary, os.O_RDONLY), None
+    handle = os.open(temporary, os.O_RDONLY)
     try:
         _hold(handle)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for path in temporary.rglob("*"):
             _sync(path)
-        if target.exists() and any(target.iterdir()):  # os.replace takes an empty folder's place
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            os.replace(target, aside)
         os.replace(temporary, target)
         _sync(target.parent)
     except BaseException:
-        if aside is not None and not target.exists():
-            os.replace(aside, target)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
         os.close(handle)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path, names: str) -> None:

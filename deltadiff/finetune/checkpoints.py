@@ -112,33 +112,44 @@ def remove_checkpoint(folder: Path) -> None:
             place.rmdir()
 
 
-def load_checkpoint(folder: Path, setup: TrainingSetup, scaler: torch.amp.GradScaler) -> Progress:
-    """Restore what `save_checkpoint` wrote. Only tensors are unpickled.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are as they were saved."""
+
+    folder: Path
+    progress: Progress
+
+    def restore(self, setup: TrainingSetup, scaler: torch.amp.GradScaler) -> None:
+        """Restore what `save_checkpoint` wrote. Only tensors are unpickled.
+
+        Raises:
+            CheckpointError: it is not one of this model and method.
+        """
+        with reading(self.folder, "a checkpoint of this run"):
+            path = self.folder / "state.pt"
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            setup.load(self.folder / "adapter")
+            setup.optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            set_rng_states(state)
+
+
+def open_latest(output: Path) -> Checkpoint | None:
+    """The latest checkpoint of a run, when all of its files are as they were saved.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or of another version of deltadiff; nothing
-            was restored. Or the checkpoint is whole, but not one of this model and method.
+        CheckpointError: a file is missing or damaged, or of another version of deltadiff. The
+            message says how to go on without it.
     """
-    contents = _read_contents(folder)
-    with reading(folder, "a checkpoint of this run"):
-        progress = Progress(**contents["progress"])
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        setup.load(folder / "adapter")
-        setup.optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        set_rng_states(state)
-    return progress
-
-
-def _read_contents(folder: Path) -> dict:
-    """What checkpoint.json holds, when all files are as it says."""
+    *earlier, folder = find_checkpoints(output) or [None]
+    if folder is None:
+        return None
     path = folder / CHECKPOINT_FILE
     if not path.exists():
         given = "a checkpoint of version 1, which has no checksums"
         raise CheckpointError(str(folder), given, f"one of version {VERSION}; start the run anew")
-    earlier = [p for p in find_checkpoints(folder.parent) if _step(p) < _step(folder)]
-    instead = f"{earlier[-1].name}, which counts" if earlier else "the start, which counts"
-    accepted = f"an undamaged checkpoint; or go on from {instead} when you have removed {folder}"
+    instead = earlier[-1].name if earlier else "the start"
+    accepted = f"a checkpoint as it was saved; remove {folder} to go on from {instead}"
     contents = read_sealed_json(path, accepted)
     with reading(path, accepted):
         if (contents["format"], contents["version"]) != (FORMAT, VERSION):
@@ -146,9 +157,9 @@ def _read_contents(folder: Path) -> dict:
             raise CheckpointError(str(path), given, f"format {FORMAT!r}, version {VERSION}")
         for name, digest in contents["files"].items():
             if sha256_of_file(folder / name) != digest:
-                given = "another SHA-256 than when it was saved (damaged, or changed)"
+                given = "another SHA-256 (damaged or changed)"
                 raise CheckpointError(str(folder / name), given, accepted)
-    return contents
+        return Checkpoint(folder, Progress(**contents["progress"]))
 
 
 def _step(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """`finetune`: one run, from settings to the results in its output folder."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -13,9 +14,10 @@ from ..errors import ArgumentError
 from ..files import as_folder, remove_leftovers, whole_folder, write_sealed_json
 from . import report
 from .checkpoints import (
+    Checkpoint,
     Progress,
     find_checkpoints,
-    load_checkpoint,
+    open_latest,
     remove_checkpoint,
     save_checkpoint,
 )
@@ -71,19 +73,21 @@ def finetune(
             raise ArgumentError("resume", f"{output}, a finished run", "a run that was interrupted")
         if not resume and any(path.name != LOCK_FILE for path in output.iterdir()):
             raise ArgumentError("output", output, f"a new folder, or --resume {output} to go on")
-        return _run(settings, output, resume, export, accept_changes)
+        return _run(settings, output, export, accept_changes)
 
 
-def _run(
-    settings: Settings, output: Path, resume: bool, export: bool, accept_changes: bool
-) -> dict:
+def _run(settings: Settings, output: Path, export: bool, accept_changes: bool) -> dict:
+    """`finetune` in a folder of its own, which is empty or holds a run to go on with."""
+    checkpoint = open_latest(output)
+    begun = checkpoint is not None or any(
+        (output / name).exists() for name in (INPUTS_FILE, SEARCH_STATE)
+    )
+    if begun:
+        check_inputs(output, settings, accept_changes)
     inputs = load_inputs(settings)
     if settings.epochs is not None:
         steps = math.ceil(settings.epochs * len(inputs.train) / settings.step_size)
         settings = dataclasses.replace(settings, steps=steps)
-    begun = resume and ((output / INPUTS_FILE).exists() or _has_state(output))
-    if begun and not accept_changes:
-        check_inputs(output, settings)
     memory = PeakMemory(inputs.device)
     setup = METHODS[settings.method].prepare(inputs, settings)
     if not begun or accept_changes:
@@ -92,7 +96,7 @@ def _run(
         memory.reset()
         setup = setup.run(output)
         setup.about["search"]["peak_memory_mib"] = memory.read()
-    progress = _train(setup, inputs, settings, output, memory)
+    progress = _train(setup, inputs, settings, memory, checkpoint)
     peak = memory.read()
 
     measured, saved = Measured(), None
@@ -133,9 +137,13 @@ def _run(
 
 
 def _train(
-    setup: TrainingSetup, inputs: RunInputs, settings: Settings, output: Path, memory: PeakMemory
+    setup: TrainingSetup,
+    inputs: RunInputs,
+    settings: Settings,
+    memory: PeakMemory,
+    checkpoint: Checkpoint | None,
 ) -> Progress:
-    """Train from the latest checkpoint, or from the start, to the end."""
+    """Train from a checkpoint, or from the start, to the end."""
     runner = _runner(setup, inputs, settings)
     scaler = torch.amp.GradScaler(inputs.device.type, enabled=inputs.dtype == torch.float16)
 
@@ -143,9 +151,9 @@ def _train(
         rows = runner.predict(inputs.heldout, settings.measured_at_once)
         return finite(runner.task.score(rows, inputs.heldout)[0])
 
-    checkpoints = find_checkpoints(output)
-    if checkpoints:
-        progress = load_checkpoint(checkpoints[-1], setup, scaler)
+    if checkpoint is not None:
+        checkpoint.restore(setup, scaler)
+        progress = checkpoint.progress
         print(f"going on after step {progress.step} of {settings.steps}")
     else:
         progress = Progress(before=evaluate())
@@ -154,7 +162,8 @@ def _train(
     memory.reset()
     train(
         runner, setup, scaler, inputs.train, progress, settings,
-        save=lambda: save_checkpoint(output, progress, setup, scaler), evaluate=evaluate,
+        save=lambda: save_checkpoint(Path(settings.output), progress, setup, scaler),
+        evaluate=evaluate,
     )  # fmt: skip
     return progress
 
@@ -169,7 +178,10 @@ def _write_trained(
 ) -> Path:
     """Write what was trained, whole or not at all; returns its folder."""
     target = Path(settings.output) / setup.kept_in
-    with whole_folder(target) as folder:
+    with contextlib.ExitStack() as stack:
+        # What is there is what this run wrote before it was stopped. Somebody's files may be in it.
+        there = target.exists() and any(target.iterdir())
+        folder = target if there else stack.enter_context(whole_folder(target))
         failed = setup.write(folder)
         if setup.kept_in == ADAPTER:
             template = inputs.model.tokenizer.chat_template if settings.chat_template else None
@@ -204,11 +216,6 @@ def can_go_on(output: Path) -> bool:
     One may ask while no run is at work in it.
     """
     return (output / SETTINGS_FILE).exists() and not (output / RESULT_FILE).exists()
-
-
-def _has_state(output: Path) -> bool:
-    """Whether the folder holds what a run goes on from."""
-    return bool(find_checkpoints(output)) or (output / SEARCH_STATE).exists()
 
 
 def _remove_state(output: Path) -> None:

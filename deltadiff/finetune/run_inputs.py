@@ -28,19 +28,27 @@ _SLOW = 2.0  # seconds of hashing after which a run says what it did
 
 
 def note_inputs(output: Path, settings: Settings) -> None:
-    """Write inputs.json and settings.json, with which a run begins."""
-    write_sealed_json(output / INPUTS_FILE, _inputs(settings))
+    """Write settings.json and inputs.json, with which a run begins."""
+    inputs = _inputs(settings)
     write_json(output / SETTINGS_FILE, asdict(settings))
+    write_sealed_json(output / INPUTS_FILE, inputs)
 
 
-def check_inputs(output: Path, settings: Settings) -> None:
+def check_inputs(output: Path, settings: Settings, accept_changes: bool = False) -> None:
     """Check that the run in a folder began with these settings, this text and this model.
+
+    With ``accept_changes`` the differences are printed, and are no error.
 
     Raises:
         CheckpointError: inputs.json is missing or garbled.
         ArgumentError: something differs; the message says what.
     """
-    _check_same(output, _inputs(settings), "resume", "--accept-changes to go on all the same")
+    try:
+        _check_same(output, _inputs(settings), "resume", "--accept-changes to go on all the same")
+    except ArgumentError as error:
+        if not accept_changes:
+            raise
+        print(f"going on all the same: {error.given}")
 
 
 def note_or_check_files(output: Path, settings: Settings) -> None:
@@ -75,8 +83,9 @@ def _check_same(output: Path, now: dict, argument: str, instead: str) -> None:
 def _differences(saved: dict, now: dict) -> list[str]:
     """What differs, a few words each."""
     then, found = saved["settings"], []
+    follow = {"steps"} if now["settings"].get("epochs") is not None else set()  # from epochs
     for name, value in now["settings"].items():
-        if then.get(name) != value:
+        if name not in follow and then.get(name) != value:
             found.append(f"{name} was {then.get(name)!r} and is {value!r}")
     for role, files in now["files"].items():
         earlier = saved["files"].get(role, {})

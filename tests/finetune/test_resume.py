@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import random
 
 import pytest
 from finetune_runs import finetune, stop_at, trained_bytes, without_times
 
+from deltadiff.diffora import rounds
+from deltadiff.finetune import run as run_module
 from deltadiff.finetune import training
 from deltadiff.finetune.methods.table import METHODS
 
@@ -44,37 +47,52 @@ CASES += [
 ]  # fmt: skip
 
 
+CASES = list(dict.fromkeys(CASES))
+
+
 def run(bert, reviews, output, words) -> int:
-    return finetune(bert, reviews, "--output", output, *FIXED, *SEARCH, *words)
+    return finetune(bert, reviews, "--output", output, *FIXED, *SEARCH, *words.split())
 
 
 def ended(output) -> tuple[dict, dict]:
     return trained_bytes(output), without_times(json.loads((output / "result.json").read_text()))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(bert, reviews, tmp_path_factory):
-    """What a run that was never stopped leaves, by its words; each runs once."""
-    found = {}
+def stop(patch, draw, words) -> str:
+    """Prepare Ctrl-C at some moment of a run; returns which."""
+    moments = ["before the first step", "in the training", "after the last step"]
+    searches = words.startswith("--method diffora") and "random" not in words
+    moment = draw.choice([*moments[1:2] * 3, *moments, *["in the search"] * 3 * searches])
+    if moment == "in the training":
+        stop_at(patch, training, draw.randint(1, 6))
+    elif moment == "in the search":
+        stop_at(patch, rounds, draw.randint(1, 9))  # 3 steps on the gates and 6 on the pairs
+    else:
+        place = {"before": "train", "after": "measure_weights"}[moment.partition(" ")[0]]
 
-    def get(words: str):
-        if words not in found:
-            output = tmp_path_factory.mktemp("whole") / "out"
-            assert run(bert, reviews, output, words.split()) == 0
-            found[words] = ended(output)
-        return found[words]
+        def interrupt(*args, **more):
+            raise KeyboardInterrupt
 
-    return get
+        patch.setattr(run_module, place, interrupt)
+    return moment
 
 
-def stop_and_go_on(bert, reviews, output, words, module, call) -> None:
+@pytest.mark.check(short=7, long=2 * len(CASES))
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(seed, bert, reviews, tmp_path, tally):
+    words, draw = CASES[seed * 11 % len(CASES)], random.Random(seed)
+    assert run(bert, reviews, tmp_path / "whole", words) == 0
+    moments = []
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, module, call)
-        assert run(bert, reviews, output, words.split()) == 130
-    assert finetune("--resume", output) == 0
-
-
-@pytest.mark.parametrize("words", CASES)
-def test_every_method(words, bert, reviews, tmp_path, undisturbed):
-    stop_and_go_on(bert, reviews, tmp_path / "out", words, training, 4)
-    assert ended(tmp_path / "out") == undisturbed(words)
+        moments.append(stop(patch, draw, words))
+        assert run(bert, reviews, tmp_path / "out", words) == 130, moments
+    if draw.random() < 0.3:  # and stopped again
+        with pytest.MonkeyPatch.context() as patch:
+            moments.append(stop(patch, draw, words))
+            again = finetune("--resume", tmp_path / "out")
+    if len(moments) == 1 or again == 130:  # the second moment may have passed already
+        assert finetune("--resume", tmp_path / "out") == 0
+    same = ended(tmp_path / "out") == ended(tmp_path / "whole")
+    tally("resumed runs", "finetune --resume", 1, failures=not same)
+    assert same, (words, moments)
+    assert finetune("--resume", tmp_path / "out") == 2  # it is finished
+    assert not [*(tmp_path / "out").glob("checkpoint-*"), *(tmp_path / "out").glob(".*")]

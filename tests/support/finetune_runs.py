@@ -138,3 +138,10 @@ def without_times(result: dict) -> dict:
     if "search" in found:
         found["search"] = {k: v for k, v in found["search"].items() if k not in TIMES}
     return found
+
+
+def flip_a_bit(path, place: int, bit: int = 0) -> None:
+    """Change one bit of a byte, whose place may count from the end."""
+    blob = bytearray(path.read_bytes())
+    blob[place] ^= 1 << bit
+    path.write_bytes(blob)
