@@ -79,37 +79,42 @@ def save_checkpoint(
             "files": {str(path.relative_to(folder)): sha256_of_file(path) for path in files},
         }
         write_sealed_json(folder / CHECKPOINT_FILE, contents)
-    for other in find_checkpoints(output)[:-_KEPT]:
-        remove_checkpoint(other)
+    remove_checkpoints(output, _KEPT)
     return target
 
 
 def find_checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, the latest last."""
-    found = [
-        path
-        for path in output.glob("checkpoint-*")
-        if path.name.partition("-")[2].isdecimal()
-        and any((path / name).exists() for name in (CHECKPOINT_FILE, _OLDER_FILE))
-    ]
-    return sorted(found, key=_step)
+    names = (CHECKPOINT_FILE, _OLDER_FILE)
+    return [path for path in _numbered(output) if any((path / name).exists() for name in names)]
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Remove the files of a checkpoint, and its folders if they hold nothing else.
+def remove_checkpoints(output: Path, kept: int = 0) -> None:
+    """Remove the checkpoints of a run but for the latest ``kept``. Files of others in them stay."""
+    found = find_checkpoints(output)
+    for folder in found[: len(found) - kept]:
+        try:
+            names = read_sealed_json(folder / CHECKPOINT_FILE, "a checkpoint")["files"]
+        except (CheckpointError, KeyError):
+            print(f"{folder} stays: one cannot tell any more which of its files are a checkpoint's")
+            continue
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        for place in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+            _remove_if_empty(place)
+        (folder / CHECKPOINT_FILE).unlink()  # the last, so that a call that was killed is repeated
+    for folder in _numbered(output):
+        _remove_if_empty(folder)
 
-    The list of the files goes last, so that a call that was killed can be repeated.
-    """
-    try:
-        names = read_sealed_json(folder / CHECKPOINT_FILE, "a checkpoint")["files"]
-    except (CheckpointError, KeyError):
-        print(f"{folder} stays: one cannot tell any more which files in it are the checkpoint's")
-        return
-    for name in (*names, CHECKPOINT_FILE):
-        (folder / name).unlink(missing_ok=True)
-    for place in (*sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True), folder):
-        with contextlib.suppress(OSError):  # it holds somebody else's file
-            place.rmdir()
+
+def _numbered(output: Path) -> list[Path]:
+    found = [p for p in output.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,3 @@ def open_latest(output: Path) -> Checkpoint | None:
                 given = "another SHA-256 (damaged or changed)"
                 raise CheckpointError(str(folder / name), given, accepted)
         return Checkpoint(folder, Progress(**contents["progress"]))
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.partition("-")[2])

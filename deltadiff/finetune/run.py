@@ -16,9 +16,8 @@ from . import report
 from .checkpoints import (
     Checkpoint,
     Progress,
-    find_checkpoints,
     open_latest,
-    remove_checkpoint,
+    remove_checkpoints,
     save_checkpoint,
 )
 from .folder_lock import LOCK_FILE, locked
@@ -220,6 +219,5 @@ def can_go_on(output: Path) -> bool:
 
 def _remove_state(output: Path) -> None:
     """Remove what a run goes on from: it is finished."""
-    for folder in find_checkpoints(output):
-        remove_checkpoint(folder)
+    remove_checkpoints(output)
     (output / SEARCH_STATE).unlink(missing_ok=True)
