@@ -8,9 +8,11 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,3 +214,33 @@ def kill_while_saving(runs, draw, bert, adapters) -> int:
     runs.check_what_is_left()
     assert len(list(runs.output.glob("adapter*"))) == 2
     return kills
+
+
+def workers_of(parent: int) -> list[int]:
+    """The processes that train for a comparison."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, _, rest = path.read_text().rpartition(") ")
+            words = path.with_name("cmdline").read_bytes()
+            if int(rest.split()[1]) == parent and b"spawn_main" in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.check(short=1, long=4)
+def test_the_workers_of_a_comparison_end_with_it(seed, server, bert, reviews, tmp_path, tally):
+    number = (signal.SIGKILL, signal.SIGTERM)[seed % 2]
+    words = ["compare", bert, reviews, *FIXED, "--steps", 10**6, "--jobs", 2, "--seeds", 1]
+    words += ["--methods", "bitfit", "--output", tmp_path / "out"]
+    parent = os.pidfd_open(server.start("main", words, tmp_path / "log"))
+    while not (tmp_path / "out" / "runs" / "bitfit-seed0" / "settings.json").exists():
+        assert not select.select([parent], [], [], 0.02)[0], (tmp_path / "log").read_text()
+    (worker,) = [os.pidfd_open(pid) for pid in workers_of(server.child)]
+    signal.pidfd_send_signal(parent, number)
+    ended = select.select([worker], [], [], 60)[0]  # readable: the process has ended
+    if not ended:
+        signal.pidfd_send_signal(worker, signal.SIGKILL)
+    tally("kills", "compare --jobs", 1, failures=not ended)
+    assert ended and server.wait() == (-number if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in (tmp_path / "log").read_text()

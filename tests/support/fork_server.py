@@ -37,7 +37,8 @@ class ForkServer:
         call = {"name": name, "words": [str(word) for word in words], "log": str(log)}
         self._process.stdin.write(json.dumps(call) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        self.child = self._answer()
+        return self.child
 
     def wait(self) -> int:
         """The exit code of the child that was started last, when it has ended."""
