@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from finetune_runs import finetune
 
 from deltadiff.errors import ArgumentError
 from deltadiff.finetune.folder_lock import LOCK_FILE, locked
 
+pytest_plugins = ["tiny_models"]
 HOLD = """
 import sys
 from pathlib import Path
@@ -78,3 +80,12 @@ def test_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match="output: got .*file"), locked(tmp_path / "file"):
         raise AssertionError
+
+
+def test_a_second_finetune_ends_with_one_line(bert, reviews, tmp_path, capsys):
+    with locked(tmp_path / "out"):
+        words = ["--label-column", "label", "--output", tmp_path / "out"]
+        assert finetune(bert, reviews, *words) == 2
+        error = capsys.readouterr().err
+        assert f"where process {os.getpid()} on " in error and error.count("\n") == 1
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [LOCK_FILE]

@@ -77,7 +77,7 @@ def stop(patch, draw, words) -> str:
     return moment
 
 
-@pytest.mark.check(short=7, long=2 * len(CASES))
+@pytest.mark.check(short=4, long=2 * len(CASES))
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(seed, bert, reviews, tmp_path, tally):
     words, draw = CASES[seed * 11 % len(CASES)], random.Random(seed)
     assert run(bert, reviews, tmp_path / "whole", words) == 0
