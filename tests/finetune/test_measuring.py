@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from finetune_runs import finetune, trained_bytes
+from finetune_runs import draw_nothing, finetune, trained_bytes
 
 from deltadiff import load_adapter
 from deltadiff.finetune import measuring, run
@@ -57,7 +57,8 @@ def measured_again(output, result) -> tuple[dict, list[list[object]]]:
         "--method diffora-random --adapter-format peft",
     ],
 )
-def test_what_was_measured_is_what_was_saved(words, bert, reviews, tmp_path):
+def test_what_was_measured_is_what_was_saved(words, bert, reviews, tmp_path, monkeypatch):
+    draw_nothing(monkeypatch)
     output = tmp_path / "out"
     result = train(bert, reviews, output, [*words.split(), *SEARCH])
     metrics, predictions = measured_again(output, result)
@@ -67,7 +68,10 @@ def test_what_was_measured_is_what_was_saved(words, bert, reviews, tmp_path):
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-def test_a_rounded_w_is_another_model_and_this_is_said(rounding, bert, reviews, tmp_path, capsys):
+def test_a_rounded_w_is_another_model_and_this_is_said(
+    rounding, bert, reviews, tmp_path, capsys, monkeypatch
+):
+    draw_nothing(monkeypatch)
     words = ["--dtype", "bfloat16", "--rounding", rounding]
     result = train(bert, reviews, tmp_path / "out", words)
     error = result["weight_update"]["error"]

@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from finetune_runs import finetune, stop_at, trained_bytes, without_times
+from finetune_runs import draw_nothing, finetune, stop_at, trained_bytes, without_times
 
 from deltadiff.diffora import rounds
 from deltadiff.finetune import run as run_module
@@ -78,7 +78,10 @@ def stop(patch, draw, words) -> str:
 
 
 @pytest.mark.check(short=4, long=2 * len(CASES))
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(seed, bert, reviews, tmp_path, tally):
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(
+    seed, bert, reviews, tmp_path, tally, monkeypatch
+):
+    draw_nothing(monkeypatch)
     words, draw = CASES[seed * 11 % len(CASES)], random.Random(seed)
     assert run(bert, reviews, tmp_path / "whole", words) == 0
     moments = []

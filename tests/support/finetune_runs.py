@@ -7,7 +7,7 @@ import signal
 
 import torch
 
-from deltadiff.finetune import command
+from deltadiff.finetune import command, run
 from deltadiff.finetune.data.examples import Example
 from deltadiff.finetune.inputs import RunInputs, load_inputs
 from deltadiff.finetune.methods.table import METHODS
@@ -118,6 +118,11 @@ def runner_of(inputs: RunInputs, setup: TrainingSetup) -> ModelRunner:
 
 
 # ------------------------------------------------------------------ what a run leaves
+
+
+def draw_nothing(monkeypatch) -> None:
+    """Leave out the figures, which take half the time of a short run."""
+    monkeypatch.setattr(run, "_draw", lambda *args: None)
 
 
 def trained_bytes(output) -> dict[str, bytes]:
