@@ -5,8 +5,8 @@ text train a model that finds them (an encoder or a decoder with a new linear he
 trains a causal language model; of a conversation, the assistant's answers are learnt.
 
 The output folder holds result.json, settings.json, inputs.json (the text and the model by SHA-256),
-predictions.csv (and completions.csv), what was trained, and figures of the loss, the metrics and the
-similarity of weights. While a run lasts it also holds a lock and the last two checkpoints.
+predictions.csv (and completions.csv), what was trained, and figures of the loss, the metrics and
+the similarity of weights. While a run lasts it also holds a lock and the last two checkpoints.
 """
 
 import argparse
