@@ -69,13 +69,15 @@ def catch_interrupt() -> Iterator[list[int]]:
 def end_on_sigterm() -> Iterator[list[int]]:
     """In this block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that files are cleaned up.
 
-    Gives a list that gets the number of the signal, for the exit code. Only the main thread can
-    catch signals; in any other, SIGTERM does what it did before.
+    Gives a list that gets the number of the signal, for the exit code. A second one ends the
+    process, also where the first was lost: Python drops an exception that it raises in a finaliser.
+    Only the main thread can catch signals; in any other, SIGTERM does what it did before.
     """
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        signal.signal(number, signal.SIG_DFL)
         raise KeyboardInterrupt
 
     try:

@@ -62,6 +62,9 @@ def test_a_handler_that_python_does_not_know_stays(handlers, monkeypatch):
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(handlers):
     with pytest.raises(KeyboardInterrupt), end_on_sigterm() as received:
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:  # a second one ends the process
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert exit_code(received) == 143 and exit_code([]) == 130
     assert signal.getsignal(signal.SIGTERM) is handlers[signal.SIGTERM]
