@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from deltadiff.loop import catch_interrupt
+from deltadiff.loop import catch_interrupt, end_on_sigterm, exit_code
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -58,3 +58,13 @@ def test_a_handler_that_python_does_not_know_stays(handlers, monkeypatch):
         assert received == [signal.SIGINT]
     monkeypatch.undo()
     assert {n: signal.getsignal(n) for n in SIGNALS} == handlers
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(handlers):
+    with pytest.raises(KeyboardInterrupt), end_on_sigterm() as received:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:  # a second one ends the process
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert exit_code(received) == 143 and exit_code([]) == 130
+    assert signal.getsignal(signal.SIGTERM) is handlers[signal.SIGTERM]

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from comparisons import FIXED, compare, load
+from finetune_runs import flip_a_bit
 
 from deltadiff.__main__ import main
 from deltadiff.errors import Interrupted, NonFiniteLossError
@@ -167,3 +168,43 @@ def test_several_jobs_leave_the_times_out(bert, reviews, tmp_path):
     values = [[r["value"] for r in found] for found in (records, load(tmp_path / "one"))]
     # The processes share the cores, so sums may be in another order.
     assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_a_result_whose_records_are_missing_is_not_lost(done, bert, reviews, tmp_path, monkeypatch):
+    earlier, records = done
+    output = shutil.copytree(earlier, tmp_path / "out")
+    (output / "runs" / "lora-seed0" / "records.json").unlink()
+    (output / "runs" / "lora-seed0" / "notes").write_text("mine")
+
+    def finetune(*args, **more):
+        raise AssertionError
+
+    monkeypatch.setattr(runs, "finetune", finetune)
+    monkeypatch.setitem(sys.modules, "adapters", None)
+    words = ["--methods", "full", "lora", "delta-lora", "--seeds", 2, "--start-step", 1]
+    assert compare(bert, reviews, output, *words) == 0
+    assert [r for r in records if r["note"] is None] == load(output)
+    assert (output / "runs" / "lora-seed0" / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["records.json", "result.json"])
+def test_a_flipped_bit(name, done, bert, reviews, tmp_path, capsys):
+    output = shutil.copytree(done[0], tmp_path / "out")
+    path = output / "runs" / "lora-seed0" / name
+    flip_a_bit(path, path.read_bytes().index(b"0."))
+    words = ["--methods", "lora", "--seeds", 1, "--start-step", 1]
+    assert compare(bert, reviews, output, *words) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: got another checksum" in error and error.count("\n") == 1
+
+
+def test_another_text_is_refused(done, bert, reviews, tmp_path, capsys):
+    output = shutil.copytree(done[0], tmp_path / "out")
+    other = tmp_path / "reviews.csv"
+    shutil.copy(reviews, other)
+    with other.open("a") as file:
+        file.write("a fine film,fun\n")
+    assert (
+        compare(bert, str(other), output, "--methods", "lora", "--seeds", 1, "--start-step", 1) == 2
+    )
+    assert "data file reviews.csv had" in capsys.readouterr().err
