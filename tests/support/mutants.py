@@ -1,10 +1,11 @@
 """Mutants: input as accidents, other programs and forgers leave it, and how a call takes it.
 
-A call on a mutant has to succeed or to raise an `ArgumentError`, soon and within a bounded amount
-of memory. `Mutants.attempt` makes the call, and notes all else as a failure.
+A call on a mutant has to succeed or to raise an error of deltadiff's, soon and within a bounded
+amount of memory. `Mutants.attempt` makes the call, and notes all else as a failure.
 """
 
 import contextlib
+import copy
 import json
 import math
 import random
@@ -19,7 +20,7 @@ import torch
 from damaged_files import damage
 from torch import Tensor
 
-from deltadiff.errors import ArgumentError
+from deltadiff.errors import ArgumentError, NonFiniteLossError
 
 LIMIT_S = 20  # for one case; the slowest take a second on a busy machine
 LIMIT_BYTES = 2**32  # of new memory
@@ -63,11 +64,12 @@ class Mutants:
             with limits():
                 call()
             return True
-        except ArgumentError as error:
+        except (ArgumentError, NonFiniteLossError) as error:
             self.check(case, str(error).strip(), f"an empty message: {error!r}")
         except (Exception, Hang) as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{type(error).__name__}: {error!s:.200} ({where.filename}:{where.lineno})"
+            places = traceback.extract_tb(error.__traceback__)[-2:]
+            where = " < ".join(f"{Path(p.filename).name}:{p.lineno}" for p in reversed(places))
+            what = f"{type(error).__name__}: {error!s:.200} ({where}) of {error.__context__!s:.300}"
             self.failures.append(f"{case}: {what}")
         return False
 
@@ -97,7 +99,7 @@ def odd_value(random_: random.Random) -> object:
     """A value that JSON takes, as Python's reader understands JSON."""
     if random_.random() < 0.1:
         return [odd_value(random_) for _ in range(random_.randrange(4))]
-    return random_.choice(VALUES)
+    return copy.deepcopy(random_.choice(VALUES))  # which may be changed
 
 
 def mutate_json(value: object, random_: random.Random) -> object:
@@ -212,7 +214,10 @@ def mutate_tensors(tensors: dict[str, Tensor], random_: random.Random) -> dict[s
             case 1:
                 tensors[random_.choice([f"{name}x", name[:-1], "", "a.b", name.upper()])] = t
             case 2:
-                tensors |= {name: t, str(odd_value(random_))[:50].encode("ascii", "replace").decode(): t.clone()}
+                tensors |= {
+                    name: t,
+                    str(odd_value(random_))[:50].encode("ascii", "replace").decode(): t.clone(),
+                }
             case 3:
                 tensors[name] = t.to(random_.choice(OTHER_DTYPES))
             case 4:
@@ -226,6 +231,48 @@ def mutate_tensors(tensors: dict[str, Tensor], random_: random.Random) -> dict[s
             case 8:
                 tensors[name] = t.new_zeros(random_.choice([(0,), (), (1, 1), (3, 0), (2, 7)]))
     return tensors
+
+
+def mutate_state(state: object, random_: random.Random) -> object:
+    """A copy of a state as `torch.save` takes it, with one to three changes anywhere inside."""
+    state = _as_lists(state)
+    for _ in range(random_.choice([1, 1, 2, 3])):
+        places = list(_places(state))
+        if not places or random_.random() < 0.02:
+            return odd_value(random_)
+        holder, key = random_.choice(places)
+        value = holder[key]
+        if isinstance(value, Tensor) and random_.random() < 0.7:
+            del holder[key]
+            changed = list(mutate_tensors({"": value}, random_).values())
+            if changed and isinstance(holder, dict):
+                holder[key] = changed[0]
+            continue
+        match random_.randrange(6):
+            case 0:
+                del holder[key]
+            case 1:
+                other, place = random_.choice(places)
+                holder[key] = _as_lists(other.get(place) if isinstance(other, dict) else None)
+            case 2 if isinstance(holder, dict):
+                holder[odd_key(random_)] = holder.pop(key)
+            case 3:
+                holder[key] = random_.choice([torch.zeros(2), torch.tensor(1.5), torch.ones(0)])
+            case _:
+                holder[key] = odd_value(random_)
+    return state
+
+
+def odd_key(random_: random.Random) -> object:
+    key = odd_value(random_)
+    return str(key) if isinstance(key, (list, dict)) else key
+
+
+def _as_lists(value: object) -> object:
+    """A copy of nested containers, in which tuples are lists, around the same tensors."""
+    if isinstance(value, dict):
+        return {key: _as_lists(inner) for key, inner in value.items()}
+    return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 # ------------------------------------------------------------------------------- files
