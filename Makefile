@@ -1,10 +1,11 @@
-# make demo     fine-tune a real model on real text and leave the figures in demo-output/
-# make test     run the tests (at most 10 minutes on 2 cores)
-# make check    run the long form of the tests that have one: many seeds, damaged files, kills
-# make lint     style, who imports whom, types, and the tables in the README files
-# make package  build the source distribution and the wheel, and run the wheel on its own
-# make setup    only install: the versions of constraints.txt, into .venv
-# make clean    remove what these commands made
+# make demo      fine-tune a real model on real text and leave the figures in demo-output/
+# make test      run the tests (at most 10 minutes on 2 cores)
+# make check     run the long form of the tests that have one: many seeds, damaged files, kills
+# make sanitize  run every kernel of the CPU under AddressSanitizer and UBSan
+# make lint      style, who imports whom, types, and the tables in the README files
+# make package   build the source distribution and the wheel, and run the wheel on its own
+# make setup     only install: the versions of constraints.txt, into .venv
+# make clean     remove what these commands made
 #
 # Needs Linux, Python 3.10 or newer with venv, a C++ compiler and 4 GB of disk (8 GB where pip finds the
 # CUDA build of torch); uses an NVIDIA GPU if torch sees one. `PYTHON=python3.12 make demo` takes another
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test check lint package setup clean
+.PHONY: demo test check sanitize lint package setup clean
 
 # A waiting thread must not spin: beside other work, spinning slows both down many times over.
 export OMP_WAIT_POLICY ?= passive
@@ -48,7 +49,10 @@ test: setup
 	@OMP_NUM_THREADS=1 exec .venv/bin/pytest -n 2 --dist worksteal
 
 check: setup
-	@exec .venv/bin/pytest --check -m check
+	@OMP_NUM_THREADS=1 exec .venv/bin/pytest -n 2 --dist worksteal --check -m check
+
+sanitize: setup
+	@exec .venv/bin/python benchmarks/sanitizers.py cpu
 
 # The last two look at a built tree: a checkout has deltadiff.kernels in another place.
 lint: setup

@@ -92,6 +92,29 @@ def verify_table(records: Records) -> str:
     return markdown_table([*header, "error / limit (largest)"], *rows)
 
 
+# What the rows of a suite of checks count, and what counts as a failure there.
+SUITES = {
+    "verify": "outputs and gradients against float64",
+    "repeats": "repeats, bit by bit",
+    "sequences": "sequences of an optimizer's calls against float64",
+    "mutants": "wrong or damaged input: one line, nothing changed",
+    "kills": "killed at a random moment, then resumed: the same result",
+    "sanitizers": "calls under a tool that watches memory",
+}
+
+
+def checks_table(records: Records) -> str:
+    """A line for each suite, operation, path and dtype: how many cases, and what failed."""
+    rows = []
+    for suite, words in SUITES.items():
+        for r in (r for r in records if r["op_suite"] == suite):
+            dtype, worst = r["dtype"] or "", number(r["worst_ratio"], ".2f")
+            rows.append([r["gpu"], words, r["op"], r["path"], dtype, f"{r['cases']:,}"])
+            rows[-1] += [str(r["failures"]), worst]
+    header = ["machine", "what", "of", "path", "dtype", "cases", "failures"]
+    return markdown_table([*header, "error / limit (largest)"], *rows)
+
+
 def speed_table(records: Records) -> str:
     """A line for each case, a column for each variant: its median over that of the floor."""
     names = [name for name in VARIANT_NAMES if any(r["variant"] == name for r in records)]
@@ -258,6 +281,7 @@ Part = tuple[Callable[[Records], str], Callable[[dict], bool]]  # how to write i
 DOCUMENTS: dict[Path, dict[str, Part]] = {
     FRONT: {"summary": (summary, lambda r: "variant" in r and r["gpu"] == SUMMARY_GPU)},
     ALL: {
+        "checks": (checks_table, lambda r: "op_suite" in r),
         "verify": (verify_table, lambda r: "error" in r),
         "layer": (partial(by_machine, table=speed_table), measured("lora_linear")),
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),

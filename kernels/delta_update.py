@@ -27,7 +27,7 @@ def delta_update_config(
 
     ``rank`` is the rank of the product, 2r; ``itemsize`` is the bytes of an element of W.
     """
-    if capability < (9, 0):  # older tensor cores take more registers
+    if gpu.multiplies_from_registers(capability):
         return dict(BLOCK_SIZE_N=32, BLOCK_SIZE_K=64, TILES=16, num_warps=4, num_stages=2)
     blocks = dict(BLOCK_SIZE_N=64, BLOCK_SIZE_K=64, TILES=8, num_warps=4)
     if rank > 16:  # there is more to compute, so more programs should run at a time

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import check_betas, check_number
@@ -23,6 +24,7 @@ from ..layers.lora_layers import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets.choose import Targets
 from ..optim.fused_adamw import FusedAdamW
+from ..ranks import Ranks
 from .candidates import find_candidates, swapped_candidate
 from .gate_logits import GateLogits
 from .gates import GateMatrix
@@ -38,12 +40,19 @@ class Search:
     The model is swapped until `close`. AdamW trains A and B; Adam trains the logits, as in DARTS.
     B starts at 0, so a gate has no gradient before the first inner step.
 
+    Where several processes search together, each gives `gate_step` and `inner_step` the loss of its
+    part of the batch. The search itself averages losses and gradients over them, so the model is a
+    plain one, not wrapped for data parallelism; and all have the same pairs and gates in each step,
+    from the values of the first process.
+
     Args:
         model: an eager model, whose candidates are on one device.
         r, lora_alpha, target_modules, lora_dropout, adapter_dtype, modules_to_save, backend, seed:
             as for `swap_`; ``modules_to_save`` (a new head) are trained together with A and B.
         lr, betas, weight_decay: of the optimizer of A and B.
         gate_lr, gate_betas, gate_weight_decay: of the optimizer of the logits.
+        process_group: the processes that search together. None is the default group where
+            `torch.distributed` runs, else this process alone.
 
     Attributes:
         candidates: the modules that have a gate.
@@ -51,6 +60,7 @@ class Search:
         layers: the swapped layer of each candidate, by name.
         trained: the parameters that inner steps train, by name.
         logits: (layers, types) float32 parameter; entries without a module stay 0.
+        ranks: the processes that search together.
         heads: the trained parameters that belong to no pair, by name; after `close`, copies.
         optimizer, gate_optimizer: the optimizer of A and B, and that of the logits.
         round, index: the number of gate steps so far, and of inner steps since the last one.
@@ -81,6 +91,7 @@ class Search:
         modules_to_save: Collection[str] = (),
         backend: str | None = None,
         seed: int | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ):
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gate_lr", gate_lr)):
             check_number(name, value, 0)
@@ -106,6 +117,9 @@ class Search:
         self.heads: dict[str, Tensor] = {
             name: p for name, p in self.trained.items() if id(p) not in pairs
         }
+        self.ranks = Ranks(process_group)
+        with torch.no_grad():
+            self.ranks.copy_first_(list(self.trained.values()))
         self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
         try:
             self.optimizer = FusedAdamW(self.trained.values(), lr, betas, weight_decay=weight_decay)
@@ -138,7 +152,7 @@ class Search:
             loss: computes the loss of a batch of validation data.
 
         Returns:
-            The loss, 0-dim, on the device.
+            The loss, 0-dim, on the device; the mean over all processes that search together.
 
         Raises:
             ArgumentTypeError, ArgumentError: ``loss`` gives no scalar that depends on the gates.
@@ -150,9 +164,10 @@ class Search:
         with self._pairs_fixed(), self._gate_logits.trained():
             value = self._evaluate(loss)
             (self.logits.grad,) = torch.autograd.grad(value, [self.logits])
-        self._take(self.gate_optimizer, (self.round + 1, 0), value.detach(), [self.logits])
+        mean = value.detach().clone()
+        self._take(self.gate_optimizer, (self.round + 1, 0), mean, [self.logits])
         self._gate_logits.update_inner_gates()
-        return value.detach()
+        return mean
 
     def inner_step(self, loss: Loss) -> Tensor:
         """Take one step on A and B.
@@ -163,9 +178,9 @@ class Search:
         self._check_open()
         value = self._evaluate(loss)
         value.backward()
-        place = self.round, self.index + 1
-        self._take(self.optimizer, place, value.detach(), list(self.trained.values()))
-        return value.detach()
+        place, mean = (self.round, self.index + 1), value.detach().clone()
+        self._take(self.optimizer, place, mean, list(self.trained.values()))
+        return mean
 
     @contextlib.contextmanager
     def _pairs_fixed(self) -> Iterator[None]:
@@ -194,7 +209,14 @@ class Search:
     def _take(
         self, optimizer: torch.optim.Optimizer, place: Place, loss: Tensor, params: list[Tensor]
     ) -> None:
-        """Step to ``place``, unless the loss or a gradient, now or before, is not finite."""
+        """Step to ``place``, unless the loss or a gradient, now or before, is not finite.
+
+        ``loss`` and the gradients become their means over all processes, which therefore agree.
+        """
+        if self.ranks.size > 1:
+            for p in params:  # a module that this part of the batch did not use
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.ranks.average_([loss, *(p.grad for p in params)])
         self.log.judge(loss, [p.grad for p in params if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -256,6 +278,9 @@ class Search:
     def state_dict(self) -> dict:
         """Everything that another search needs to continue bit by bit; tensors are not copied."""
         self.check()
+        return self._state()
+
+    def _state(self) -> dict:
         return {
             "candidates": {"layers": self.candidates.layers, "modules": self.candidates.modules},
             "trained": {name: p.detach() for name, p in self.trained.items()},
@@ -275,8 +300,9 @@ class Search:
                 or is none. The message names the first difference; nothing was changed.
         """
         self._check_open()
-        check_state(state, self.state_dict())
-        before = copy.deepcopy(self.state_dict())
+        own = self._state()  # whatever the losses were that nobody has read yet
+        check_state(state, own)
+        before = copy.deepcopy(own)
         try:
             self._restore(state)
         except BaseException:  # an optimizer may refuse what it is given, and may do so late

@@ -116,7 +116,7 @@ def few_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
         BLOCK_SIZE_M=block_m, BLOCK_SIZE_N=block_n, BLOCK_SIZE_K=block_k, RANK=rank,
         splits=max(1, min(PROGRAMS // programs, triton.cdiv(K, block_k) // 4, 8)),
         num_warps=4 if block_n == 64 and rank < 64 else 8,
-        num_stages=4 if shared >= 163 else 2,
+        num_stages=4 if shared >= 163 else 3 if block_m == 16 else 2,
     )  # fmt: skip
 
 

@@ -13,8 +13,9 @@ def product_precision(rounded: bool, device: torch.device) -> str:
     "bf16x3" is exact to 2**-16, which is enough if the result is ``rounded`` to 16 bits anyway. The
     others are as exact as float32 itself.
     """
-    # Before sm_90 three bfloat16 pieces take too many registers. The interpreter knows tf32 only.
-    if gpu.capability(device) < (9, 0):
+    # Three bfloat16 pieces may take too many registers. The interpreter, which has the capability
+    # (0, 0), knows tf32 only.
+    if gpu.multiplies_from_registers(gpu.capability(device)):
         return "tf32x3"
     return "bf16x3" if rounded else "bf16x6"
 

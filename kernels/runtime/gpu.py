@@ -19,6 +19,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def multiplies_from_registers(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores take operands from registers alone: on sm_8x, and again on sm_12x.
+
+    Kernels there have fewer registers left for what they keep.
+    """
+    return capability < (9, 0) or capability >= (12, 0)
+
+
 def shared_kib(device: torch.device) -> int:
     """Shared memory that launch configurations may count on, in KiB."""
     return SHARED_KIB.get(capability(device), LEAST_SHARED_KIB)

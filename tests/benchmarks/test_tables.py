@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tally
 
 pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,14 @@ def test_comparisons_are_in_the_words_of_deltadiff_compare(tables, records):
     text = tables.compare_tables(mine)
     assert tables.markdown(mine) in text
     assert tables.caption(mine) in text
+
+
+def test_checks_are_listed_with_what_failed(tables):
+    row = tally.row("mutants", "settings.json", 1200, failures=1) | {"gpu": "a CPU"}
+    text = tables.checks_table([row, row | {"op_suite": "verify", "worst_ratio": 0.25}])
+    first, second = text.splitlines()[2:]
+    assert first.endswith("| settings.json | cpu |  | 1,200 | 1 | 0.25 |")
+    assert second.endswith("| settings.json | cpu |  | 1,200 | 1 |  |")
 
 
 def test_every_plot_and_figure_is_linked_and_there(tables):

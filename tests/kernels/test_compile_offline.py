@@ -8,38 +8,23 @@ import concurrent.futures
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
-from cubins import cuobjdump, records_of
+from cubins import compile_instead, cuobjdump, records_of
 
-# Shared memory that CUDA gives one block, in bytes (CUDA C++ Programming Guide, "Technical
-# Specifications per Compute Capability").
-SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# In bytes. To fit one more block on a multiprocessor, ptxas spills a few words that a kernel needs
-# only after its loops; in which kernels it does so depends on its version. A kernel that runs out
-# of registers spills hundreds of bytes, and moves them in every turn of a loop.
-SPILL_LIMIT = 32
+# For each compute capability: the bytes of shared memory that CUDA gives one block (its programming
+# guide, "Technical Specifications per Compute Capability"), how many registers a thread may have,
+# and how many bytes it may spill. To fit one more block on a multiprocessor, ptxas spills a few
+# words that a kernel needs only after its loops; in which kernels it does so depends on its
+# version. A kernel that runs out of registers spills hundreds of bytes, and moves them in every
+# turn of a loop. Rows of tables have a limit of their own: what they spill, they were measured
+# with.
+LIMITS = json.loads(Path(__file__).with_name("compile_limits.json").read_text())
+CAPABILITIES = [name for name in LIMITS if name.isdigit()]
 
 
 # ------------------------------------------------------------- in the subprocess
-
-
-class _StandInDriver:
-    """The part of a driver that Triton asks for when it compiles."""
-
-    def __init__(self, capability: int):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
 
 
 def _resources(cubin: bytes) -> dict:
@@ -54,24 +39,18 @@ def compile_all(capability: int):
     """Print one JSON line for each kernel that the launchers ask for."""
     import torch
     import triton.language as tl
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
     from deltadiff.kernels import adamw_step, delta_update, step_counters
     from deltadiff.kernels.lora_linear import few_tokens, hopper_launch, portable
-    from deltadiff.kernels.runtime import gpu
+    from deltadiff.kernels.runtime import tuned
 
-    driver.set_active(_StandInDriver(capability))
-    gpu.capability = lambda device: divmod(capability, 10)
-    run, case = JITFunction.run, ""
+    case = ""
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        facts = {"kernel": self.fn.__name__.strip("_"), "case": case}
-        facts |= {"shared": kernel.metadata.shared, **_resources(kernel.asm["cubin"])}
-        print(json.dumps(facts), flush=True)
+    def seen(name, kernel):
+        facts = {"kernel": name, "case": case, "shared": kernel.metadata.shared}
+        print(json.dumps(facts | _resources(kernel.asm["cubin"])), flush=True)
 
-    JITFunction.run = compile_only
+    compile_instead(capability, seen)
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
     def lora(m, dtype, adapter_dtype, r, gate, tf32=False, kernels=portable, **dropout):
@@ -117,7 +96,6 @@ def compile_all(capability: int):
     portable.index_type = index
 
     if capability == 90:
-        hopper_launch._multiprocessors = lambda device: 132
         for m, dtype, adapter_dtype, r, entries in (
             (512, bf16, bf16, 1, 0),  # narrow tiles
             (512, fp16, fp32, 32, 32),
@@ -159,6 +137,31 @@ def compile_all(capability: int):
         case = f"found_inf {found_inf}"
         step_counters.advance_counters_(step, one, count, count, flags, one, one, count, found_inf)
 
+    for path in sorted(Path(tuned.__file__).parents[1].glob("tuned/*.json")):
+        table = tuned.load(path)
+        for launch, config in table.items():
+            case = f"row {launch.key} of {path.name}"
+            tuned.use(torch.device("cpu"), {launch: config})
+            compiled = tuned.asked(lambda launch=launch: case_of(launch)())
+            assert compiled[launch].items() >= config.items(), case
+
+
+def case_of(launch):
+    """A call that is launched with a row of a table of tuned configurations."""
+    import torch
+
+    from deltadiff.kernels.launch_configs import LAUNCH_CONFIGS
+    from deltadiff.tuning.cases import Linear, Update
+
+    key = dict(zip(LAUNCH_CONFIGS[launch.op].keys, launch.key, strict=True))
+    dtype = torch.float32 if key.get("itemsize") == 4 else torch.bfloat16
+    if launch.op == "delta_update":  # its product has two columns for each rank
+        case = Update(key["rank"] // 2, dtype, key["rounding"], size=64)
+    else:
+        k, n = key["K"], key.get("N", 256)
+        case = Linear(key["M"], k, n, key["rank"], dtype, key.get("backward", False))
+    return case.call(case.inputs(torch.device("cpu")))
+
 
 # ----------------------------------------------------------------------- the tests
 
@@ -166,23 +169,22 @@ def compile_all(capability: int):
 @pytest.fixture(scope="module")
 def compiled():
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return {
-            capability: pool.submit(records_of, __file__, str(capability))
-            for capability in SHARED_LIMITS
-        }
+        return {capability: pool.submit(records_of, __file__, capability) for capability in LIMITS}
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMITS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_without_spills(compiled, capability):
-    kernels = compiled[capability].result()
-    hopper = {"lora_linear_hopper_kernel", "pack_kernel"} if capability == 90 else set()
+    kernels, limit = compiled[capability].result(), LIMITS[capability]
+    hopper = {"lora_linear_hopper_kernel", "pack_kernel"} if capability == "90" else set()
     assert {k["kernel"] for k in kernels} == hopper | {
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
         "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
         "delta_update_kernel", "adamw_step_kernel", "advance_counters_kernel",
     }  # fmt: skip
-    assert [k for k in kernels if k["spilled"] > SPILL_LIMIT or k["registers"] == 255] == []
-    assert [k for k in kernels if k["shared"] > SHARED_LIMITS[capability]] == []
+    for name in ("registers", "spilled"):
+        most = [(LIMITS["tuned"] if k["case"].startswith("row") else limit)[name] for k in kernels]
+        assert [k for k, m in zip(kernels, most, strict=True) if k[name] > m] == []
+    assert [k for k in kernels if k["shared"] > limit["shared"]] == []
 
 
 if __name__ == "__main__":

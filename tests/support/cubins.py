@@ -5,7 +5,49 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+
+class StandInDriver:
+    """The part of a driver that Triton asks for when it compiles."""
+
+    def __init__(self, capability: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+
+def compile_instead(capability: int, seen: Callable) -> None:
+    """From now on, launches in this process compile for a GPU of this capability and do not run.
+
+    ``seen(name, kernel)`` gets each kernel that a launch asks for.
+    """
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from deltadiff.kernels.lora_linear import hopper_launch
+    from deltadiff.kernels.runtime import gpu
+
+    driver.set_active(StandInDriver(capability))
+    gpu.capability = lambda device: divmod(capability, 10)
+    hopper_launch._multiprocessors = lambda device: 132
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        seen(self.fn.__name__.strip("_"), kernel)
+
+    JITFunction.run = compile_only
 
 
 def records_of(script: str, argument: str, **variables: str) -> list[dict]:

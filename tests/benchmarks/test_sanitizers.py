@@ -1,0 +1,62 @@
+"""benchmarks/sanitizers.py: which reports of racecheck are no findings, and what it runs."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import sanitizer_suite
+import torch
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "kernels" / "lora_linear"
+REPORT = """\
+========= Error: Potential {kind} hazard detected at __shared__ 0x2e540 in block (22,0,0) :
+=========     Write Thread ({writer},0,0) at {kernel}+0x17c0 in {write}
+=========     Read Thread ({reader},0,0) at {kernel}+0x3090 in {read}
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitizers():
+    path = ROOT / "benchmarks" / "sanitizers.py"
+    spec = importlib.util.spec_from_file_location("sanitizers", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def place(file: str, text: str, named: str | None = None) -> str:
+    """FILE:LINE of the first line that holds ``text``."""
+    lines = (KERNELS / file).read_text().splitlines()
+    return f"{named or file}:{next(i for i, line in enumerate(lines, 1) if text in line)}"
+
+
+STORES = place("producer.py", "pipe.work.index(i).store(code)")
+LOADS = place("consumer.py", "pipe.work.index(0).load(one)", named="hopper.py")
+STARTS = place("hopper.py", "gl.warp_specialize([")
+KERNEL = place("hopper.py", "def _lora_linear_hopper_kernel")
+EXPLAINED = [
+    {"writer": 351, "write": STORES, "reader": 0, "read": LOADS},
+    {"writer": 31, "write": STARTS, "reader": 320, "read": KERNEL},
+]
+
+
+@pytest.mark.parametrize("report", EXPLAINED, ids=["work item", "what warps run"])
+def test_what_is_explained_is_exactly_that(sanitizers, report):
+    def explained(**other):
+        fields = {"kind": "RAW", "kernel": "_lora_linear_hopper_kernel", **report, **other}
+        (hazard,) = sanitizers.HAZARD.finditer(REPORT.format(**fields))
+        return sanitizers.explains(hazard)
+
+    assert explained()
+    assert not explained(kind="WAR")
+    assert not explained(kernel="delta_update_kernel")
+    assert not explained(write=place("producer.py", "it += 1"))
+    assert not explained(read=place("consumer.py", "y_buf.store("))
+    if report["write"] == STARTS:
+        assert not explained(reader=32)  # one of the warps that multiply
+        assert not explained(writer=320)
+
+
+def test_the_suite_calls_every_operation_of_a_cpu():
+    assert sanitizer_suite.run_all(torch.device("cpu")) > 60
