@@ -67,11 +67,15 @@ class Mutants:
         except (ArgumentError, NonFiniteLossError) as error:
             self.check(case, str(error).strip(), f"an empty message: {error!r}")
         except (Exception, Hang) as error:
-            places = traceback.extract_tb(error.__traceback__)[-2:]
-            where = " < ".join(f"{Path(p.filename).name}:{p.lineno}" for p in reversed(places))
-            what = f"{type(error).__name__}: {error!s:.200} ({where}) of {error.__context__!s:.300}"
-            self.failures.append(f"{case}: {what}")
+            self.failures.append(f"{case}: {self.describe(error)}")
         return False
+
+    @staticmethod
+    def describe(error: BaseException) -> str:
+        """An error with the places that it came from."""
+        places = traceback.extract_tb(error.__traceback__)[-3:]
+        where = " < ".join(f"{Path(p.filename).name}:{p.lineno}" for p in reversed(places))
+        return f"{type(error).__name__}: {error!s:.200} ({where})"
 
     def check(self, case: str, holds: object, what: str) -> None:
         """Note ``what`` went wrong unless something holds."""
