@@ -11,6 +11,7 @@ import os
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import ArgumentError
 
@@ -95,12 +96,14 @@ def _refuse(text: str) -> int:
 
 
 def _check_word(word: str) -> None:
-    """Raise ArgumentError for a word that nothing could print or write into a file."""
+    """Raise ArgumentError for a word that nothing could write into a file, or argparse garbles."""
     try:
         word.encode()
     except UnicodeEncodeError as error:
         accepted = "text in the encoding of the locale; a file with such a name has to be renamed"
         raise ArgumentError("argument", ascii(word), accepted) from error
+    if word.startswith("--") and word.endswith("=--"):  # argparse takes it for an empty list
+        raise ArgumentError("argument", word, "a value after the equals sign")
 
 
 # ------------------------------------------------------------------- stdout and stderr
@@ -138,13 +141,20 @@ def _flush() -> int | None:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, whatever the words have in them."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(" ".join(message.split()))
+
+
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
     """The parser of all commands, of which only the one in ``argv`` has its arguments.
 
     A command's arguments need the imports of its module, which the other commands do without.
     """
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deltadiff",
         description="Fused kernels for Delta-LoRA and DiffoRA fine-tuning.",
         epilog=EXIT_CODES,

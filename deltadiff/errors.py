@@ -45,3 +45,10 @@ class NonFiniteLossError(ArithmeticError):
 
 class Interrupted(Exception):
     """The user stopped the run, which was saved first."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, in one line; its class where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the name of the file, which messages have anyway
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

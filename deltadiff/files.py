@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .errors import ArgumentError, ArgumentTypeError, CheckpointError
+from .errors import ArgumentError, ArgumentTypeError, CheckpointError, reason
 
 
 def as_folder(name: str, value: object) -> Path:
@@ -29,7 +29,37 @@ def as_folder(name: str, value: object) -> Path:
         raise ArgumentTypeError(name, f"{value!r:.60}", "a folder, as a str or a path")
     if not os.fspath(value):
         raise ArgumentError(name, "''", "a folder; '.' is the current one")
+    try:
+        os.stat(value)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL; a folder in a file
+        given = f"{ascii(os.fspath(value)):.60} ({reason(error)})"
+        raise ArgumentError(name, given, "the name of a folder") from error
     return Path(value)
+
+
+def make_folder(name: str, folder: Path) -> None:
+    """Make the folder that argument ``name`` gives, if it is not there.
+
+    Raises:
+        ArgumentError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        given = f"{folder} ({reason(error)})"
+        raise ArgumentError(name, given, "a folder that can be written to") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; no also where no disk could hold one of this name."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def write_bytes(path: Path, blob: bytes) -> None:
@@ -128,8 +158,7 @@ def reading(path: Path, accepted: str) -> Iterator[None]:
     except ArgumentError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen kinds of them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(str(path), reason, accepted) from error
+        raise CheckpointError(str(path), reason(error), accepted) from error
 
 
 def slug(name: str) -> str:

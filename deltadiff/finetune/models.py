@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..checks import need_package
-from ..errors import ArgumentError
+from ..errors import ArgumentError, reason
+from ..files import is_there
 from .packages import package_folder
 from .quantised import four_bit_options, keep_as_loaded, new_head
 from .tasks.base import Task
@@ -26,9 +27,10 @@ def find_model(name: str) -> Path:
         ArgumentError: there is no model under this name.
     """
     place = Path(name)
-    if place.suffix == ".gguf" and place.is_file():
+    if place.suffix == ".gguf" and is_there(place) and place.is_file():
         return place
-    folder, pattern = (place, "") if name and place.is_dir() else (package_folder(name), "**/")
+    known = bool(name) and is_there(place) and place.is_dir()
+    folder, pattern = (place, "") if known else (package_folder(name), "**/")
     if folder is not None:
         for config in sorted(folder.glob(f"{pattern}config.json"), key=lambda p: len(p.parts)):
             if '"model_type"' in config.read_text(encoding="utf-8", errors="replace"):
@@ -96,8 +98,7 @@ def load_model(
         module = _load(auto, where, options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArgumentError("model", f"{place}: {reason}", task.accepted_model) from error
+        raise ArgumentError("model", f"{place}: {reason(error)}", task.accepted_model) from error
     finally:
         transformers.logging.set_verbosity(level)
     if place.suffix == ".gguf":
