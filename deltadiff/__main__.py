@@ -18,9 +18,11 @@ from .errors import ArgumentError
 EXIT_CODES = """\
 exit codes:
   0    done; everything that was checked passed
-  1    verify: a check failed; finetune, compare: training failed; bench: a variant failed
+  1    verify: a check failed; finetune, compare: training failed, or a part of what comes after it;
+       bench: a variant failed
   2    an argument, a file or a device that cannot be used
-  130  interrupted"""
+  130  interrupted by Ctrl-C; finetune and compare save first what can be saved
+  143  the same, by SIGTERM"""
 
 # Each command with its module and what its help says. The module has `add_arguments(parser)` and
 # `run(args)`, which returns the exit code.
@@ -44,6 +46,10 @@ COMMANDS = {
         "Fine-tune with several methods and seeds, and put them side by side.",
     ),
     "bench": ("bench.command", "Time a layer, the optimizer step or a model, beside peers."),
+    "theory": (
+        "diffora.theory.command",
+        "Measure DiffoRA's theorems 1 and 2 on a small network, in a minute on a CPU.",
+    ),
     "tune": (
         "tuning.command",
         "Find faster launch configurations on this GPU and keep them.",

@@ -3,6 +3,8 @@
 The message of an ArgumentError names the argument, what was given and what is accepted.
 """
 
+import signal
+
 
 class ArgumentError(ValueError):
     """A value that cannot be used. Raised before anything is changed.
@@ -44,7 +46,15 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class Interrupted(Exception):
-    """The user stopped the run, which was saved first."""
+    """A signal stopped the run, which was saved first.
+
+    Attributes:
+        number: that of the signal.
+    """
+
+    def __init__(self, place: object = None, number: int = signal.SIGINT):
+        super().__init__(place)
+        self.number = int(number)
 
 
 def reason(error: BaseException) -> str:

@@ -1,11 +1,15 @@
 """Files: written whole or not at all, and read with an error that names the file.
 
 Every file that deltadiff writes goes through a function of this module. A crash at any moment
-therefore leaves the old file or the new one, never a part of one.
+therefore leaves the old file or the new one, never a part of one. What a killed process leaves is
+a file or folder under a temporary name, `.NAME.` and eight more letters, which `remove_leftovers`
+finds. What deltadiff reads again is sealed: it carries a SHA-256, so that a bit that flipped on the
+disk is an error and never another result.
 """
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -16,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError, reason
+
+_SEAL = b"sha256 "  # what a sealed file of bytes begins with
 
 
 def as_folder(name: str, value: object) -> Path:
@@ -67,6 +73,7 @@ def write_bytes(path: Path, blob: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
+            _hold(handle)
             file.write(blob)
             file.flush()
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes it for its owner alone
@@ -110,22 +117,68 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Give a new folder to write files into; it becomes ``target`` when the block ends.
 
     All that was written reaches the disk first. If the block raises, ``target`` stays as it was and
-    the new folder is removed. A crash leaves ``target`` as it was or complete, but for one case: a
-    ``target`` that held files is removed a moment before the new folder takes its name.
+    the new folder is removed. A crash leaves ``target`` as it was or complete.
+
+    Raises:
+        OSError: ``target`` is there and not empty, for which nothing can take its place at once.
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    handle = os.open(temporary, os.O_RDONLY)
     try:
+        _hold(handle)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for path in temporary.rglob("*"):
             _sync(path)
-        if target.exists() and any(target.iterdir()):  # os.replace takes an empty folder's place
-            shutil.rmtree(target)
         os.replace(temporary, target)
         _sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Remove what killed calls of `write_bytes` and `whole_folder` left in a folder.
+
+    Args:
+        folder: where they wrote; it may be missing.
+        names: a regular expression for the names of what they wrote.
+    """
+    pattern = re.compile(rf"\.(?:{names})\.[a-z0-9_]{{8}}")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not pattern.fullmatch(path.name) or path.is_symlink() or _is_held(path):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _hold(handle: int) -> None:
+    """Mark what a handle is open on as in use, until it is closed or this process is dead."""
+    with contextlib.suppress(ImportError, OSError):  # not every system has such locks
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a process is at work on a file or folder, or one cannot tell."""
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _sync(path: Path) -> None:
@@ -159,6 +212,81 @@ def reading(path: Path, accepted: str) -> Iterator[None]:
         raise
     except Exception as error:  # torch.load alone raises half a dozen kinds of them
         raise CheckpointError(str(path), reason(error), accepted) from error
+
+
+# ------------------------------------------------------------------------- checksums
+
+
+def sha256_of_json(value: object) -> str:
+    """The SHA-256 of a value's JSON, with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """The SHA-256 of what is in a file, which may be larger than the memory."""
+    digest, chunk = hashlib.sha256(), bytearray(2**20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(chunk):
+            digest.update(memoryview(chunk)[:count])
+    return digest.hexdigest()
+
+
+def write_sealed_json(path: Path, value: Mapping[str, object]) -> None:
+    """`write_json` of an object, with an entry "checksum": the SHA-256 of all others.
+
+    Raises:
+        ValueError: as `write_json`.
+    """
+    as_read = json.loads(json.dumps(value))
+    write_json(path, {**value, "checksum": sha256_of_json(as_read)})
+
+
+def read_sealed_json(path: Path, accepted: str) -> dict:
+    """What `write_sealed_json` wrote, without the checksum.
+
+    An object without a checksum, as earlier versions wrote it, is not checked.
+
+    Args:
+        path: the file.
+        accepted: what it should have been, for the message.
+
+    Raises:
+        CheckpointError: the file is missing or garbled, or was changed after it was written.
+    """
+    with reading(path, accepted):
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise CheckpointError(str(path), "no JSON object", accepted)
+        checksum = value.pop("checksum", None)
+        if checksum not in (None, sha256_of_json(value)):
+            given = "another checksum (damaged, or changed by hand)"
+            raise CheckpointError(str(path), given, f"{accepted}, unchanged")
+        return value
+
+
+def write_sealed(path: Path, blob: bytes) -> None:
+    """Write a file, as `write_bytes` does, with a first line that holds its SHA-256."""
+    digest = hashlib.sha256(blob).hexdigest().encode()
+    write_bytes(path, _SEAL + digest + b"\n" + blob)
+
+
+def read_sealed(path: Path) -> bytes:
+    """What `write_sealed` wrote.
+
+    A file without the first line, as earlier versions wrote it, is returned unchecked.
+
+    Raises:
+        OSError: the file cannot be read.
+        CheckpointError: it was changed after it was written.
+    """
+    blob = path.read_bytes()
+    line, _, content = blob.partition(b"\n")
+    if blob[:2] == b"PK":  # the first bytes of what `torch.save` writes
+        return blob
+    if line != _SEAL + hashlib.sha256(content).hexdigest().encode():
+        given = f"{len(blob)} bytes with another SHA-256 (truncated or damaged)"
+        raise CheckpointError(str(path), given, "an unchanged file")
+    return content
 
 
 def slug(name: str) -> str:

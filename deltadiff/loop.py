@@ -65,6 +65,35 @@ def catch_interrupt() -> Iterator[list[int]]:
             signal.signal(caught, handler)
 
 
+@contextlib.contextmanager
+def end_on_sigterm() -> Iterator[list[int]]:
+    """In this block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that files are cleaned up.
+
+    Gives a list that gets the number of the signal, for the exit code. Only the main thread can
+    catch signals; in any other, SIGTERM does what it did before.
+    """
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        earlier = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread of the main interpreter
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if earlier is None else earlier)
+
+
+def exit_code(received: list[int]) -> int:
+    """That of a process which a signal stopped: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (received[0] if received else signal.SIGINT)
+
+
 def rng_states() -> dict[str, object]:
     """The states of the random generators of the CPU and all GPUs, as entries of a checkpoint."""
     return {

@@ -12,12 +12,17 @@ import pytest
 
 from deltadiff.errors import ArgumentError, CheckpointError
 from deltadiff.files import (
+    read_sealed,
+    read_sealed_json,
     reading,
+    remove_leftovers,
     slug,
     whole_folder,
     write_bytes,
     write_csv,
     write_json,
+    write_sealed,
+    write_sealed_json,
     write_text,
 )
 
@@ -71,19 +76,87 @@ def test_csv(tmp_path):
     assert (tmp_path / "file.csv").read_bytes() == b'a,1\r\n"say ""b""","two\nlines"\r\n'
 
 
-@pytest.mark.parametrize("old", [None, {}, {"a": "old", "b": "old"}], ids=["none", "empty", "full"])
-def test_a_folder_is_replaced(old, tmp_path):
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_folder_appears_at_once(empty, tmp_path):
     target = tmp_path / "folder"
-    if old is not None:
+    if empty:
         target.mkdir()
-        for name, text in old.items():
-            (target / name).write_text(text)
     with whole_folder(target) as parts:
         (parts / "a").write_text("new")
         (parts / "below").mkdir()
-        assert names(target) == sorted(old) if old is not None else not target.exists()
+        assert target.exists() == empty and not list(target.glob("*"))
     assert names(target) == ["a", "below"] and (target / "a").read_text() == "new"
     assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_with_files_is_not_replaced(tmp_path):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(OSError, match="not empty"), whole_folder(target) as parts:
+        (parts / "a").write_text("new")
+    assert names(tmp_path) == ["folder"] and (target / "a").read_text() == "old"
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path):
+    ours = [".file.abcdefgh", ".file.a_1234zz", ".folder-3.00000000/with/files"]
+    others = ["file", ".file.swp", ".file.ABCDEFGH", ".other.abcdefgh", "x.file.abcdefgh"]
+    for name in ours + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / ".file.linklink").symlink_to(tmp_path / "file")
+    with whole_folder(tmp_path / "folder-4") as parts:
+        (parts / "a").write_text("")
+        remove_leftovers(tmp_path, r"file|folder-\d")
+        assert parts.exists()  # it is at work
+    assert names(tmp_path) == sorted([*others, ".file.linklink", "folder-4"])
+    remove_leftovers(tmp_path / "missing", "file")
+
+
+def flipped(blob: bytes, bit: int) -> bytes:
+    changed = bytearray(blob)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_a_flipped_bit_in_sealed_bytes(tmp_path):
+    path, blob = tmp_path / "file", bytes(range(256))
+    write_sealed(path, blob)
+    assert read_sealed(path) == blob
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        path.write_bytes(flipped(whole, bit))
+        with pytest.raises(CheckpointError, match="another SHA-256"):
+            read_sealed(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_sealed(path)
+
+
+def test_a_flipped_bit_in_sealed_json(tmp_path):
+    path, value = tmp_path / "file", {"a": [1, 0.1, None], "b": {"é": True, "c": "text"}}
+    write_sealed_json(path, value)
+    assert read_sealed_json(path, "JSON") == value
+    whole, harmless = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        path.write_bytes(flipped(whole, bit))
+        try:
+            read = read_sealed_json(path, "JSON")
+        except CheckpointError:
+            continue
+        harmless += 1  # in the name of the entry, or white space
+        assert {k: v for k, v in read.items() if k in value} == value
+    assert harmless < 8 * len("checksum") + 10
+
+
+def test_what_earlier_versions_wrote_is_read(tmp_path):
+    (tmp_path / "a").write_text('{"b": 1}')
+    assert read_sealed_json(tmp_path / "a", "JSON") == {"b": 1}
+    (tmp_path / "a").write_bytes(b"PK a file of torch.save")
+    assert read_sealed(tmp_path / "a") == b"PK a file of torch.save"
+    (tmp_path / "a").write_text("[1]")
+    with pytest.raises(CheckpointError, match="no JSON object"):
+        read_sealed_json(tmp_path / "a", "JSON")
 
 
 def test_an_error_leaves_the_old_folder(tmp_path):

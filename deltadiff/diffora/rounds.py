@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import check_int
 from ..errors import ArgumentError, Interrupted, NonFiniteLossError
-from ..files import as_folder, reading, write_bytes
+from ..files import as_folder, read_sealed, reading, write_sealed
 from ..loop import batch_indices, catch_interrupt, rng_states, set_rng_states
 from .bilevel import Search
 from .data_split import Split
@@ -112,7 +112,7 @@ def search(
         try:
             while state.round < rounds or state.index < inner_steps:
                 if interrupt:
-                    raise Interrupted(save())
+                    raise Interrupted(save(), interrupt[0])
                 if state.round == 0 or state.index == inner_steps:
                     indices = batch(data.valid, seed + 1, state.round)
                     state.gate_step(functools.partial(loss, indices))
@@ -178,7 +178,7 @@ def _save(path: Path, state: Search, settings: dict) -> None:
     }
     torch.save(contents, blob)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, blob.getvalue())
+    write_sealed(path, blob.getvalue())
 
 
 def _load(path: Path | None, state: Search, settings: dict) -> None:
@@ -189,7 +189,8 @@ def _load(path: Path | None, state: Search, settings: dict) -> None:
     if path is None:
         raise ArgumentError("folder", None, "the folder of the search to resume")
     with reading(path, "a search that was saved"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        blob = io.BytesIO(read_sealed(path))
+        saved = torch.load(blob, map_location="cpu", weights_only=True)
         if (saved["format"], saved["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {saved['format']!r}, version {saved['version']}")
         for name, value in settings.items():

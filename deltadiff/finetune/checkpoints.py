@@ -1,16 +1,35 @@
-"""Checkpoints of a run: folders checkpoint-STEP in its output folder; the latest counts."""
+"""Checkpoints of a run: folders checkpoint-STEP in its output folder; the latest counts.
 
+    checkpoint.json    format, version, the progress of the run, the SHA-256 of each file beside it,
+                       and a checksum of all this
+    state.pt           optimizer, gradient scaler and random generators
+    adapter/           what was trained
+
+The one before the latest is kept too, for the case that the latest is damaged on the disk.
+"""
+
+import contextlib
 import dataclasses
-import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..files import reading, whole_folder, write_text
+from ..errors import CheckpointError
+from ..files import (
+    read_sealed_json,
+    reading,
+    sha256_of_file,
+    whole_folder,
+    write_sealed_json,
+)
 from ..loop import rng_states, set_rng_states
 from .training_setup import TrainingSetup
+
+FORMAT, VERSION = "deltadiff-checkpoint", 2
+CHECKPOINT_FILE = "checkpoint.json"
+_OLDER_FILE = "progress.json"  # of version 1, which had no checksums
+_KEPT = 2  # so many of the latest
 
 
 @dataclass
@@ -37,8 +56,13 @@ class Progress:
 def save_checkpoint(
     output: Path, progress: Progress, setup: TrainingSetup, scaler: torch.amp.GradScaler
 ) -> Path:
-    """Write ``output/checkpoint-STEP`` whole or not at all, then delete the earlier ones."""
+    """Write ``output/checkpoint-STEP`` whole or not at all, then delete those before the last two.
+
+    One that is there stays: the same step of a run is the same state.
+    """
     target = output / f"checkpoint-{progress.step}"
+    if target in find_checkpoints(output):
+        return target
     with whole_folder(target) as folder:
         setup.save(folder / "adapter")
         state = {
@@ -47,29 +71,97 @@ def save_checkpoint(
             **rng_states(),
         }
         torch.save(state, folder / "state.pt")
-        write_text(folder / "progress.json", json.dumps(dataclasses.asdict(progress)))
-    for other in find_checkpoints(output)[:-1]:
-        shutil.rmtree(other)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        contents = {
+            "format": FORMAT,
+            "version": VERSION,
+            "progress": dataclasses.asdict(progress),
+            "files": {str(path.relative_to(folder)): sha256_of_file(path) for path in files},
+        }
+        write_sealed_json(folder / CHECKPOINT_FILE, contents)
+    remove_checkpoints(output, _KEPT)
     return target
 
 
 def find_checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, the latest last."""
-    found = [p for p in output.glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
+    names = (CHECKPOINT_FILE, _OLDER_FILE)
+    return [path for path in _numbered(output) if any((path / name).exists() for name in names)]
 
 
-def load_checkpoint(folder: Path, setup: TrainingSetup, scaler: torch.amp.GradScaler) -> Progress:
-    """Restore what `save_checkpoint` wrote. Only tensors are unpickled.
+def remove_checkpoints(output: Path, kept: int = 0) -> None:
+    """Remove the checkpoints of a run but for the latest ``kept``. Files of others in them stay."""
+    found = find_checkpoints(output)
+    for folder in found[: len(found) - kept]:
+        try:
+            names = read_sealed_json(folder / CHECKPOINT_FILE, "a checkpoint")["files"]
+        except (CheckpointError, KeyError):
+            print(f"{folder} stays: one cannot tell any more which of its files are a checkpoint's")
+            continue
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        for place in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+            _remove_if_empty(place)
+        (folder / CHECKPOINT_FILE).unlink()  # the last, so that a call that was killed is repeated
+    for folder in _numbered(output):
+        _remove_if_empty(folder)
+
+
+def _numbered(output: Path) -> list[Path]:
+    found = [p for p in output.glob("checkpoint-*") if p.name.partition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are as they were saved."""
+
+    folder: Path
+    progress: Progress
+
+    def restore(self, setup: TrainingSetup, scaler: torch.amp.GradScaler) -> None:
+        """Restore what `save_checkpoint` wrote. Only tensors are unpickled.
+
+        Raises:
+            CheckpointError: it is not one of this model and method.
+        """
+        with reading(self.folder, "a checkpoint of this run"):
+            path = self.folder / "state.pt"
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            setup.load(self.folder / "adapter")
+            setup.optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            set_rng_states(state)
+
+
+def open_latest(output: Path) -> Checkpoint | None:
+    """The latest checkpoint of a run, when all of its files are as they were saved.
 
     Raises:
-        CheckpointError: a part is missing or garbled.
+        CheckpointError: a file is missing or damaged, or of another version of deltadiff. The
+            message says how to go on without it.
     """
-    with reading(folder, "a checkpoint of this run"):
-        progress = Progress(**json.loads((folder / "progress.json").read_text()))
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        setup.load(folder / "adapter")
-        setup.optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    set_rng_states(state)
-    return progress
+    *earlier, folder = find_checkpoints(output) or [None]
+    if folder is None:
+        return None
+    path = folder / CHECKPOINT_FILE
+    if not path.exists():
+        given = "a checkpoint of version 1, which has no checksums"
+        raise CheckpointError(str(folder), given, f"one of version {VERSION}; start the run anew")
+    instead = earlier[-1].name if earlier else "the start"
+    accepted = f"a checkpoint as it was saved; remove {folder} to go on from {instead}"
+    contents = read_sealed_json(path, accepted)
+    with reading(path, accepted):
+        if (contents["format"], contents["version"]) != (FORMAT, VERSION):
+            given = f"format {contents['format']!r}, version {contents['version']!r}"
+            raise CheckpointError(str(path), given, f"format {FORMAT!r}, version {VERSION}")
+        for name, digest in contents["files"].items():
+            if sha256_of_file(folder / name) != digest:
+                given = "another SHA-256 (damaged or changed)"
+                raise CheckpointError(str(folder / name), given, accepted)
+        return Checkpoint(folder, Progress(**contents["progress"]))

@@ -102,10 +102,7 @@ def load_run_model(settings: "Settings", task: Task, device: torch.device) -> Mo
         four_bit=device if settings.load_in_4bit else None,
     )  # fmt: skip
     check_tokenizer(model.tokenizer, settings.model)
-    for head in model.head:
-        model.module.get_submodule(head).float()  # trained whole, for which 16 bits are too few
-    if not settings.load_in_4bit:  # such a model is where it has to be, and may not be moved
-        model.module.to(device)
+    place_model(model, settings, device)
     if settings.gradient_checkpointing:
         # Reentrant checkpoints would stop the gradients: the embeddings, which are frozen, give
         # the first block an input that needs none.
@@ -116,3 +113,11 @@ def load_run_model(settings: "Settings", task: Task, device: torch.device) -> Mo
                 "gradient_checkpointing", error, "a model that can do it"
             ) from error
     return model
+
+
+def place_model(model: Model, settings: "Settings", device: torch.device) -> None:
+    """Bring a model that was loaded for a run to its device."""
+    for head in model.head:
+        model.module.get_submodule(head).float()  # trained whole, for which 16 bits are too few
+    if not settings.load_in_4bit:  # such a model is where it has to be, and may not be moved
+        model.module.to(device)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from types import ModuleType
 from torch import nn
 
 from ..errors import ArgumentError
-from ..files import as_folder, whole_folder
+from ..files import as_folder, remove_leftovers, whole_folder
 from ..layers.adapter_files.adapter_file import load_adapter
 from ..layers.adapter_files.format import read_adapter_config
 from ..layers.merge import merge_
@@ -20,14 +21,7 @@ from .tasks.base import Task
 from .tasks.classes import ClassTask
 from .tasks.spans import SpanTask
 from .tasks.text import TextTask
-
-# Files beside the weights that belong to the tokenizer, under the names that Hugging Face and the
-# authors of models use.
-TOKENIZER_FILES = (
-    "tokenizer*", "tokenization*.py", "vocab*", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "additional_chat_templates", "*.model", "*.bpe", "*.spm",
-    "*.tiktoken", "tekken.json", "bpe.codes", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+from .tokenizer_files import tokenizer_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     print(merge_(model))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(output.parent, re.escape(output.name))
         with whole_folder(output) as folder:
             model.save_pretrained(folder)
             _save_tokenizer(place, tokenizer, adapter, folder)
@@ -62,7 +57,7 @@ def _save_tokenizer(place: Path, tokenizer, adapter: Path, folder: Path) -> None
     if not place.is_dir():
         tokenizer.save_pretrained(folder)
     else:
-        files = [file for pattern in TOKENIZER_FILES for file in place.glob(pattern)]
+        files = tokenizer_files(place)
         for file in files:
             copy = shutil.copytree if file.is_dir() else shutil.copy
             copy(file, folder / file.name)

@@ -122,6 +122,8 @@ def _deviation(values: list[float]) -> float:
 
 def _gain(result: dict, task: Task | type[Task]) -> str:
     key = next(iter(task.metric_titles))
+    if key not in result["before"] or key not in result["after"]:
+        return f"held-out {task.headline} not known"
     return f"held-out {task.headline} {result['before'][key]:.3f} → {result['after'][key]:.3f}"
 
 
@@ -162,6 +164,7 @@ def _finish(
 def _save(figure, path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    title = title.replace("$", r"\$")  # a name of a file, and no formula
     figure.suptitle(title, fontsize="medium", wrap=True)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)

@@ -59,7 +59,7 @@ def summary(result: dict) -> str:
     """The closing lines of a run, from what result.json holds."""
     update, peak = result["weight_update"], result["peak_memory_mib"]
     lines = [
-        f"after:  {describe(result['after'])}",
+        f"after:  {describe(result['after']) if result['after'] else 'not measured'}",
         f"{result['settings']['steps']} steps in {result['seconds']:.1f} s: "
         f"{result['examples_per_second']:.1f} examples/s, "
         f"{result['tokens_per_second']:.0f} tokens/s; "
@@ -69,6 +69,12 @@ def summary(result: dict) -> str:
         lines.append(
             f"{update['share']:.1%} of the wanted update is in W (a change by {update['size']:.2%})"
         )
+        if update["error"] > 0.01:
+            lines.append(
+                f"W was rounded in each step and is {update['error']:.1%} of the update away from "
+                "the adapter, which holds all of it: what was saved is what was measured"
+            )
+    lines += [f"{name} failed: {why}" for name, why in result["failed"].items()]
     lines += [f"without {name}: {why}" for name, why in result["metrics_left_out"].items()]
     output = Path(result["settings"]["output"])
     lines.append(f"in {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")

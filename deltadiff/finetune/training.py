@@ -47,7 +47,7 @@ def train(
 
     Raises:
         NonFiniteLossError: the loss became inf or NaN; nothing is saved after that step.
-        Interrupted: Ctrl-C; it holds what ``save`` returned.
+        Interrupted: Ctrl-C or SIGTERM; it holds what ``save`` returned.
     """
     from tqdm import tqdm
 
@@ -91,7 +91,7 @@ def train(
                     save()
                 started = time.perf_counter()
     if interrupt and progress.step < steps:
-        raise Interrupted(save())
+        raise Interrupted(save(), interrupt[0])
 
 
 def _backward(

@@ -20,9 +20,13 @@ class TrainingSetup:
         save: writes what was trained into a folder.
         load: puts back what ``save`` wrote.
         penalty: a differentiable term that is added to the training loss; None for none.
-        keep: writes the finished model into a folder, if that is not what ``save`` writes.
+        keep: writes the finished model into a folder, if that is not what ``save`` writes; returns
+            what went wrong, if something did.
         kept_in: what that folder is called, in the output folder.
+        read_back: puts what was written in a folder on a fresh base model; None where what was
+            written is what was trained, bit by bit.
         about: more entries for result.json.
+        figures: what draws more figures into files of the output folder, by their names.
     """
 
     module: nn.Module
@@ -30,15 +34,18 @@ class TrainingSetup:
     save: Callable[[Path], object]
     load: Callable[[Path], object]
     penalty: Callable[[], Tensor] | None = None
-    keep: Callable[[Path], object] | None = None
+    keep: Callable[[Path], str | None] | None = None
     kept_in: str = ADAPTER
+    read_back: Callable[[nn.Module, Path], object] | None = None
     about: dict[str, object] = field(default_factory=dict)
+    figures: dict[str, Callable[[Path], object]] = field(default_factory=dict)
 
-    def write(self, output: Path) -> Path:
-        """Write the finished model into the output folder; returns where it is."""
-        folder = output / self.kept_in
-        (self.keep or self.save)(folder)
-        return folder
+    def write(self, folder: Path) -> str | None:
+        """Write the finished model into a folder; returns what went wrong, if something did."""
+        if self.keep is not None:
+            return self.keep(folder)
+        self.save(folder)
+        return None
 
 
 @dataclass(frozen=True)

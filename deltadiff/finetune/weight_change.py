@@ -14,9 +14,10 @@ def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
     """How much of the update that in-place Delta-LoRA wanted arrived in the weights.
 
     The wanted update is D = lambda s (B_T A_T - B_k A_k), over all layers. "share" is
-    <W_T - W_0, D> / <D, D>, and "size" is |D| / |W_0|. None for other methods.
+    <W_T - W_0, D> / <D, D>, "error" is |W_T - W_0 - D| / |D|, and "size" is |D| / |W_0|. None for
+    other methods.
     """
-    reached = wanted = before = 0.0
+    reached = wanted = before = lost = 0.0
     for name, layer in lora_layers(model).items():
         delta = layer.delta
         if delta is None or not delta.in_weight or not delta.started():
@@ -24,14 +25,20 @@ def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
         products = [p for p in delta.past_updates or () if p.in_weight]
         products.append(delta.product(layer.lora_A, layer.lora_B))
         d = sum(p.B.float() @ p.A.float() for p in products).double().cpu()
-        w_0 = original.get_submodule(name).weight.double()
+        w_0 = original.get_submodule(name).weight.double().cpu()
         w_0 = w_0.T if layer.transposed else w_0
-        reached += ((layer.matrix.detach().double().cpu() - w_0) * d).sum().item()
+        change = layer.matrix.detach().double().cpu() - w_0
+        reached += (change * d).sum().item()
+        lost += (change - d).square().sum().item()
         wanted += (d * d).sum().item()
         before += (w_0 * w_0).sum().item()
     if not wanted:
         return None
-    return {"share": reached / wanted, "size": (wanted / before) ** 0.5}
+    return {
+        "share": reached / wanted,
+        "error": (lost / wanted) ** 0.5,
+        "size": (wanted / before) ** 0.5,
+    }
 
 
 @torch.no_grad()
@@ -53,7 +60,8 @@ def similarity(model: nn.Module, original: nn.Module) -> dict[str, dict[str, flo
         if not torch.equal(after, before):
             changed.add(place[2])
         cosine = (after * before).sum() / (after.norm() * before.norm())
-        found.setdefault(place[2], {})[place[1]] = cosine.item()
+        if cosine.isfinite():  # a weight of zeros has no direction
+            found.setdefault(place[2], {})[place[1]] = cosine.item()
     return {place: blocks for place, blocks in found.items() if place in changed}
 
 

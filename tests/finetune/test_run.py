@@ -64,7 +64,8 @@ def test_what_is_left_behind(bert, reviews, tmp_path):
     result = train(bert, reviews, tmp_path / "out", *words)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     plots = {"loss.png", "similarity.png"}
-    assert names == {"adapter", "predictions.csv", "result.json", "settings.json"} | plots
+    files = {"predictions.csv", "result.json", "settings.json", "inputs.json"}
+    assert names == {"adapter"} | files | plots
     for name in plots:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert result["settings"] == json.loads((tmp_path / "out" / "settings.json").read_text())

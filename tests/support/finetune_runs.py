@@ -115,3 +115,33 @@ def runner_of(inputs: RunInputs, setup: TrainingSetup) -> ModelRunner:
     """What a run trains, in training mode."""
     setup.module.train()
     return ModelRunner(setup.module, inputs.model.task, inputs.device, inputs.dtype)
+
+
+# ------------------------------------------------------------------ what a run leaves
+
+
+def trained_bytes(output) -> dict[str, bytes]:
+    """The files of the trained model in an output folder, by name."""
+    folders = [output / name for name in ("adapter", "model") if (output / name).exists()]
+    files = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(output)): p.read_bytes() for p in files}
+
+
+TIMES = {"seconds", "seconds_per_step", "examples_per_second", "tokens_per_second"}
+TIMES |= {"peak_memory_mib", "environment", "checksum"}
+
+
+def without_times(result: dict) -> dict:
+    """What result.json holds, but for what no two runs have in common."""
+    found = {name: value for name, value in result.items() if name not in TIMES}
+    found["settings"] = found["settings"] | {"output": ""}
+    if "search" in found:
+        found["search"] = {k: v for k, v in found["search"].items() if k not in TIMES}
+    return found
+
+
+def flip_a_bit(path, place: int, bit: int = 0) -> None:
+    """Change one bit of a byte, whose place may count from the end."""
+    blob = bytearray(path.read_bytes())
+    blob[place] ^= 1 << bit
+    path.write_bytes(blob)

@@ -2,17 +2,22 @@
 
 import argparse
 import contextlib
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 from ...devices import free_memory
 from ...errors import ArgumentError, Interrupted
-from ...files import as_folder, slug
+from ...files import as_folder, remove_leftovers, slug
+from ...loop import end_on_sigterm, exit_code
+from ..folder_lock import LOCK_FILE, locked
 from ..inputs import device_of, load_inputs
 from ..methods.table import METHODS
 from ..options import add_settings, given_settings, parse_value, require_model_and_data
 from ..packages import check_packages
+from ..run import RESULT_FILE
+from ..run_inputs import INPUTS_FILE, note_or_check_files
 from ..settings import Settings
 from . import report
 from .cases import SWEEPS, Case, cases
@@ -52,23 +57,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: 0; 1 if a run failed; 2 for input that cannot be used; 130 when stopped."""
+    """The command; returns its exit code, see `deltadiff --help`."""
     check_packages()
     output, given = as_folder("output", args.output), given_settings(args)
     given.pop("output", None)
     todo = _cases(args, output, given)
-    _check_input(todo[0].settings)
-    name = args.task or Path(given["data"]).name.partition(".")[0].replace("package:", "")
+    with end_on_sigterm() as received:
+        try:
+            with locked(output):
+                return _run(args, output, todo)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            print("stopped; the same command goes on with it")
+            return exit_code([stop.number] if isinstance(stop, Interrupted) else received)
+
+
+def _run(args: argparse.Namespace, output: Path, todo: list[Case]) -> int:
+    runs = output / "runs"
+    remove_leftovers(output, r"compare-[a-z0-9-]+\.\w+")
+    remove_leftovers(runs, re.escape(INPUTS_FILE))
+    if not _is_comparison(output):
+        raise ArgumentError("output", f"{output}, which holds something else", "a new folder")
+    settings = todo[0].settings
+    _check_input(settings)
+    runs.mkdir(exist_ok=True)
+    note_or_check_files(runs, settings)
+    name = args.task or Path(settings.data).name.partition(".")[0].replace("package:", "")
     found: dict[Case, list[dict]] = {}
-    try:
-        for case, mine in run_all(todo, name, args.jobs):
-            found[case] = mine
-            print(f"{len(found)}/{len(todo)} {case}: {report.line(mine)}", flush=True)
-    except (Interrupted, KeyboardInterrupt):
-        print("stopped; the same command goes on with it")
-        return 130
+    for case, mine in run_all(todo, name, args.jobs):
+        found[case] = mine
+        print(f"{len(found)}/{len(todo)} {case}: {report.line(mine)}", flush=True)
     ordered = [record for case in todo for record in found[case]]
-    results = [(case, read_if_there(case.folder / "result.json")) for case in todo]
+    results = [(case, read_if_there(case.folder / RESULT_FILE)) for case in todo]
     place = output / f"compare-{slug(name)}-{slug(ordered[0]['gpu'])}"
     paths = report.write(place, ordered, results)
     print("\n" + report.text(ordered))
@@ -98,8 +117,6 @@ def _cases(args: argparse.Namespace, output: Path, given: Mapping[str, object]) 
     found = cases(given, output, methods, args.seeds, args.sweep, args.values, own)
     for case in found:
         case.settings.check()
-    if output.exists() and (not output.is_dir() or not _is_comparison(output)):
-        raise ArgumentError("output", f"{output}, which holds something else", "a new folder")
     return found
 
 
@@ -116,7 +133,7 @@ def _own_option(word: str) -> tuple[str, str, object]:
 
 
 def _is_comparison(output: Path) -> bool:
-    return (output / "runs").is_dir() or not any(output.iterdir())
+    return (output / "runs").is_dir() or {path.name for path in output.iterdir()} <= {LOCK_FILE}
 
 
 def _check_input(settings: Settings) -> None:

@@ -6,10 +6,11 @@ command is given again.
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
-import shutil
+import multiprocessing.connection
+import os
 import textwrap
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,12 +20,14 @@ import torch
 
 from ...devices import environment, free_memory
 from ...errors import ArgumentError, Interrupted, NonFiniteLossError
-from ...files import write_json
+from ...files import read_sealed_json, write_sealed_json
 from ..inputs import device_of
-from ..run import finetune
+from ..run import RESULT_FILE, can_go_on, finetune
+from ..run_inputs import SETTINGS_FILE
 from ..settings import Settings
 from .cases import Case
 
+RECORDS_FILE = "records.json"
 WHERE = ("output", "device", "save_every")  # settings that say where or how, not what
 
 
@@ -39,19 +42,31 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
     """
     folder, settings = case.folder, case.settings
     _check_same(settings, folder)
-    earlier = read_if_there(folder / "records.json")
+    earlier = read_if_there(folder / RECORDS_FILE)
     if earlier is not None:
-        return earlier
-    resume = (folder / "settings.json").exists() and not (folder / "result.json").exists()
-    if folder.exists() and not resume:
-        shutil.rmtree(folder)
+        return earlier["records"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     device = device_of(settings)
+    # There may be a result without records, where a kill came between the two.
+    result, note, final = read_if_there(folder / RESULT_FILE), None, True
+    if result is None:
+        result, note, final = _run(case, alone)
+    free_memory(device)
+    found = records(case, task, result, note, environment(device), alone)
+    if final:
+        folder.mkdir(exist_ok=True)
+        write_sealed_json(folder / RECORDS_FILE, {"records": found})
+    return found
+
+
+def _run(case: Case, alone: bool) -> tuple[dict | None, str | None, bool]:
+    """(result, why there is none, whether the next call need not try again)."""
+    folder, settings = case.folder, case.settings
     result, note, final = None, None, True
     with folder.with_suffix(".log").open("a") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
-                result = finetune(settings, resume=resume, export=False)
+                result = finetune(settings, resume=can_go_on(folder), export=False)
             except Interrupted:
                 raise
             except (NonFiniteLossError, torch.OutOfMemoryError) as error:
@@ -65,12 +80,9 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
                 note = textwrap.shorten(f"{'cannot run' if cannot else 'failed'}: {reason}", 400)
                 final = False  # a package that it lacks may be installed next time
                 traceback.print_exc()
-    free_memory(device)
-    found = records(case, task, result, note, environment(device), alone)
-    if final:
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "records.json", found)
-    return found
+    if result is not None and not result["after"]:
+        note = textwrap.shorten(f"failed: {'; '.join(result['failed'].values())}", 400)
+    return result, note, final
 
 
 def records(
@@ -99,7 +111,7 @@ def records(
     }
     tail = {name: Path(settings[name]).name for name in ("model", "data", "heldout")}
     tail |= {k: v for k, v in settings.items() if k not in (*WHERE, *head, *tail)}
-    before, after = result.get("before", {}), result.get("after", {None: None})
+    before, after = result.get("before", {}), result.get("after") or {None: None}
     return [
         head | {"metric": name, "value": value, "before": before.get(name)} | cost | tail | where
         for name, value in after.items()
@@ -112,7 +124,7 @@ def _check_same(settings: Settings, folder: Path) -> None:
     Raises:
         ArgumentError: it was not.
     """
-    held, wanted = read_if_there(folder / "settings.json") or {}, dataclasses.asdict(settings)
+    held, wanted = read_if_there(folder / SETTINGS_FILE) or {}, dataclasses.asdict(settings)
     skipped = (*WHERE, "steps") if settings.epochs else WHERE  # steps follow from epochs
     for name, value in held.items():
         if name not in skipped and wanted.get(name) != value:
@@ -120,28 +132,45 @@ def _check_same(settings: Settings, folder: Path) -> None:
             raise ArgumentError("output", given, "the settings of that comparison, or a new folder")
 
 
-def read_if_there(path: Path):
-    """The JSON in a file; None if there is no file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
+def read_if_there(path: Path) -> dict | None:
+    """The JSON object in a file of a run; None if there is no file.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return read_sealed_json(path, "what an earlier run left") if path.exists() else None
 
 
 def run_all(todo: Sequence[Case], task: str, jobs: int) -> Iterator[tuple[Case, list[dict]]]:
     """Each case with its records, in the order in which they are done.
 
-    ``jobs`` processes work at a time.
+    ``jobs`` processes work at a time. They end with this one, however it ends.
     """
     if jobs == 1:
         for case in todo:
             yield case, run_case(case, task, alone=True)
         return
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    pool = ProcessPoolExecutor(jobs, mp_context=context)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent)
     try:
         futures = {pool.submit(run_case, case, task, False): case for case in todo}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except (Interrupted, KeyboardInterrupt):
+        for worker in multiprocessing.active_children():
+            worker.terminate()  # it saves what it has
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end as soon as the process that started it is dead, also by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)  # as a kill at this moment, which every file bears
+
+    threading.Thread(target=watch, daemon=True).start()

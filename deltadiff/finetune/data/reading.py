@@ -61,6 +61,15 @@ def read_examples(
     return examples
 
 
+def find_text(data: str, layout: Layout) -> Path:
+    """The file or folder that ``data`` names, as for `read_examples`.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    return _locate(data, layout, Skipped()).path
+
+
 def _format(source: Source) -> str:
     """The name of the format of a source."""
     format = source.layout.format

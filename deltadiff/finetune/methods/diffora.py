@@ -113,7 +113,6 @@ def _search_first(
         state.close()
         selection = gates.discretise(settings.ratio)
         gates.save(output / "gates.json")
-        plot_gates(output / "gates.png", gates, selection)
         warm_start = state if settings.warm_start else None
         setup = train(_apply(inputs, settings, selection, warm_start), settings)
         setup.about["search"] = {
@@ -121,6 +120,7 @@ def _search_first(
             "validation_loss": state.gate_losses,
             "training_loss": state.inner_losses,
         }
+        setup.figures["gates.png"] = lambda path: plot_gates(path, gates, selection)
         return setup
 
     return FirstStage(run)

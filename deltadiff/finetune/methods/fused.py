@@ -3,6 +3,7 @@
 The head that a task adds is trained whole under all of them.
 """
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import nn
 from ...errors import ArgumentError
 from ...layers.adapter_files.adapter_file import load_adapter, save_adapter
 from ...layers.peft_files.export import export_peft
+from ...layers.rounded import ROUNDED
 from ...layers.swap import swap_
 from ...optim.adalora import AdaLoRA, swap_adalora_
 from ...optim.delta_lora import DeltaLoRA
@@ -112,20 +114,32 @@ def _adapter_setup(
     module: nn.Module, optimizer: torch.optim.Optimizer, settings: "Settings", **more
 ) -> TrainingSetup:
     """A setup whose result is an adapter; ``more`` are other fields of `TrainingSetup`."""
-    if settings.adapter_format == "peft":
-        more["keep"] = lambda folder: _keep_for_peft(module, folder)
+    in_peft_format = settings.adapter_format == "peft"
     return TrainingSetup(
         module, optimizer,
-        save=lambda folder: save_adapter(module, folder),
-        load=lambda folder: load_adapter(module, folder), **more,
+        save=lambda folder: _save(module, folder),
+        load=lambda folder: load_adapter(module, folder),
+        keep=lambda folder: (_keep_for_peft if in_peft_format else _keep)(module, folder),
+        read_back=load_adapter, **more,
     )  # fmt: skip
 
 
-def _keep_for_peft(module: nn.Module, folder: Path) -> None:
+def _save(module: nn.Module, folder: Path) -> None:
+    """Save the adapter in a checkpoint, where the optimizer's state holds W as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ROUNDED)
+        save_adapter(module, folder)
+
+
+def _keep(module: nn.Module, folder: Path) -> None:
+    save_adapter(module, folder)
+
+
+def _keep_for_peft(module: nn.Module, folder: Path) -> str | None:
     """Write PEFT's format; where that cannot be, the trained adapter is kept in deltadiff's."""
     try:
         print(export_peft(module, folder))
     except ArgumentError as error:
         save_adapter(module, folder)
-        accepted = f"deltadiff, the format in which the adapter now is in {folder}"
-        raise ArgumentError("adapter_format", f"'peft' ({error})", accepted) from error
+        return f"not 'peft' ({error}); the adapter is in deltadiff's"
+    return None

@@ -13,16 +13,22 @@ import hashlib
 import json
 import os
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
+from warnings import warn
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...errors import ArgumentError, ArgumentTypeError, SwapError
-from ...files import as_folder, write_bytes, write_text
+from ...files import (
+    as_folder,
+    remove_leftovers,
+    sha256_of_json,
+    write_bytes,
+    write_text,
+)
 from ..linear import is_peft_model
 from ..lora_linear import LoraLinear, own_layers
 from ..model_notes import note_selection, noted_selection
@@ -31,6 +37,7 @@ from ..peft_files.read import is_peft_folder
 from ..pending_delta import LowRankFactors, PendingDelta
 from ..plain_names import by_plain_name, held_tensors, plain_name, rename_to_fit
 from ..report import SwapReport, swap_report
+from ..rounded import rounding_note
 from . import format as adapter_format
 from .base import (
     base_shapes,
@@ -41,15 +48,13 @@ from .base import (
     turn_saved,
 )
 from .format import (
+    WEIGHTS_NAME,
     check_base,
     pair_owner,
     read_adapter,
     rename,
     rename_selection,
-    sha256_of_json,
 )
-
-_LEFTOVER = re.compile(r"\.(adapter\.json|adapter-[0-9a-f]{16}\.safetensors)\.\w{8}")
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
@@ -57,6 +62,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
 
     A pair that several layers share is written once. DiffoRA's selection and gates are saved too,
     and so are the buffers beside a trained parameter, such as the running mean of a batch norm.
+
+    A 16-bit W that was updated in place with rounding "nearest" or "stochastic" is not quite the
+    sum of the updates, which the file holds; a warning says so.
 
     Args:
         model: a swapped model, also inside of DistributedDataParallel or torch.compile, whose
@@ -104,6 +112,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     if selection is not None:
         config["selection"] = rename_selection(selection, plain_name)
     config["checksum"] = sha256_of_json(config)
+    if note := rounding_note({name: [layer] for name, layer in layers.items()}):
+        warn(note, stacklevel=2)
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / weights, blob)
     write_text(path, json.dumps(config, indent=1))
@@ -239,10 +249,7 @@ def _remove_earlier(folder: Path, weights: str) -> None:
     for old in folder.glob("adapter-*.safetensors"):
         if old.name != weights and adapter_format.is_weights_file(old):
             old.unlink(missing_ok=True)
-    for old in folder.glob(".adapter*"):
-        # A younger file may be one that another process is writing.
-        if _LEFTOVER.fullmatch(old.name) and time.time() - old.lstat().st_mtime > 3600:
-            old.unlink(missing_ok=True)
+    remove_leftovers(folder, rf"{re.escape(adapter_format.CONFIG_FILE)}|{WEIGHTS_NAME}")
 
 
 # ----------------------------------------------------------------------- reading

@@ -48,7 +48,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...files import as_folder, reading
+from ...files import as_folder, reading, sha256_of_json
 from ..plain_names import plain_name
 from .entries import check_entries
 
@@ -86,11 +86,6 @@ def is_config_file(path: Path) -> bool:
 def pair_owner(name: str, entry: dict) -> str:
     """The layer under whose name the pair of layer ``name`` is stored."""
     return entry.get("pair_of", name)
-
-
-def sha256_of_json(value: object) -> str:
-    """The SHA-256 of a value's JSON, with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------- reading

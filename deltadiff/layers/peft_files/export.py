@@ -13,6 +13,7 @@ rank keeps its factors and its ``lora_alpha``, so that PEFT can train it further
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from warnings import warn
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ...checks import HALF_DTYPES, check_int
+from ...checks import check_int
 from ...errors import ArgumentError, SwapError
-from ...files import as_folder, write_bytes, write_json
+from ...files import as_folder, remove_leftovers, write_bytes, write_json
 from ...text import align_columns
 from ..lora_layers import HoldsPairs, LoraLayer
 from ..low_rank_sum import low_rank_sum, whole_on_cpu
+from ..rounded import rounding_note
 from .heads import BesidePairs, beside_pairs
 from .names import (
     CONFIG_FILE,
@@ -214,13 +216,8 @@ def _notes(
 ) -> tuple[str, ...]:
     """What differs for whom reads the adapter; what may be wrong there is a warning, too."""
     warnings = []
-    rounded = [name for name, pairs in layers.items() if any(map(_was_rounded, pairs))]
-    if rounded:
-        warnings.append(
-            f"W of {len(rounded)} layers, {rounded[0]} among them, was rounded in each step, so it "
-            "is not quite the sum of the updates, which this adapter holds. To keep it as it is, "
-            "call `merge_` and save the whole model; rounding='remainder' loses nothing"
-        )
+    if rounded := rounding_note(layers):
+        warnings.append(rounded)
     fused = [n for n, m in modules.items() if _FUSED_EXPERTS & m._parameters.keys()]
     like_experts = [n for n in layers if fused and n.rpartition(".")[2] in _EXPERT_NAMES]
     if like_experts:
@@ -235,14 +232,6 @@ def _notes(
     if pad_rank and (beside.modules_to_save or beside.bias != "none"):
         return *warnings, "vLLM takes pairs alone: no modules_to_save and no biases"
     return tuple(warnings)
-
-
-def _was_rounded(pair: LoraLayer) -> bool:
-    """Whether W was updated in place without what a 16-bit weight cannot hold."""
-    delta = pair.delta
-    if delta is None or not delta.in_weight or delta.remainder is not None:
-        return False
-    return pair.weight.dtype in HALF_DTYPES and delta.changes_model()
 
 
 # -------------------------------------------------------------------------------- files
@@ -265,6 +254,7 @@ def _write(folder: Path, config: dict[str, object], weights: bytes) -> Path:
     """Write the two files. A crash leaves the old adapter, none or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     path, new = folder / CONFIG_FILE, folder / f".{WEIGHTS_FILE}.new"
+    remove_leftovers(folder, "|".join(re.escape(p.name) for p in (path, new)))
     write_bytes(new, weights)  # Where the disk is full, the old adapter stays.
     path.unlink(missing_ok=True)
     os.replace(new, folder / WEIGHTS_FILE)

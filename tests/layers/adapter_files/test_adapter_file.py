@@ -1,5 +1,6 @@
 """`save_adapter` and `load_adapter`: what comes back, and what a crash leaves."""
 
+import fcntl
 import json
 import os
 
@@ -134,16 +135,16 @@ def test_an_adapter_of_any_version_is_replaced(tmp_path):
     load_adapter(base(), tmp_path)
 
 
-def test_leftovers_of_killed_calls_are_removed_when_they_are_old(tmp_path):
+def test_leftovers_of_killed_calls_are_removed(tmp_path):
     sha = "0123456789abcdef"
     old = [".adapter.json.k3x_9abc", f".adapter-{sha}.safetensors.abcdefgh"]
     kept = [".adapter.json.swp", ".adapter-notes.abcdefgh", ".adapter.json.12345678"]
     for name in old + kept:
         (tmp_path / name).write_text("")
-        if name != kept[-1]:  # which another process may be writing now
-            os.utime(tmp_path / name, (0, 0))
     model, _ = trained()
-    save_adapter(model, tmp_path)
+    with (tmp_path / kept[-1]).open() as file:  # as a process does that is writing it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        save_adapter(model, tmp_path)
     assert sorted(f.name for f in tmp_path.glob(".*")) == sorted(kept)
 
 
