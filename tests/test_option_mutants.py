@@ -13,6 +13,7 @@ from mutants import Mutants
 
 from deltadiff.__main__ import COMMANDS
 from deltadiff.bench import command as bench
+from deltadiff.diffora.theory import command as theory
 from deltadiff.verify import command as verify
 
 pytest_plugins = ["tiny_models"]
@@ -51,7 +52,7 @@ def words(bert, tmp_path_factory) -> dict[str, list[str]]:
     data.write_text("text,label\n" + "great film,fun\ndull film,dull\n" * 8)
     columns = ["--label-column", "label", "--device", "cpu"]
     return {
-        "info": [], "verify": [], "presets": [], "tune": [],
+        "info": [], "verify": [], "presets": [], "tune": [], "theory": ["--draws", "1"],
         "merge": [bert, str(data.parent), "merged"],
         "finetune": [bert, str(data), *columns],
         "compare": [bert, str(data), *columns, "--methods", "lora", "--seeds", "1"],
@@ -88,6 +89,7 @@ def test_options(command, seed, words, tmp_path, monkeypatch, tally, one_thread,
     monkeypatch.setattr(bench, "compare", lambda *_: [])
     monkeypatch.setattr(bench.model, "model_records", lambda *_: [])
     monkeypatch.setattr(verify, "run_checks", lambda *_: ([], True))
+    monkeypatch.setattr(theory, "SETTINGS", ())
     known, mutants = options(command), Mutants()
     for _ in range(CASES.get(command, 15)):
         argv = mutate(command, words[command], known, random_)

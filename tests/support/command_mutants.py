@@ -12,7 +12,7 @@ from deltadiff.__main__ import main
 from deltadiff.errors import Interrupted
 from deltadiff.finetune import run
 
-CODES = (0, 1, 2, 130)
+CODES = (0, 1, 2, 130)  # the last, where training would begin
 
 
 def problem(argv: Sequence[object]) -> str | None:
