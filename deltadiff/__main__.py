@@ -60,6 +60,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     _open_streams()
+    # Figures go to files. What a notebook has set here need not be installed.
+    os.environ["MPLBACKEND"] = "agg"
     leave = None
     try:
         code = _run(sys.argv[1:] if argv is None else argv)

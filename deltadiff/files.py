@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from .errors import ArgumentError, ArgumentTypeError, CheckpointError, reason
 
 _SEAL = b"sha256 "  # what a sealed file of bytes begins with
@@ -70,19 +72,31 @@ def is_there(path: Path) -> bool:
 
 def write_bytes(path: Path, blob: bytes) -> None:
     """Write a file. At any moment ``path`` holds all of ``blob``, or what it held before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _naming(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                _hold(handle)
+                file.write(blob)
+                file.flush()
+                os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes it for its owner alone
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name the file, as those about an open file do not."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            _hold(handle)
-            file.write(blob)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes it for its owner alone
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
-    _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,8 +146,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
             _sync(path)
         os.replace(temporary, target)
         _sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how safetensors says that a disk is full
+            raise OSError(f"{target}: {reason(error)}") from error
         raise
     finally:
         os.close(handle)

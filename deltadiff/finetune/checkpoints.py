@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, reason
 from ..files import (
     read_sealed_json,
     reading,
@@ -83,7 +83,11 @@ def save_checkpoint(
             "scaler": scaler.state_dict(),
             **rng_states(),
         }
-        torch.save(state, folder / "state.pt")
+        try:
+            torch.save(state, folder / "state.pt")
+        except RuntimeError as error:  # which torch raises where a disk is full
+            what = f"{target / 'state.pt'} could not be written whole"
+            raise OSError(f"{what}; is the disk full? ({reason(error)})") from error
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         contents = {
             "format": FORMAT,
