@@ -6,10 +6,12 @@ module that the table names.
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import ArgumentError
 
@@ -57,19 +59,101 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    _open_streams()
+    # Figures go to files. What a notebook has set here need not be installed.
+    os.environ["MPLBACKEND"] = "agg"
+    leave = None
     try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:  # argparse has printed the help, or what is wrong
+        leave = stop
+    lost = _flush()
+    if lost is not None:
+        return lost
+    if leave is not None:
+        raise leave
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    """Run the command, and say in one line what cannot be used.
+
+    Errors that nobody expects keep their traceback: they are mistakes of deltadiff.
+    """
+    try:
+        for word in argv:
+            _check_word(word)
         args = _parser(argv).parse_args(argv)
         return args.run(args)
     except ArgumentError as error:
-        print(f"deltadiff: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         print("deltadiff: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk, a folder of somebody else's; it names the file
+        return _refuse(str(error) or type(error).__name__)
+    except MemoryError as error:
+        return _refuse(f"not enough memory ({error})")
+
+
+def _refuse(text: str) -> int:
+    print(f"deltadiff: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def _check_word(word: str) -> None:
+    """Raise ArgumentError for a word that nothing could write into a file, or argparse garbles."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        accepted = "text in the encoding of the locale; a file with such a name has to be renamed"
+        raise ArgumentError("argument", ascii(word), accepted) from error
+    if word.startswith("--") and word.endswith("=--"):  # argparse takes it for an empty list
+        raise ArgumentError("argument", word, "a value after the equals sign")
+
+
+# ------------------------------------------------------------------- stdout and stderr
+
+
+def _open_streams() -> None:
+    """Make stdout and stderr take every text, also where the caller has closed them.
+
+    What is printed to a closed stream is lost. Without this it could land in a file that deltadiff
+    writes, because the next file that a process opens gets the number of the closed stream.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # ASCII may be all that the locale has
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush() -> int | None:
+    """Write out what was printed; the exit code where that cannot be, as on a full disk."""
+    code = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as error:
+            # Python would try again when it ends, and print a message of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1 if stream is sys.stdout else 2)
+            code = 1
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                code = _refuse(f"stdout: {error}")
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, whatever the words have in them."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(" ".join(message.split()))
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -78,7 +162,7 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     A command's arguments need the imports of its module, which the other commands do without.
     """
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deltadiff",
         description="Fused kernels for Delta-LoRA and DiffoRA fine-tuning.",
         epilog=EXIT_CODES,

@@ -55,3 +55,10 @@ class Interrupted(Exception):
     def __init__(self, place: object = None, number: int = signal.SIGINT):
         super().__init__(place)
         self.number = int(number)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, in one line; its class where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # without the name of the file, which messages have anyway
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,9 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .errors import ArgumentError, ArgumentTypeError, CheckpointError
+from safetensors import SafetensorError
+
+from .errors import ArgumentError, ArgumentTypeError, CheckpointError, reason
 
 _SEAL = b"sha256 "  # what a sealed file of bytes begins with
 
@@ -35,24 +37,66 @@ def as_folder(name: str, value: object) -> Path:
         raise ArgumentTypeError(name, f"{value!r:.60}", "a folder, as a str or a path")
     if not os.fspath(value):
         raise ArgumentError(name, "''", "a folder; '.' is the current one")
+    try:
+        os.stat(value)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL; a folder in a file
+        given = f"{ascii(os.fspath(value)):.60} ({reason(error)})"
+        raise ArgumentError(name, given, "the name of a folder") from error
     return Path(value)
+
+
+def make_folder(name: str, folder: Path) -> None:
+    """Make the folder that argument ``name`` gives, if it is not there.
+
+    Raises:
+        ArgumentError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        given = f"{folder} ({reason(error)})"
+        raise ArgumentError(name, given, "a folder that can be written to") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; no also where no disk could hold one of this name."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def write_bytes(path: Path, blob: bytes) -> None:
     """Write a file. At any moment ``path`` holds all of ``blob``, or what it held before."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _naming(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                _hold(handle)
+                file.write(blob)
+                file.flush()
+                os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes it for its owner alone
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name the file, as those about an open file do not."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            _hold(handle)
-            file.write(blob)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp makes it for its owner alone
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
-    _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,8 +146,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
             _sync(path)
         os.replace(temporary, target)
         _sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how safetensors says that a disk is full
+            raise OSError(f"{target}: {reason(error)}") from error
         raise
     finally:
         os.close(handle)
@@ -181,8 +227,7 @@ def reading(path: Path, accepted: str) -> Iterator[None]:
     except ArgumentError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen kinds of them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(str(path), reason, accepted) from error
+        raise CheckpointError(str(path), reason(error), accepted) from error
 
 
 # ------------------------------------------------------------------------- checksums

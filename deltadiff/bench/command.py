@@ -13,7 +13,7 @@ import torch
 from ..checks import NAMED_DTYPES
 from ..devices import default_device, environment, find_device, free_memory
 from ..errors import ArgumentError
-from ..files import as_folder
+from ..files import as_folder, make_folder
 from . import layer, model, search, step
 from .arguments import count, shape
 from .methods import Settings
@@ -91,13 +91,15 @@ def run(args: argparse.Namespace) -> int:
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         accepted = "an installed matplotlib for --output: pip install -e '.[finetune]'"
         raise ArgumentError("matplotlib", "nothing", accepted)
+    if output is not None:
+        make_folder("output", output)  # before anything is measured, which would be lost
     device = find_device(args.device or default_device())
     where = environment(device)
     versions = f"torch {where['torch']}, Triton {where['triton']}, {where['threads']} threads"
     print(f"{where['gpu']}, {versions}", flush=True)
     if not has_peft() and args.what in ("layer", "model"):
         print("left out: PEFT, which is not installed")
-    records = []
+    records, paths = [], []
     for found in (_measure_model if args.what == "model" else _measure_cases)(args, device):
         records += found
         for r in found:

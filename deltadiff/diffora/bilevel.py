@@ -10,9 +10,9 @@ The host waits for the device only when it reads the losses of the last few step
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Collection, Iterator
-from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,10 @@ from ..layers.swap import swap_, unswap_
 from ..layers.targets.choose import Targets
 from ..optim.fused_adamw import FusedAdamW
 from ..ranks import Ranks
-from .candidates import Candidates, find_candidates, swapped_candidate
+from .candidates import find_candidates, swapped_candidate
 from .gate_logits import GateLogits
 from .gates import GateMatrix
+from .search_state import check_state
 from .step_log import Place, StepLog
 
 Loss = Callable[[], Tensor]
@@ -277,6 +278,9 @@ class Search:
     def state_dict(self) -> dict:
         """Everything that another search needs to continue bit by bit; tensors are not copied."""
         self.check()
+        return self._state()
+
+    def _state(self) -> dict:
         return {
             "candidates": {"layers": self.candidates.layers, "modules": self.candidates.modules},
             "trained": {name: p.detach() for name, p in self.trained.items()},
@@ -292,12 +296,21 @@ class Search:
         """Restore what `state_dict` gave.
 
         Raises:
-            ArgumentError: the state is that of a search over other candidates or of other shapes.
-                The message names the first difference; nothing was changed.
+            ArgumentError: the state is that of a search over other candidates or of other shapes,
+                or is none. The message names the first difference; nothing was changed.
         """
         self._check_open()
-        self._check_same(state)
-        self.optimizer.load_state_dict(state["optimizer"])  # checks before it changes anything
+        own = self._state()  # whatever the losses were that nobody has read yet
+        check_state(state, own)
+        before = copy.deepcopy(own)
+        try:
+            self._restore(state)
+        except BaseException:  # an optimizer may refuse what it is given, and may do so late
+            self._restore(before)
+            raise
+
+    def _restore(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
         self.gate_optimizer.load_state_dict(state["gate_optimizer"])
         self.logits.copy_(state["logits"])
         for name, p in self.trained.items():
@@ -306,18 +319,3 @@ class Search:
         self.log.clear()
         self.round, self.index = state["place"]
         self.gate_losses, self.inner_losses = map(list, state["losses"])
-
-    def _check_same(self, state: dict) -> None:
-        """Raise ArgumentError unless the state has the candidates and shapes of this search."""
-        there, here = state["candidates"], self.candidates
-        saved = Candidates(tuple(there["layers"]), tuple(map(tuple, there["modules"])))
-        for theirs, ours in zip_longest(saved.places, here.places):
-            if theirs != ours:
-                accepted = f"{ours}, as in this model" if ours else "no more candidates"
-                raise ArgumentError("candidates", theirs or "none", accepted)
-        theirs = {name: tuple(t.shape) for name, t in state["trained"].items()}
-        ours = {name: tuple(p.shape) for name, p in self.trained.items()}
-        for name in [*ours, *theirs]:
-            if ours.get(name) != theirs.get(name):
-                accepted = f"{ours.get(name)}, as in this search"
-                raise ArgumentError(name, f"shape {theirs.get(name)}", accepted)

@@ -194,8 +194,13 @@ def _load(path: Path | None, state: Search, settings: dict) -> None:
         if (saved["format"], saved["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {saved['format']!r}, version {saved['version']}")
         for name, value in settings.items():
-            if saved["settings"][name] != value:
-                given = f"{value!r:.60}"
-                raise ArgumentError(name, given, f"{saved['settings'][name]!r:.60}, as before")
-        state.load_state_dict(saved["search"])
-        set_rng_states(saved)
+            earlier = saved["settings"][name]
+            if (type(earlier), earlier) != (type(value), value):
+                raise ArgumentError(name, f"{value!r:.60}", f"{earlier!r:.60}, as before")
+        before = rng_states()
+        try:
+            set_rng_states(saved)
+            state.load_state_dict(saved["search"])  # the last, for it changes all or nothing
+        except BaseException:
+            set_rng_states(before)
+            raise

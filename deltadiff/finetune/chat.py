@@ -75,8 +75,18 @@ def encode_chats(examples: Sequence[Example], tokenizer, skipped: Skipped) -> li
 
 
 def prompt_ids(conversation: Conversation, tokenizer) -> list[int]:
-    """The tokens that ask for the last answer."""
-    text = _render(tokenizer, conversation, len(conversation.messages) - 1, prompt=True)
+    """The tokens that ask for the last answer.
+
+    Raises:
+        ArgumentError: the template refuses to render what stands before it.
+    """
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = _render(tokenizer, conversation, len(conversation.messages) - 1, prompt=True)
+    except TemplateError as error:
+        given = f"a template that refuses a prompt ({' '.join(str(error).split()):.80})"
+        raise ArgumentError("chat_template", given, ANOTHER) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -130,8 +140,8 @@ def _marked_row(example: Example, tokenizer) -> Row | None:
     one of the two is in no token. The answers then do not stand apart any more.
     """
     chat = example.conversation
-    found = tokenizer.apply_chat_template(
-        list(chat.messages), tools=list(chat.tools) or None, tokenize=True, return_dict=True,
+    found = _apply(
+        tokenizer, chat, chat.messages, tokenize=True, return_dict=True,
         return_assistant_tokens_mask=True,
     )  # fmt: skip
     learnt = [bool(m) for m in found["assistant_masks"]]
@@ -178,7 +188,27 @@ def _end(text: str, tokenizer) -> int:
 
 def _render(tokenizer, chat: Conversation, count: int, prompt: bool = False) -> str:
     """The first ``count`` messages as text; ``prompt`` asks for the beginning of an answer."""
-    return tokenizer.apply_chat_template(
-        list(chat.messages[:count]), tools=list(chat.tools) or None, tokenize=False,
-        add_generation_prompt=prompt,
-    )  # fmt: skip
+    messages = chat.messages[:count]
+    return _apply(tokenizer, chat, messages, tokenize=False, add_generation_prompt=prompt)
+
+
+def _apply(tokenizer, chat: Conversation, messages: Sequence, **options):
+    """What the template makes of some messages.
+
+    Raises:
+        TemplateError: the template refuses them, or is none. A template is a program, and whatever
+            goes wrong in it counts as its refusal.
+    """
+    from jinja2.exceptions import TemplateError
+
+    try:
+        found = tokenizer.apply_chat_template(
+            list(messages), tools=list(chat.tools) or None, **options
+        )
+        if isinstance(found, str):
+            found.encode()  # no tokenizer takes halves of characters
+        return found
+    except TemplateError:
+        raise
+    except Exception as error:
+        raise TemplateError(f"{type(error).__name__}: {error}") from error

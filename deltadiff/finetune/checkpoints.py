@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, reason
 from ..files import (
     read_sealed_json,
     reading,
@@ -52,6 +52,19 @@ class Progress:
     before: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Check what a file may have given; TypeError where it is no progress."""
+        whole = all(type(n) is int and 0 <= n < 2**63 for n in (self.step, self.tokens))
+        for values in (self.losses, self.step_seconds):
+            whole = whole and isinstance(values, list) and len(values) == self.step
+            whole = whole and all(type(value) is float for value in values)
+        tables = [self.before, *self.curve] if isinstance(self.curve, list) else [None]
+        for table in tables:
+            whole = whole and isinstance(table, dict)
+            whole = whole and all(type(n) in (int, float, type(None)) for n in table.values())
+        if not whole or not all("step" in table for table in tables[1:]):
+            raise TypeError("a progress of other types or lengths")
+
 
 def save_checkpoint(
     output: Path, progress: Progress, setup: TrainingSetup, scaler: torch.amp.GradScaler
@@ -70,7 +83,11 @@ def save_checkpoint(
             "scaler": scaler.state_dict(),
             **rng_states(),
         }
-        torch.save(state, folder / "state.pt")
+        try:
+            torch.save(state, folder / "state.pt")
+        except RuntimeError as error:  # which torch raises where a disk is full
+            what = f"{target / 'state.pt'} could not be written whole"
+            raise OSError(f"{what}; is the disk full? ({reason(error)})") from error
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         contents = {
             "format": FORMAT,

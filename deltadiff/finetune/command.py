@@ -70,7 +70,10 @@ def _run(args: argparse.Namespace) -> int:
         print(f"deltadiff finetune: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (NonFiniteLossError, torch.OutOfMemoryError, OSError) as error:
-        print(f"deltadiff finetune: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(
+            f"deltadiff finetune: {(str(error) or type(error).__name__).splitlines()[0]}",
+            file=sys.stderr,
+        )
         return 1
 
 

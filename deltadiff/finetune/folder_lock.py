@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ArgumentError
+from ..files import make_folder
 
 LOCK_FILE = ".deltadiff.lock"
 
@@ -23,13 +24,14 @@ def locked(folder: Path) -> Iterator[None]:
     A folder that was made for it and is still empty afterwards is removed again.
 
     Raises:
-        ArgumentError: it is no folder, or another process holds its lock; the message names that.
+        ArgumentError: it is no folder, or nothing can be written into it, or another process holds
+            its lock; the message names that.
     """
     if folder.exists() and not folder.is_dir():
         raise ArgumentError("output", folder, "a folder")
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        make_folder("output", folder)
         handle = _take(folder / LOCK_FILE)
         try:
             yield

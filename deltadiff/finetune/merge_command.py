@@ -4,20 +4,18 @@ import argparse
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
-from ..checks import need_package
 from ..errors import ArgumentError
 from ..files import as_folder, remove_leftovers, whole_folder
 from ..layers.adapter_files.adapter_file import load_adapter
 from ..layers.adapter_files.format import read_adapter_config
 from ..layers.merge import merge_
 from ..layers.peft_files.read import is_peft_folder, read_peft
-from .models import find_model, load_model
+from .models import find_model, load_model, loading_model
 from .task_file import TEMPLATE_FILE, read_task
 from .tasks.base import Task
 from .tasks.classes import ClassTask
@@ -114,7 +112,7 @@ def _load(name: str, place: Path, task: Task | None) -> tuple[nn.Module, object]
     if task is not None:
         loaded = load_model(name, task, dtype="auto")
         return loaded.module, loaded.tokenizer
-    with _transformers() as transformers:
+    with _loading(place) as transformers:
         names = transformers.AutoConfig.from_pretrained(place, local_files_only=True).architectures
         kind = getattr(transformers, names[0]) if names else transformers.AutoModel
         return kind.from_pretrained(place, local_files_only=True, dtype="auto"), None
@@ -124,21 +122,12 @@ def _known_labels(place: Path, outputs: int) -> tuple[str, ...]:
     """The classes in the base model's config if they are so many; else LABEL_0 and so on."""
     known: dict[int, str] = {}
     if place.is_dir():
-        with _transformers() as transformers:
+        with _loading(place) as transformers:
             config = transformers.AutoConfig.from_pretrained(place, local_files_only=True)
             known = config.id2label or {}
     default = [f"LABEL_{i}" for i in range(outputs)]
     return tuple(known.values() if len(known) == outputs else default)
 
 
-@contextlib.contextmanager
-def _transformers() -> Iterator[ModuleType]:
-    """transformers without its messages; what it cannot load becomes an ArgumentError."""
-    transformers = need_package("transformers", "finetune")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield transformers
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        accepted = "a model that transformers saved"
-        raise ArgumentError("MODEL_FOLDER", str(error), accepted) from error
+def _loading(place: Path) -> contextlib.AbstractContextManager[ModuleType]:
+    return loading_model("MODEL_FOLDER", place, "a model that transformers saved")

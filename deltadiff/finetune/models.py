@@ -3,15 +3,19 @@
 Nothing is downloaded: a model is a folder, a GGUF file, or an installed package that ships one.
 """
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 
 from ..checks import need_package
-from ..errors import ArgumentError
+from ..errors import ArgumentError, reason
+from ..files import is_there
 from .packages import package_folder
 from .quantised import four_bit_options, keep_as_loaded, new_head
 from .tasks.base import Task
@@ -26,9 +30,10 @@ def find_model(name: str) -> Path:
         ArgumentError: there is no model under this name.
     """
     place = Path(name)
-    if place.suffix == ".gguf" and place.is_file():
+    if place.suffix == ".gguf" and is_there(place) and place.is_file():
         return place
-    folder, pattern = (place, "") if name and place.is_dir() else (package_folder(name), "**/")
+    known = bool(name) and is_there(place) and place.is_dir()
+    folder, pattern = (place, "") if known else (package_folder(name), "**/")
     if folder is not None:
         for config in sorted(folder.glob(f"{pattern}config.json"), key=lambda p: len(p.parts)):
             if '"model_type"' in config.read_text(encoding="utf-8", errors="replace"):
@@ -37,6 +42,32 @@ def find_model(name: str) -> Path:
             return gguf
     accepted = "a folder with config.json, a .gguf file, or an installed package that ships one"
     raise ArgumentError("model", f"{name!r}, in which there is no model", accepted)
+
+
+@contextlib.contextmanager
+def loading_model(argument: str, place: Path, accepted: str) -> Iterator[ModuleType]:
+    """transformers without its messages; what it raises about a model becomes an ArgumentError.
+
+    transformers and the packages below it check little of what the files of a model say: almost
+    every kind of exception can come of them.
+
+    Args:
+        argument: what the message is about.
+        place: where the model is.
+        accepted: what it should have been, for the message.
+    """
+    transformers = need_package("transformers", "finetune", argument=argument)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns about every new head
+    transformers.logging.disable_progress_bar()
+    try:
+        yield transformers
+    except (ArgumentError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ArgumentError(argument, f"{place}: {reason(error)}", accepted) from error
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 @dataclass
@@ -72,7 +103,6 @@ def load_model(
     Raises:
         ArgumentError: there is no such model, or transformers cannot load it for this task.
     """
-    transformers = need_package("transformers", "finetune", argument="model")
     place = find_model(name)
     where = {"pretrained_model_name_or_path": place, "local_files_only": True}
     if place.suffix == ".gguf":
@@ -82,10 +112,7 @@ def load_model(
     options: dict[str, object] = {"dtype": dtype}
     if task.outputs is not None:
         options |= {"num_labels": task.outputs, HEAD_MAY_DIFFER: True}
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # transformers warns about every new head
-    transformers.logging.disable_progress_bar()
-    try:
+    with loading_model("model", place, task.accepted_model) as transformers:
         auto = getattr(transformers, task.auto_class)
         heads = {} if task.outputs is None else {"num_labels": task.outputs}
         config = transformers.AutoConfig.from_pretrained(**where, **heads)
@@ -95,16 +122,12 @@ def load_model(
         torch.manual_seed(seed)  # for the new head
         module = _load(auto, where, options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ArgumentError("model", f"{place}: {reason}", task.accepted_model) from error
-    finally:
-        transformers.logging.set_verbosity(level)
-    if place.suffix == ".gguf":
-        module = _without_quantisation(module)
+        if place.suffix == ".gguf":
+            module = _without_quantisation(module)
+        _fit_tokenizer(tokenizer, module)
+        tokenizer(["a", "b c"])  # what its files say is looked at in use
     if four_bit is not None:
         keep_as_loaded(module)
-    _fit_tokenizer(tokenizer, module)
     task.configure(module.config)
     head = () if task.outputs is None else new_head(module)
     return Model(module, tokenizer, task, head)

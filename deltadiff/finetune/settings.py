@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checks import NAMED_DTYPES, ROUNDINGS
 from ..errors import ArgumentError, CheckpointError
+from ..files import reading
 from ..optim.delta_lora import W_UPDATES
 from .data.formats import FORMATS
 from .data.layout import Layout, is_column
@@ -176,18 +177,19 @@ class Settings:
             "search_rounds": 1, "inner_steps": 1, "share_r": 0, "start_step": 0,
             "evaluate_every": 0,
         }  # fmt: skip
+        self._check_texts()
         for name, lowest in least.items():
             value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ArgumentError(name, value, f"an int of at least {lowest}")
+            if value is not None and not lowest <= value < 2**31:
+                raise ArgumentError(name, f"{value!r:.60}", f"an int from {lowest} to 2**31 - 1")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ArgumentError("lr", self.lr, "a finite number above 0")
         for name in ("weight_decay", "update_ratio"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ArgumentError(name, value, "a finite number of at least 0")
-        if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise ArgumentError("epochs", self.epochs, "a finite number above 0")
+        if self.epochs is not None and not 0 < self.epochs <= 1e6:
+            raise ArgumentError("epochs", self.epochs, "a number above 0 and at most 1e6")
         for name in ("warmup_ratio", "label_smoothing"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -205,6 +207,18 @@ class Settings:
         self.layout.check()
         if self.regression and not is_column(self.label_column):
             raise ArgumentError("regression", "no label column", "--label-column with numbers")
+
+    def _check_texts(self) -> None:
+        """Check that every text is one that files and their names can hold."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, str):
+                try:
+                    value.encode()
+                except UnicodeEncodeError:
+                    raise ArgumentError(f.name, ascii(value), "text that UTF-8 can write") from None
+                if "\0" in value:
+                    raise ArgumentError(f.name, ascii(value), "text without a NUL")
 
     def _check_adapter(self) -> None:
         """Check that the method leaves an adapter, and leaves W alone, where that is needed."""
@@ -274,14 +288,13 @@ def read_settings(output: Path) -> Settings:
     """
     path = output / "settings.json"
     accepted = "the settings of an earlier run"
-    try:
-        settings = Settings(**(json.loads(path.read_text()) | {"output": str(output)}))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(str(path), error, accepted) from error
+    with reading(path, accepted):
+        settings = Settings(**(json.loads(path.read_bytes()) | {"output": str(output)}))
     for f in fields(Settings):
         value, kind = getattr(settings, f.name), value_type(f)
         numbers = (int, float) if kind is float else kind
         whole = isinstance(value, numbers) and (kind is bool or not isinstance(value, bool))
+        whole = whole and (kind is not float or abs(value) < 1e300)
         if not whole and not (value is None and f.default is None):
             raise CheckpointError(str(path), f"{f.name} {value!r:.60}", accepted)
     return settings

@@ -175,7 +175,7 @@ def load(path: Path) -> Rows:
         version, listed = table["version"], list(table["rows"])
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         accepted = "a table that `deltadiff tune` wrote, or no file"
         raise TableError(path, "whole file", f"{type(error).__name__}: {error}", accepted) from None
     if version != VERSION:
@@ -189,14 +189,15 @@ def _checked(path: Path, place: str, row) -> tuple[Launch, dict[str, int]]:
     """A row, after everything in it was checked."""
     from ..launch_configs import LAUNCH_CONFIGS  # not at the top: the kernels import this file
 
-    if not isinstance(row, dict) or row.get("op") not in LAUNCH_CONFIGS:
+    if not isinstance(row, dict) or str(row.get("op")) not in LAUNCH_CONFIGS:
         raise TableError(path, place, row, f"an op of {', '.join(LAUNCH_CONFIGS)}")
     declared = LAUNCH_CONFIGS[row["op"]]
     keys, entries = declared.keys, declared.entries
     key, config = row.get("key"), row.get("config")
     if not isinstance(key, dict) or set(key) != set(keys):
         raise TableError(path, place, f"key {key}", f"values for {', '.join(keys)}")
-    if not all(isinstance(key[k], str if k == "rounding" else int) for k in keys):
+    types = all(isinstance(key[k], str if k == "rounding" else int) for k in keys)
+    if not types or any(isinstance(v, int) and not 0 <= v < 2**31 for v in key.values()):
         raise TableError(path, place, f"key {key}", "numbers, true, false, a rounding by name")
     values = tuple(key[k] for k in keys)
     launch = Launch.of(declared, values)

@@ -19,7 +19,8 @@ def save_version_1(model: nn.Module, folder: Path, wrapper: str = "") -> None:
     (folder / config["weights"]).unlink()
     layers = lora_layers(model)
     pairs = {id(p) for layer in layers.values() for p in layer.adapter}
-    named = {name: p for name, p in model.named_parameters() if id(p) not in pairs}
+    held = (*model.named_parameters(), *model.named_buffers())
+    named = {name: t for name, t in held if id(t) not in pairs}
     for name in config["saved"]:  # they lay as the base stores them
         tensors[f"{name}.saved"] = named[name].detach().contiguous()
     blob = save({wrapper + name: t for name, t in tensors.items()})

@@ -6,8 +6,7 @@ import statistics
 import sys
 
 from ...checks import check_int, need_package
-from ...errors import ArgumentError
-from ...files import as_folder, write_json
+from ...files import as_folder, make_folder, write_json
 from ...text import align_columns
 from .experiment import SETTINGS, Counts, Setting, Size, count, run_one
 from .plots import plot_courses
@@ -35,9 +34,8 @@ def run(args: argparse.Namespace) -> int:
     check_int("draws", args.draws, 1)
     check_int("seed", args.seed, 0)
     folder = as_folder("output", args.output)
-    if folder.exists() and not folder.is_dir():
-        raise ArgumentError("output", folder, "a folder")
     need_package("matplotlib", "finetune")
+    make_folder("output", folder)  # before anything is counted, which would be lost
     size = dataclasses.replace(SIZE, draws=args.draws)
     counted = []
     for setting in SETTINGS:
@@ -46,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
             done = f"{len(counted)} of {len(SETTINGS)} kinds of draws"
             print(done, end="\r", file=sys.stderr, flush=True)
     print(table(counted))
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "theory.json", report(counted, size, args.seed))
     courses = [(s, *run_one(s, size, args.seed)[1:]) for s in SETTINGS]
     plot_courses(folder / "theory.png", courses)

@@ -23,6 +23,8 @@ from . import report
 from .cases import SWEEPS, Case, cases
 from .runs import read_if_there, run_all
 
+MOST_RUNS = 10_000  # more would not end
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deltadiff compare`, and those of `deltadiff finetune` for every run."""
@@ -101,8 +103,8 @@ def _cases(args: argparse.Namespace, output: Path, given: Mapping[str, object]) 
     """
     require_model_and_data(given, "deltadiff compare MODEL DATA")
     for name in ("seeds", "jobs"):
-        if getattr(args, name) < 1:
-            raise ArgumentError(name, getattr(args, name), "an int of at least 1")
+        if not 1 <= getattr(args, name) <= MOST_RUNS:
+            raise ArgumentError(name, getattr(args, name), f"an int from 1 to {MOST_RUNS}")
     methods = [m for words in args.methods or () for m in words.split(",") if m]
     for method in methods:
         if method not in METHODS:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 
 from ...checks import need_package
-from ...errors import ArgumentError
+from ...errors import ArgumentError, reason
 from .rows import used_columns
 from .source import Row, Source
 
@@ -65,9 +65,8 @@ def _read_by_datasets(source: Source) -> Iterator[str]:
         except ArgumentError:
             raise
         except Exception as error:  # those of pyarrow, fsspec and datasets have no common base
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             accepted = "a parquet or Arrow file, or a folder of a Hugging Face dataset"
-            raise ArgumentError("data", f"{source.name}: {reason}", accepted) from error
+            raise ArgumentError("data", f"{source.name}: {reason(error)}", accepted) from error
 
 
 def _choose(source: Source, splits: Mapping[str, object]):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from ...errors import ArgumentError
 from . import dataset_rows, tables
+from .conversations import as_text
 from .examples import Example
 from .json_rows import array_rows, jsonl_rows, parse
 from .layout import is_column
@@ -50,21 +51,39 @@ def _squad_questions(source: Source) -> Iterator[Example]:
 
 
 def _questions(value: dict, source: Source) -> Iterator[Example]:
-    for article in value["data"]:
-        for paragraph in article["paragraphs"]:
-            text = paragraph["context"]
-            for asked in paragraph["qas"]:
+    for article in _objects(value["data"]):
+        for paragraph in _objects(article["paragraphs"]):
+            text = _text(paragraph["context"], f"{source.name}, a context")
+            for asked in _objects(paragraph["qas"]):
                 place = f"{source.name}, question {asked.get('id', asked['question'])!r:.60}"
-                answers = tuple((a["text"], a["answer_start"]) for a in asked["answers"])
+                question = _text(asked["question"], place)
+                found = ((a["text"], a["answer_start"]) for a in _objects(asked["answers"]))
+                answers = tuple((_text(answer, place), at) for answer, at in found)
                 for answer, at in answers:
-                    if not answer or text[at : at + len(answer)] != answer:
+                    if not answer or at < 0 or text[at : at + len(answer)] != answer:
                         given = f"{place}: {answer!r:.60}, which is not at {at} of {text!r:.60}"
                         raise ArgumentError("data", given, "answers that stand in their text")
                 if text.strip():
-                    question = asked["question"]
                     yield Example(text, prompt=question, group=text, answers=answers, place=place)
                 else:
                     source.skipped.add("without text", place)
+
+
+def _objects(value: object) -> Iterator[dict]:
+    """The JSON objects in a list; TypeError for anything else."""
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.40} for a list")
+    for item in value:
+        if not isinstance(item, dict):
+            raise TypeError(f"{item!r:.40} for an object")
+        yield item
+
+
+def _text(value: object, place: str) -> str:
+    text = as_text(value, place)
+    if text is None:
+        raise TypeError("null for a text")
+    return text
 
 
 def _json(source: Source) -> Iterator[Example]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ArgumentError
+from ...files import is_there
 from ..packages import package_folder
 from .examples import Example
 from .formats import FORMATS
@@ -94,9 +95,9 @@ def _locate(data: str, layout: Layout, skipped: Skipped) -> Source:
     """What ``data`` names, with the defaults of its package."""
     folder, _, split = data.rpartition(":")
     kind, _, name = data.partition(":")
-    if data and Path(data).exists():
+    if data and is_there(Path(data)):
         return Source(data, Path(data), layout, skipped)
-    if folder and Path(folder).is_dir():
+    if folder and is_there(Path(folder)) and Path(folder).is_dir():
         return Source(data, Path(folder), layout, skipped, split)
     if kind != "package":
         accepted = f"a file, {ENDINGS}, or package:NAME"

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from .layout import Layout
 from .skipped import Skipped
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+# What they raise for a file that is damaged, or that cannot be read.
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 # The longer marks come first: that of UTF-32 begins like that of UTF-16.
 MARKS = {
@@ -72,7 +76,7 @@ class Source:
             given = f"{self._undecodable(encoding)}, which is not {encoding.removesuffix('-sig')}"
             accepted = f"text in one encoding; --encoding names another one ({error})"
             raise ArgumentError("data", given, accepted) from error
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except UNREADABLE as error:
             raise ArgumentError("data", f"{self.name}: {error}", "a readable file") from error
 
     @property
@@ -83,13 +87,13 @@ class Source:
         try:
             with self._opener(self.path, "rb") as file:
                 start = file.read(4)
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except UNREADABLE as error:
             raise ArgumentError("data", f"{self.name}: {error}", "a readable file") from error
         return next((name for mark, name in MARKS.items() if start.startswith(mark)), "utf-8")
 
     def _undecodable(self, encoding: str) -> str:
         """Where the first bytes stand that are no text."""
-        with contextlib.suppress(UnicodeError):
+        with contextlib.suppress(UnicodeError, *UNREADABLE):
             options = {"encoding": encoding, "errors": "surrogateescape", "newline": ""}
             with self._opener(self.path, "rt", **options) as file:
                 for number, line in enumerate(file, 1):

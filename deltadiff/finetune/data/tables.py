@@ -23,7 +23,8 @@ def csv_rows(source: Source) -> Iterator[Row]:
     with source.open() as file:
         first = file.readline()
         if layout.delimiter is None:
-            delimiter = _shown_delimiter(first, layout)
+            with _long_cells():
+                delimiter = _shown_delimiter(first, layout)
         else:
             delimiter = delimiter_character(layout.delimiter)
         lines = _chain(first, file)
@@ -46,10 +47,13 @@ def _shown_delimiter(header: str, layout: Layout) -> str:
     """The delimiter that makes the asked columns of a header, or else the most columns."""
     if not layout.has_header:
         return DELIMITERS[0]
-    columns = {
-        d: [cell.strip() for cell in next(csv.reader([header], delimiter=d), [])]
-        for d in DELIMITERS
-    }
+    try:
+        columns = {
+            d: [cell.strip() for cell in next(csv.reader([header], delimiter=d), [])]
+            for d in DELIMITERS
+        }
+    except csv.Error:  # the reader of the rows will say what is wrong
+        return DELIMITERS[0]
     asked = set(layout.asked)
     for delimiter, names in columns.items():
         if asked and asked <= set(names):

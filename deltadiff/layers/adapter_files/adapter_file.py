@@ -284,20 +284,21 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     owner = pair_owner(name, entry)
     layer.lora_A.copy_(tensors[f"{owner}.lora_A"])
     layer.lora_B.copy_(tensors[f"{owner}.lora_B"])
-    layer.scaling = entry["scaling"]
+    layer.scaling = float(entry["scaling"])  # an int of JSON may be too long for a kernel
     layer.lora_alpha = entry.get("lora_alpha", layer.scaling * layer.r)  # older files have none
     layer.delta = None
     if entry.get("gate"):
         _fill_gate(layer, entry["gate"]["trained"], tensors[f"{name}.gate"])
-    ratio, device = entry["update_ratio"], layer.lora_A.device
-    if ratio is None and not entry["folded"]:
+    started, device = entry["update_ratio"] is not None, layer.lora_A.device
+    if not started and not entry["folded"]:
         return
+    ratio = float(entry["update_ratio"] or 0)
     anchor_A = torch.zeros_like(layer.lora_A.detach())
     anchor_B = torch.zeros_like(layer.lora_B.detach())
-    if ratio is not None:
+    if started:
         anchor_A.copy_(tensors[f"{name}.anchor_A"])
         anchor_B.copy_(tensors[f"{name}.anchor_B"])
-    scale = PendingDelta.make_rank_scale(ratio or 0.0, layer.r, layer.lora_A, ratio is not None)
+    scale = PendingDelta.make_rank_scale(ratio, layer.r, layer.lora_A, started)
     folded = [
         LowRankFactors(
             tensors[f"{name}.folded_B.{i}"].to(device), tensors[f"{name}.folded_A.{i}"].to(device),
@@ -310,7 +311,7 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
         anchor_B,
         layer.lora_A.detach().clone(),
         layer.lora_B.detach().clone(),
-        ratio or 0.0,
+        ratio,
         layer.scaling,
         scale,
         in_weight=False,

@@ -82,6 +82,8 @@ def check_entries(path: Path, config: dict[str, Any]) -> None:
         gate = entry.get("gate")
         fits = not gate or math.prod(gate["shape"]) == 1 or gate["shape"] == [entry["r"]]
         check(f"gate of {layer}", gate, fits, "one entry, or one for each rank")
+        updated = entry["folded"] or entry["update_ratio"] is not None
+        check(f"gate of {layer}", gate, not (gate and updated), "none beside an update of W")
     selection = config.get("selection")
     whole = selection is None or isinstance(selection, dict)
     check("selection", selection, whole, "the JSON object of a selection")

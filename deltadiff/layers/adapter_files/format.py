@@ -114,8 +114,10 @@ def read_adapter_config(folder: str | os.PathLike) -> dict:
         if config.pop("checksum", None) != sha256_of_json(config):
             given = "another checksum (changed by hand?)"
             raise CheckpointError(str(path), given, "an unchanged file")
-        if not re.fullmatch(WEIGHTS_NAME, str(config["weights"])):
-            raise CheckpointError(str(path), config["weights"], "a weights file in the same folder")
+        weights, digest = str(config.get("weights")), str(config.get("sha256"))
+        if not re.fullmatch(WEIGHTS_NAME, weights) or weights_name(digest) != weights:
+            accepted = "the name and SHA-256 of a weights file in the same folder"
+            raise CheckpointError(str(path), f"{weights:.60}, {digest:.70}", accepted)
         check_entries(path, config)
         return _from_version_1(config) if config["version"] == 1 else config
 

@@ -103,6 +103,8 @@ def _saved_tensors(
         if here is None or here.shape != t.shape:
             accepted = "a parameter of this model" if here is None else f"{tuple(here.shape)} here"
             raise _other_base(folder, f"{name} is {tuple(t.shape)} there", accepted)
+        if here.is_floating_point() != t.is_floating_point() or t.is_complex():
+            raise CheckpointError(str(folder), f"{name} of {t.dtype}", f"{here.dtype} here")
         for other in () if adapter.ties else holders[id(here)] - {name}:
             theirs = adapter.saved.get(other)
             if theirs is None or not torch.equal(theirs.double(), t.double()):
