@@ -11,9 +11,6 @@ from pathlib import Path
 
 import torch
 
-from deltadiff.devices import environment
-from deltadiff.files import slug, write_records
-
 PROPERTY = "tally"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 COUNTED = ("cases", "failures")  # these are added up; of worst_ratio the largest stays
@@ -75,6 +72,9 @@ def write(rows: Iterable[dict], seed: int, folder: Path = RESULTS) -> list[Path]
 
     A row that an earlier run left there stays unless this run has it anew.
     """
+    from deltadiff.devices import environment  # conftest.py has to set up Triton before
+    from deltadiff.files import slug, write_records
+
     rows, paths = list(rows), []
     for device in ("cpu", "cuda"):
         mine = [r for r in rows if r["path"].endswith("cuda") == (device == "cuda")]
