@@ -85,7 +85,7 @@ Job plan(
   block.unit_stride = weight.stride(1) == 1;
   if (remainder) {
     TORCH_CHECK(
-        remainder->sizes() == weight.sizes() && remainder->element_size() == 2,
+        remainder->sizes() == weight.sizes() && remainder->scalar_type() == at::kShort,
         "delta_update_: a remainder does not fit its weight of shape ", weight.sizes());
     block.low = remainder->data_ptr();
     block.low_stride[0] = remainder->stride(0), block.low_stride[1] = remainder->stride(1);

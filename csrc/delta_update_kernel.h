@@ -49,18 +49,40 @@ struct Remainder<BFloat16> {
   }
 };
 
+// The remainder counts units of 2^-15 of a float16's last place: W + remainder * unit is the float32.
 template <>
 struct Remainder<Float16> {
   using Weight = uint16_t;
-  using Low = uint16_t;
+  using Low = int16_t;
   static constexpr bool kRandom = false, kRemainder = true;
+  // The bits of the unit, a power of two; below 2^-14 float16 has a fixed spacing.
+  DELTADIFF_INLINE i32v unit_bits(f32v w) {
+    const i32v exponent = (i32v)w & 0x7F800000, least = i32v{} + (113 << 23);
+    return (exponent > least ? exponent : least) - (25 << 23);
+  }
   DELTADIFF_INLINE f32v read(const Weight* w, const Low* low) {
-    return Float16::read(w) + Float16::read(low);
+    typedef int16_t i16v __attribute__((vector_size(2 * kLanes)));
+    const i32v count = __builtin_convertvector(load<i16v>(low), i32v);
+    const f32v wide = Float16::read(w), unit = (f32v)unit_bits(wide);
+    return wide - __builtin_convertvector(-count, f32v) * unit;  // less 0, so that -0 stays -0
   }
   DELTADIFF_INLINE void write(f32v wide, Weight* w, Low* low, const uint16_t*) {
-    const u16v high = Float16::round(wide);
+    const i32v size = (i32v)wide & 0x7FFFFFFF, finite = size < 0x7F800000;
+    const f32v most = f32v{} + 65504.f;
+    const bool some_far = any(size > (i32v)most);  // few elements are: the two branches are rare
+    f32v bounded = wide;
+    if (some_far) bounded = finite & (size > (i32v)most) ? (wide > 0 ? most : -most) : wide;
+    const u16v high = Float16::round(bounded);
     store(w, high);
-    Float16::write(low, wide - Float16::expand(high));
+    const f32v back = Float16::expand(high), per_unit = (f32v)((254 << 23) - unit_bits(back));
+    f32v count = (wide - back) * per_unit;
+    if (some_far) {
+      count = finite ? count : f32v{};
+      count = count > 32767.f ? f32v{} + 32767.f : count;
+      count = count < -32768.f ? f32v{} - 32768.f : count;
+    }
+    // The sum with 1.5 * 2^23 rounds to an integer, to nearest even, in the last bits.
+    store(low, narrow((u32v)(count + 0x1.8p23f) - 0x4B400000));
   }
 };
 

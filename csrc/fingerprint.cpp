@@ -1,6 +1,8 @@
-// fingerprint: a hash of all that a launch over a list of tensors depends on.
+// fingerprint: a hash of all that a launch over a list of tensors depends on; empty for tensors
+// that no launch takes.
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -36,8 +38,11 @@ std::vector<int64_t> fingerprint(const OptionalTensorList& tensors) {
       continue;
     }
     const at::Tensor& t = *entry;
+    // What has no plain elements in memory has no address either; the checks refuse it.
+    if (t.layout() != at::kStrided || t.is_nested() || t.is_neg() || t.is_conj()) return {};
     hash.add(reinterpret_cast<int64_t>(t.const_data_ptr()));
     hash.add(static_cast<int64_t>(t.scalar_type()) * 256 + t.dim());
+    hash.add(t.is_inference() && !c10::InferenceMode::is_enabled());  // such are not written
     hash.add(static_cast<int64_t>(t.device().type()) * 256 + t.get_device());
     for (const int64_t size : t.sizes()) hash.add(size);
     for (const int64_t stride : t.strides()) hash.add(stride);

@@ -65,6 +65,11 @@ TORCH_LIBRARY(deltadiff, m) {
       "Tensor S, float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed, "
       "str backend) "
       "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
+  // Second derivatives come from here, also implemented there.
+  m.def(
+      "lora_linear_bwd_reference(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, "
+      "Tensor lora_B, float scaling, Tensor? gate, bool[4] needs, float dropout, Tensor? seed) "
+      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
   m.def(
       "lora_linear_plan(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? gate, "
       "Tensor? bias, Tensor? dy, bool need_A, bool need_B) -> int[]");

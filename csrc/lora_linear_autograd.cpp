@@ -29,6 +29,19 @@ const auto& backward_op() {
   return op;
 }
 
+// The backward pass by PyTorch's own operations, in deltadiff/ops/lora_linear.py.
+using ReferenceBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
+    const at::Tensor&, double, const OptionalTensor&, std::array<bool, 4>, double,
+    const OptionalTensor&);
+
+const auto& reference_backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("deltadiff::lora_linear_bwd_reference", "")
+                             .typed<ReferenceBackward>();
+  return op;
+}
+
 // (tokens, columns) of a tensor of any leading shape
 at::Tensor rows(const at::Tensor& t, const c10::SymInt& columns) {
   return t.dim() == 2 ? t : t.reshape_symint({-1, columns});
@@ -86,10 +99,9 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     // This comes first, with autograd on: activation checkpointing may recompute the tensors here.
     const auto saved = ctx->get_saved_variables();
-    // With create_graph, autograd records lora_linear_bwd, which is not differentiable, so that a
-    // second backward pass raises an error.
+    const bool create_graph = at::GradMode::is_enabled();  // then autograd records what runs here
     std::optional<at::AutoDispatchBelowADInplaceOrView> no_autograd;
-    if (!at::GradMode::is_enabled()) no_autograd.emplace();
+    if (!create_graph) no_autograd.emplace();
 
     const at::Tensor &weight = saved[1], &lora_A = saved[2], &lora_B = saved[3];
     const auto given = [](const at::Tensor& t) {
@@ -106,9 +118,14 @@ class LoraLinearFunction : public torch::autograd::Function<LoraLinearFunction> 
         ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3), need_gate};
 
     const at::Tensor dy = rows(grads[0], weight.sym_size(0));
-    auto [dx, dA, dB, dgate] = backward_op().call(
-        dy, x, weight, lora_A, lora_B, saved[5], ctx->saved_data["scaling"].toDouble(), gate, needs,
-        ctx->saved_data["dropout"].toDouble(), seed, ctx->saved_data["backend"].toStringView());
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    const double dropout = ctx->saved_data["dropout"].toDouble();
+    auto [dx, dA, dB, dgate] = create_graph
+        ? reference_backward_op().call(
+              dy, x, weight, lora_A, lora_B, scaling, gate, needs, dropout, seed)
+        : backward_op().call(
+              dy, x, weight, lora_A, lora_B, saved[5], scaling, gate, needs, dropout, seed,
+              ctx->saved_data["backend"].toStringView());
     if (dx.defined()) dx = in_shape_of(grads[0], dx);
     at::Tensor dbias;
     if (need_bias) dbias = dy.sum(0, /*keepdim=*/false, at::kFloat).to(weight.scalar_type());

@@ -45,14 +45,22 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 # --------------------------------------------------------------------------- arguments
 
 
-def check_tensor(
-    name: str, t: Tensor, shape: tuple, device: torch.device, dtypes: Sequence[torch.dtype]
-) -> None:
-    """Raise where ``t`` is not a plain tensor of this shape, device and one of these dtypes."""
+def check_plain(name: str, t: object) -> None:
+    """Raise where ``t`` is no tensor, or one whose elements do not lie in memory by strides."""
     if not isinstance(t, Tensor):
         raise ArgumentTypeError(name, type(t).__name__, "a torch.Tensor")
     if hasattr(t, "device_mesh"):
         raise ArgumentTypeError(name, "a DTensor", "a plain tensor (gather it first)")
+    if t.is_nested or t.layout != torch.strided:
+        given = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise ArgumentTypeError(name, given, "a dense tensor")
+
+
+def check_tensor(
+    name: str, t: Tensor, shape: tuple, device: torch.device, dtypes: Sequence[torch.dtype]
+) -> None:
+    """Raise where ``t`` is not a plain tensor of this shape, device and one of these dtypes."""
+    check_plain(name, t)
     if t.dtype not in dtypes:
         raise ArgumentTypeError(name, f"dtype {t.dtype}", " or ".join(map(str, dtypes)))
     if t.device != device:
@@ -61,22 +69,43 @@ def check_tensor(
         raise ArgumentError(name, f"shape {tuple(t.shape)}", f"shape {shape}")
 
 
+def check_flag(name: str, t: object, shape: tuple, device: torch.device) -> None:
+    """Raise where ``t`` is not a tensor of this shape that is compared with zero."""
+    check_plain(name, t)
+    assert isinstance(t, Tensor)
+    if t.is_quantized or t.is_complex():
+        raise ArgumentTypeError(name, f"dtype {t.dtype}", "a bool, an integer or a float dtype")
+    check_tensor(name, t, shape, device, (t.dtype,))
+
+
+def check_list(name: str, values: object) -> list:
+    """``values`` as a list; raises where it is no list or tuple."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise ArgumentTypeError(name, type(values).__name__, "a list of tensors")
+    return list(values)
+
+
 def check_number(name: str, value: object, least: float = -math.inf) -> float:
     """``value`` as a float; raises where it is not a finite number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", "a float")
-    if not math.isfinite(value) or value < least:
-        raise ArgumentError(
-            name, repr(value), "a finite number" + (f" >= {least:g}" if least > -math.inf else "")
-        )
-    return float(value)
+    accepted = "a finite number" + (f" >= {least:g}" if least > -math.inf else "")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ArgumentError(name, "an int that no float can hold", accepted) from None
+    if not math.isfinite(number) or number < least:
+        raise ArgumentError(name, repr(value), accepted)
+    return number
 
 
-def check_int(name: str, value: object, least: int) -> int:
-    """``value``; raises where it is not an int of at least ``least``."""
-    accepted = f"an int >= {least}"
+def check_int(name: str, value: object, least: int, bits: int | None = None) -> int:
+    """``value``; raises where it is not an int of at least ``least``, or takes more ``bits``."""
+    accepted = f"an int >= {least}" if bits is None else f"an int >= {least} in {bits} bits"
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", accepted)
+        raise ArgumentTypeError(name, f"{value!r:.60} ({type(value).__name__})", accepted)
+    if bits is not None and value.bit_length() >= bits and value != -(2 ** (bits - 1)):
+        raise ArgumentError(name, f"an int of {value.bit_length()} bits", accepted)
     if value < least:
         raise ArgumentError(name, value, accepted)
     return value
@@ -86,7 +115,7 @@ def check_betas(betas: object) -> tuple[float, float]:
     """AdamW's betas as floats; raises where they are not two numbers in [0, 1)."""
     accepted = "two floats in [0, 1)"
     if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ArgumentTypeError("betas", repr(betas), accepted)
+        raise ArgumentTypeError("betas", f"a {type(betas).__name__}", accepted)
     for beta in betas:
         if not 0 <= check_number("betas", beta) < 1:
             raise ArgumentError("betas", repr(betas), accepted)
@@ -95,8 +124,7 @@ def check_betas(betas: object) -> tuple[float, float]:
 
 def check_matrix(name: str, t: Tensor) -> None:
     """Raise where ``t`` is not a matrix with entries, in one of `DTYPES`."""
-    if not isinstance(t, Tensor):
-        raise ArgumentTypeError(name, type(t).__name__, "a torch.Tensor")
+    check_plain(name, t)
     if t.dtype not in DTYPES:
         raise ArgumentTypeError(name, f"dtype {t.dtype}", " or ".join(map(str, DTYPES)))
     if t.dim() != 2 or t.numel() == 0:
@@ -109,12 +137,10 @@ def check_matrix(name: str, t: Tensor) -> None:
 
 def check_dropout(name: str, p: object) -> float:
     """``p`` as a float; raises where it is not a probability below 1."""
-    accepted = "a probability >= 0 and < 1"
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise ArgumentTypeError(name, f"{p!r} ({type(p).__name__})", accepted)
-    if not 0 <= p < 1:
-        raise ArgumentError(name, repr(p), accepted)
-    return float(p)
+    number = check_number(name, p)
+    if not 0 <= number < 1:
+        raise ArgumentError(name, repr(p), "a probability >= 0 and < 1")
+    return number
 
 
 def check_seed(seed: object, device: torch.device) -> Tensor:
@@ -122,11 +148,7 @@ def check_seed(seed: object, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         check_tensor("seed", seed, (), device, (torch.int64,))
         return seed
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        given = f"{seed!r} ({type(seed).__name__})"
-        raise ArgumentTypeError("seed", given, "an int, or a 0-dim int64 tensor")
-    if not -(2**63) <= seed < 2**63:
-        raise ArgumentError("seed", seed, "an int that fits 64 bits")
+    seed = check_int("seed", seed, -(2**63), bits=64)
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

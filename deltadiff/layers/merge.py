@@ -1,6 +1,7 @@
 """`merge_`: fold everything that was trained into the weights and put the eager layers back."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes
 from .pending_delta import LowRankFactors
+from .saturation import saturated_message
 from .swap import take_out
 from .writable import check_writable
 
@@ -54,7 +56,8 @@ class MergeReport:
 def merge_(model: nn.Module) -> MergeReport:
     """Add s B g A, and what Delta-LoRA holds beside W, to the weight of each layer, in place.
 
-    The sum is formed in float32 (float64 for a float64 weight) and rounded once. Afterwards the
+    The sum is formed in float32 (float64 for a float64 weight) and rounded once. What is past the
+    range of a float16 weight becomes its largest value, and a warning says so. Afterwards the
     model is an ordinary eager model: no adapters, plain ``nn.Linear`` layers.
 
     Returns:
@@ -67,19 +70,28 @@ def merge_(model: nn.Module) -> MergeReport:
     """
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
     check_writable(layers, [model])
-    rows = []
+    rows, past = [], {}
     for name, layer in layers.items():
         n, k = layer.matrix.shape
-        rows.append(MergeRow(name, (n, k), layer.weight.dtype, _merge_layer(layer)))
+        error, saturated = _merge_layer(layer)
+        rows.append(MergeRow(name, (n, k), layer.weight.dtype, error))
+        past |= {name: saturated} if saturated else {}
     take_out(model, {layer: layer.base_layer for layer in layers.values()})
     drop_notes(model)
+    if past:
+        warnings.warn(saturated_message("merging took", past), stacklevel=3)
     return MergeReport(tuple(rows))
 
 
-def _merge_layer(layer: LoraLinear) -> float:
-    """Write the merged weight block by block; returns its relative rounding error."""
+def _merge_layer(layer: LoraLinear) -> tuple[float, int]:
+    """Write the merged weight block by block.
+
+    Returns its relative rounding error, and how many finite elements are past the range of its
+    dtype: they get its largest value, not inf.
+    """
     low = layer.delta.remainder if layer.delta is not None else None
-    sums = torch.zeros(2, dtype=torch.float64, device=layer.weight.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=layer.weight.device)
+    most = torch.finfo(layer.weight.dtype).max
     products = branch_products(layer)
     rows = max(1, _BLOCK // layer.in_features)
     for start in range(0, layer.out_features, rows):
@@ -89,10 +101,12 @@ def _merge_layer(layer: LoraLinear) -> float:
         exact = w.to(wide) if low is None else join_remainder(w, low[block])
         for p in products:
             exact = exact + p.B[block] @ p.A
-        w.copy_(exact)
-        sums += torch.stack([(w.to(wide) - exact).square().sum(), exact.square().sum()])
-    lost, norm = sums.tolist()
-    return math.sqrt(lost / norm) if norm else 0.0
+        past = exact.to(w.dtype).isinf() & exact.isfinite()
+        w.copy_(torch.where(past, exact.clamp(-most, most), exact))
+        lost = (w.to(wide) - exact).square().sum()
+        sums += torch.stack([lost, exact.square().sum(), past.sum()])
+    lost, norm, saturated = sums.tolist()
+    return math.sqrt(lost / norm) if norm else 0.0, int(saturated)
 
 
 def branch_products(layer: LoraLayer) -> list[LowRankFactors]:

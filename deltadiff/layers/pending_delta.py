@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checks import wide_dtype
+from ..ops.transforms import transformed
 
 
 @dataclass
@@ -49,6 +50,7 @@ class PendingDelta:
         remainder: what a 16-bit W could not hold, for rounding="remainder".
         past_updates: the updates under earlier values of lambda and in earlier runs; None once
             there were too many of them to keep.
+        told_saturated: whether the user knows that a float16 W reached the end of its range.
     """
 
     anchor_A: Tensor
@@ -59,6 +61,7 @@ class PendingDelta:
     in_weight: bool
     remainder: Tensor | None = None
     past_updates: list[LowRankFactors] | None = field(default_factory=list)
+    told_saturated: bool = False
 
     @staticmethod
     def make_rank_scale(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:
@@ -117,8 +120,9 @@ class PendingDelta:
         """
         if isinstance(scaling, Tensor) or scaling != self.scaling or scaling == 0:
             return self._stack_apart(lora_A, lora_B, scaling)
-        a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.rank_scale)
         scale = self.rank_scale
+        stack = _stack_transformed if transformed() else _Stack.apply
+        a, b = stack(lora_A, lora_B, self.anchor_A, self.anchor_B, scale)
         added = [p for p in self.past_updates or () if not p.in_weight]
         if added:
             b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
@@ -168,3 +172,16 @@ class _Stack(torch.autograd.Function):
         grad_A = grad_A[: ctx.r] / rank_scale[0].to(grad_A.dtype)
         grad_B = grad_B[:, : ctx.r] / rank_scale[0].to(grad_B.dtype)
         return grad_A, grad_B, None, None, None
+
+
+def _stack_transformed(
+    lora_A: Tensor, lora_B: Tensor, anchor_A: Tensor, anchor_B: Tensor, rank_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_Stack` in PyTorch's operations, which transforms of torch.func can follow."""
+
+    def divided(p: Tensor) -> Tensor:
+        """``p``, bit by bit, with its derivatives divided by 1 + lambda."""
+        return p.detach() + (p - p.detach()) / rank_scale[0].to(p.dtype)
+
+    a, b = divided(lora_A), divided(lora_B)
+    return torch.cat([a, anchor_A]), torch.cat([b, anchor_B], dim=1)

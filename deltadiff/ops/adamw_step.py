@@ -8,11 +8,22 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..checks import DTYPES, check_betas, check_number, check_tensor, wide_dtype
+from ..checks import (
+    DTYPES,
+    check_betas,
+    check_flag,
+    check_list,
+    check_number,
+    check_plain,
+    check_tensor,
+    wide_dtype,
+)
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
-from .dispatch import choose_path
+from .dispatch import check_backend, choose_path
+from .memory import check_memory
+from .transforms import refuse_transforms
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import adamw_step as triton_adamw_step
@@ -59,12 +70,10 @@ def check_adamw_step(
     if not n:
         return
     for p in params:
-        if not isinstance(p, Tensor) or p.dtype not in DTYPES:
-            raise ArgumentTypeError(
-                "params",
-                getattr(p, "dtype", type(p).__name__),
-                "tensors of " + " or ".join(map(str, DTYPES)),
-            )
+        check_plain("params", p)
+        if p.dtype not in DTYPES:
+            accepted = "tensors of " + " or ".join(map(str, DTYPES))
+            raise ArgumentTypeError("params", p.dtype, accepted)
     device, dtype = params[0].device, params[0].dtype
     wide = wide_dtype(dtype)
     for i, p in enumerate(params):
@@ -83,19 +92,19 @@ def check_adamw_step(
             if t is not None and not t.is_contiguous():
                 raise ArgumentError(name, f"strides {t.stride()}", "contiguous tensors")
     check_tensor("steps", steps, (n,), device, (torch.float32,))
-    for name, t in (
-        ("anchor_now", anchor_now),
-        ("grad_scale", grad_scale),
-        ("found_inf", found_inf),
-    ):
-        if t is not None:
-            check_tensor(
-                name,
-                t,
-                (1,) if t.dim() else (),
-                device,
-                (t.dtype,) if name == "anchor_now" else (torch.float32,),
-            )
+    flags = {"grad_scale": grad_scale, "found_inf": found_inf}
+    for name, flag in flags.items():
+        if flag is not None:
+            shape = (1,) if isinstance(flag, Tensor) and flag.dim() else ()
+            check_tensor(name, flag, shape, device, (torch.float32,))
+    if anchor_now is not None:
+        shape = (1,) if isinstance(anchor_now, Tensor) and anchor_now.dim() else ()
+        check_flag("anchor_now", anchor_now, shape, device)
+    outputs = {"params": params, **lists, "steps": [steps]}
+    inputs = {"grads": outputs.pop("grads"), "anchor_now": [anchor_now], "flags": flags.values()}
+    check_memory(
+        *([(name, t) for name, ts in group.items() for t in ts] for group in (outputs, inputs))
+    )
 
 
 def adamw_step_(
@@ -123,7 +132,7 @@ def adamw_step_(
 
     Args:
         params: n contiguous tensors of one device and one dtype (float32, bfloat16, float16;
-            float64 goes to the reference).
+            float64 goes to the reference). Everything that is written needs memory of its own.
         grads: tensors like params.
         exp_avgs, exp_avg_sqs: the moments, shaped like params; float32 or the dtype of params.
         steps: (n,) float32 on the device, the steps that each tensor has done; raised by one.
@@ -140,14 +149,26 @@ def adamw_step_(
         backend: None chooses one (see `choose_path`); a name asks for that one.
 
     Raises:
-        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit; nothing
-            was changed.
+        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit, or the call
+            is made under a transform of torch.func or forward-mode differentiation; nothing was
+            changed.
         BackendUnavailableError: ``backend`` cannot run here.
     """
-    n = len(params)
-    lists = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)
+    refuse_transforms("adamw_step_")
+    if backend is not None:
+        check_backend(backend)
+    lists = (
+        check_list("params", params),
+        check_list("grads", grads),
+        check_list("exp_avgs", exp_avgs),
+        check_list("exp_avg_sqs", exp_avg_sqs),
+    )
+    n = len(lists[0])
     none: list[Tensor | None] = [None] * n
-    outputs = none if deltas is None else list(deltas), none if anchors is None else list(anchors)
+    outputs = (
+        none if deltas is None else check_list("deltas", deltas),
+        none if anchors is None else check_list("anchors", anchors),
+    )
     flags = (anchor_now, grad_scale, found_inf)
     options = check_adamw_options(lr, betas, eps, weight_decay)
     state: list[Sequence[Tensor | None]] = [lists[0], *lists[2:], *outputs]

@@ -14,6 +14,9 @@ from ..checks import (
     NO_ROUNDING,
     REMAINDER_DTYPES,
     ROUNDINGS,
+    check_flag,
+    check_int,
+    check_list,
     check_matrix,
     check_number,
     check_tensor,
@@ -22,7 +25,9 @@ from ..checks import (
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
-from .dispatch import choose_path
+from .dispatch import check_backend, choose_path
+from .memory import check_memory
+from .transforms import refuse_transforms
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import delta_update as triton_delta_update
@@ -36,7 +41,7 @@ def check_delta_update(
     rounding: str | None,
     remainders: Sequence[Tensor],
     seed: int,
-    step: int | Tensor,
+    step: Tensor | None,
     apply: Tensor | None,
 ) -> str:
     """The rounding of W; raises where the arguments of `delta_update_` do not fit each other."""
@@ -45,12 +50,12 @@ def check_delta_update(
     for name, values in zip(names, (*lists, scales, remainders or lists[0]), strict=True):
         if len(values) != n:
             raise ArgumentError(name, f"{len(values)} entries", f"{n}, as many as weight")
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ArgumentTypeError("seed", repr(seed), "an int that fits 64 bits")
+    check_int("seed", seed, -(2**63), bits=64)
+    accepted = f"None or one of {', '.join((NO_ROUNDING, *ROUNDINGS))}"
+    if not isinstance(rounding, (str, type(None))):
+        raise ArgumentTypeError("rounding", type(rounding).__name__, accepted)
     if rounding not in (None, NO_ROUNDING, *ROUNDINGS):
-        raise ArgumentError(
-            "rounding", repr(rounding), f"None or one of {', '.join((NO_ROUNDING, *ROUNDINGS))}"
-        )
+        raise ArgumentError("rounding", repr(rounding), accepted)
     for i, (w, a, b, da, db) in enumerate(zip(*lists, strict=True)):
         check_matrix("weight", w)
         check_tensor("weight", w, tuple(w.shape), lists[0][0].device, (lists[0][0].dtype,))
@@ -61,16 +66,22 @@ def check_delta_update(
         check_tensor("lora_B", b, (n_out, r), w.device, (a.dtype,))
         check_tensor("delta_A", da, (r, k), w.device, (wide,))
         check_tensor("delta_B", db, (n_out, r), w.device, (wide,))
-        check_number("scale", scales[i])
+        scale = check_number("scale", scales[i])
+        if wide == torch.float32 and abs(scale) > torch.finfo(wide).max:
+            raise ArgumentError("scale", scale, "a number that float32 can hold")
         if remainders and w.dtype in HALF_DTYPES:
             check_tensor(
                 "remainder", remainders[i], (n_out, k), w.device, (REMAINDER_DTYPES[w.dtype],)
             )
-    for name, t in (("step", step), ("apply", apply)):
-        if isinstance(t, Tensor) and n:
-            check_tensor(
-                name, t, (), lists[0][0].device, (torch.int64,) if name == "step" else (t.dtype,)
-            )
+    if n and step is not None:
+        check_tensor("step", step, (), lists[0][0].device, (torch.int64,))
+    if n and apply is not None:
+        check_flag("apply", apply, (), lists[0][0].device)
+    written = [(names[0], w) for w in lists[0]]
+    if n and lists[0][0].dtype in HALF_DTYPES:
+        written += [(names[-1], low) for low in remainders]
+    read = [(name, t) for name, ts in zip(names[1:5], lists[1:], strict=True) for t in ts]
+    check_memory(written, [*read, ("step", step), ("apply", apply)])
     if not n or lists[0][0].dtype not in HALF_DTYPES:
         return NO_ROUNDING
     if rounding is None and remainders:
@@ -90,8 +101,8 @@ def check_delta_update(
     return rounding
 
 
-def _as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+def _as_list(name: str, tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else check_list(name, tensors)
 
 
 def delta_update_(
@@ -113,7 +124,7 @@ def delta_update_(
 
     This equals scale (B'A' - BA). It takes one pass over W, with float32 accumulation and no
     temporary of W's size. Lists of equal length (one dtype, one device, any shapes) are updated in
-    one launch.
+    one launch. Autograd does not record the update.
 
     Args:
         weight: (N, K) float32, bfloat16, float16 (float64 goes to the reference).
@@ -129,9 +140,11 @@ def delta_update_(
             list and place of the element.
             "nearest" loses every change below half a unit in the last place.
             None means "remainder" where ``remainder`` is given; else a 16-bit W is refused.
-        remainder: shaped like W; int16 for bfloat16, float16 for float16; zeros at the start.
+        remainder: int16, shaped like W, zeros at the start. Beside bfloat16 it is float32
+            arithmetic exactly; beside float16 too, for 2^-16 <= |W| <= 65504 (`split_remainder`
+            says what holds outside).
         seed: an int that fits 64 bits, for the random bits.
-        step: an int or a 0-dim int64 tensor on the device, for the random bits.
+        step: an int >= 0 or a 0-dim int64 tensor on the device, for the random bits.
         apply: 0-dim tensor on the device. Where it is zero, nothing is changed; the host does not
             read it.
         backend: None chooses one (see `choose_path`); a name asks for that one.
@@ -140,32 +153,43 @@ def delta_update_(
         ``weight``.
 
     Raises:
-        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit; nothing
-            was changed.
+        ArgumentTypeError, ArgumentError: dtypes, devices, shapes or lengths do not fit, or the call
+            is made under a transform of torch.func or forward-mode differentiation; nothing was
+            changed.
         BackendUnavailableError: ``backend`` cannot run here.
     """
+    refuse_transforms("delta_update_")
+    if backend is not None:
+        check_backend(backend)
     single = isinstance(weight, Tensor)
-    factors = _as_list(lora_A), _as_list(lora_B), _as_list(delta_A), _as_list(delta_B)
-    lists = _as_list(weight), *factors
+    lists = (
+        _as_list("weight", weight),
+        _as_list("lora_A", lora_A),
+        _as_list("lora_B", lora_B),
+        _as_list("delta_A", delta_A),
+        _as_list("delta_B", delta_B),
+    )
     n = len(lists[0])
     scales = list(scale) if isinstance(scale, Sequence) else [scale] * n
-    remainders = [] if remainder is None else _as_list(remainder)
-    flags = [t for t in (step, apply) if isinstance(t, Tensor)]
-    sizes = tuple(map(len, (*lists, remainders, flags)))
+    remainders = [] if remainder is None else _as_list("remainder", remainder)
+    device_step = step if isinstance(step, Tensor) else None
+    if device_step is None:
+        check_int("step", step, 0, bits=64)  # it may differ from call to call
+    flags = device_step, apply
+    sizes = tuple(map(len, (*lists, remainders)))
     key = fingerprint([*itertools.chain(*lists), *remainders, *flags])
-    if key and type(seed) is int and all(type(number) in (int, float) for number in scales):
-        key = key, sizes, tuple(scales), str(rounding), seed
+    plain = type(seed) is int and (rounding is None or type(rounding) is str)
+    if key and plain and all(type(number) in (int, float) for number in scales):
+        key = key, sizes, tuple(scales), rounding, seed
     else:
         key = None
-    check = functools.partial(
-        check_delta_update, lists, scales, rounding, remainders, seed, step, apply
-    )
+    check = functools.partial(check_delta_update, lists, scales, rounding, remainders, seed, *flags)
     rounding = _checked.get(key, check)
     if n:
         backend = choose_path(lists[0][0].device, lists[0][0].dtype, backend).backend
-        if not isinstance(step, Tensor):
-            step = torch.tensor(step, dtype=torch.int64, device=lists[0][0].device)
-        args = *lists, scales, rounding, remainders, seed, step, apply
+        if device_step is None:
+            device_step = torch.tensor(step, dtype=torch.int64, device=lists[0][0].device)
+        args = *lists, scales, rounding, remainders, seed, device_step, apply
         increment_version(lists[0])  # a backward pass that needs the old weight must raise
         if backend == "triton":
             triton_delta_update.delta_update_(*args, key)  # prepares the launch once for each key

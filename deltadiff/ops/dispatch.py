@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 
 from ..checks import HALF_DTYPES, dtype_name
-from ..errors import ArgumentError, BackendUnavailableError
+from ..errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+from .transforms import TRANSFORMED
 
 BACKENDS = ("hopper", "triton", "cpp", "reference")
 
@@ -57,6 +58,13 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental, its nam
 
 
 # --------------------------------------------------------------------- which backend is there
+
+
+def check_backend(backend: object) -> None:
+    """Raise where ``backend`` is no name. `choose_path` says whether it is that of a backend."""
+    if not isinstance(backend, str):
+        accepted = f"None or one of {', '.join(BACKENDS)}"
+        raise ArgumentTypeError("backend", type(backend).__name__, accepted)
 
 
 def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -305,6 +313,7 @@ def choose_path(
     layer: tuple[int, int, int] | None = None,
     dropout: bool = False,
     transposed: bool = False,
+    transformed: bool = False,
 ) -> Dispatch:
     """Choose what runs an operation on tensors of ``dtype`` on ``device``.
 
@@ -314,17 +323,24 @@ def choose_path(
             most layers on sm_90; None for the other operations.
         dropout: whether the layer has dropout, which that kernel lacks.
         transposed: whether W is stored (in, out), like GPT-2's; that kernel would copy it.
+        transformed: what the function of this name says; then only the reference will do.
 
     Returns:
         The backend, the reason for it and, for a layer, which kernels run at which number of
         tokens.
 
     Raises:
-        BackendUnavailableError: ``backend`` was asked for and cannot run here.
+        ArgumentError: there is no such backend.
+        BackendUnavailableError: ``backend`` was asked for and cannot run here, or not under a
+            transform.
     """
     call = None if layer is None else Layer(*layer, dtype, dropout, transposed)
     if backend is not None:
         objection = why_unavailable(backend, device, dtype) or _why_not_taken(backend, call)
+        if transformed and backend != "reference":
+            raise BackendUnavailableError(
+                "backend", f"{backend!r} under {TRANSFORMED}", "None or 'reference'"
+            )
         if objection:
             raise BackendUnavailableError(
                 "backend",
@@ -332,6 +348,8 @@ def choose_path(
                 "a backend that `deltadiff info` lists as there",
             )
         return _dispatch(backend, "asked for", call)
+    if transformed:
+        return _dispatch("reference", TRANSFORMED, call)
     refused = ""
     for name in ("cpp",) if device.type == "cpu" else ("hopper", "triton"):
         objection = _objection(name, device, dtype, call)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import (
     DTYPES,
@@ -15,12 +14,23 @@ from ..checks import (
     check_dropout,
     check_matrix,
     check_number,
+    check_plain,
     check_seed,
     check_tensor,
 )
-from ..errors import ArgumentTypeError
+from ..errors import ArgumentTypeError, BackendUnavailableError
 from . import reference
-from .dispatch import CPP_MISSING, LAUNCHERS, Kernel, choose_path, keeps_x, kernel_at, runs_of
+from .dispatch import (
+    CPP_MISSING,
+    LAUNCHERS,
+    Kernel,
+    check_backend,
+    choose_path,
+    keeps_x,
+    kernel_at,
+    runs_of,
+)
+from .transforms import transformed
 
 with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
     from ..kernels.lora_linear import hopper_launch, hopper_plan
@@ -37,6 +47,7 @@ def check_lora_linear(
     bias: Tensor | None,
 ) -> None:
     """Raise where the arguments of `lora_linear` do not fit each other."""
+    check_plain("x", x)
     check_matrix("weight", weight)
     check_matrix("lora_A", lora_A)
     check_number("scaling", scaling)
@@ -105,6 +116,48 @@ def _launch_bwd(
     return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
 
 
+def _reference_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+) -> Sequence[Tensor | None]:
+    """(dx, dA, dB, dgate) by PyTorch's own operations, for derivatives of these in turn.
+
+    The forward pass cannot know that they will be wanted, so a backend's kernels may have run it.
+    """
+    need_x, _, need_B, need_gate = needs
+    if not any(needs):
+        return [None] * 4
+    if x is None:
+        if need_B or need_gate:
+            raise BackendUnavailableError(
+                "backend",
+                "a second derivative where lora_A is frozen, for which x was not kept",
+                "backend='reference', which keeps all that these need",
+            )
+        x = dy.new_zeros(dy.shape[0], weight.shape[1]).requires_grad_(need_x)  # dx is without x
+    create_graph, device = torch.is_grad_enabled(), dy.device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        # Aliases, so that no gradient goes on from one of them to another that it was made of.
+        leaves = [None if t is None else t.view_as(t) for t in (x, lora_A, lora_B, gate)]
+        x, a, b, gate = leaves
+        assert x is not None and a is not None and b is not None
+        y = reference.lora_linear_ref(
+            x, weight, a, b, scaling=scaling * (1 - dropout), gate=gate,
+            dropout=dropout, seed=0 if seed is None else seed,
+        )  # fmt: skip
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [next(grads) if need else None for need in needs]
+
+
 def _kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
     """Shape of what the forward pass keeps.
 
@@ -142,7 +195,6 @@ class LoraLinearFunction(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, gate, s, seed = ctx.saved_tensors
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
@@ -150,10 +202,16 @@ class LoraLinearFunction(torch.autograd.Function):
         n, k = weight.shape
         leading, dy = dy.shape[:-1], dy.reshape(-1, n)
         rows = None if x is None else x.reshape(-1, k)
-        dx, da, db, dgate = _launch_bwd(
-            dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
-            ctx.dropout, seed, ctx.backend,
-        )  # fmt: skip
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # from is_grads_batched=True
+        if torch.is_grad_enabled() or batched:
+            dx, da, db, dgate = _reference_bwd(
+                dy, rows, weight, lora_A, lora_B, ctx.scaling, gate, needs, ctx.dropout, seed
+            )
+        else:
+            dx, da, db, dgate = _launch_bwd(
+                dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
+                ctx.dropout, seed, ctx.backend,
+            )  # fmt: skip
         dx = None if dx is None else dx.view(*leading, k)
         dbias = dy.sum(0, dtype=torch.float32).to(weight.dtype) if need_bias else None
         return dx, None, da, db, None, dgate, dbias, None, None, None
@@ -162,6 +220,8 @@ class LoraLinearFunction(torch.autograd.Function):
 if not CPP_MISSING:
     torch.library.impl("deltadiff::lora_linear_fwd_python", "default")(_launch_fwd)
     torch.library.impl("deltadiff::lora_linear_bwd_python", "default")(_launch_bwd)
+    _derivable = torch.library.Library("deltadiff", "IMPL")  # lives as long as this module
+    _derivable.impl("lora_linear_bwd_reference", _reference_bwd, "CompositeImplicitAutograd")
 
     @torch.library.register_fake("deltadiff::lora_linear_fwd")
     def _fwd_shapes(
@@ -201,17 +261,17 @@ if not CPP_MISSING:
 # -------------------------------------------------------------------------------- lora_linear
 
 
-def _layer(weight: Tensor, lora_A: Tensor) -> tuple[int, int, int]:
-    """(out_features, in_features, r), for `choose_path`."""
+def _layer(weight: Tensor, lora_A: Tensor) -> tuple[tuple[int, int, int], bool]:
+    """(out_features, in_features, r), and whether W is stored (in, out), for `choose_path`."""
     try:
-        (n, k), r = weight.shape, lora_A.shape[0]
-    except (AttributeError, ValueError, IndexError):
+        (n, k), r, transposed = weight.shape, lora_A.shape[0], weight.stride(1) != 1
+    except (AttributeError, ValueError, IndexError, RuntimeError):
         check_matrix("weight", weight)  # these two name what does not fit
         check_matrix("lora_A", lora_A)
         raise
     if torch.compiler.is_compiling():  # makes constants of them where it treats sizes as variables
         n, k, r = (range(size).stop for size in (n, k, r))
-    return n, k, r
+    return (n, k, r), transposed
 
 
 @torch.compiler.assume_constant_result
@@ -223,7 +283,7 @@ def _lora_linear_path(
     *how: bool,
 ) -> tuple[str, bool]:
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
-    backend = choose_path(device, dtype, asked, layer, *how).backend
+    backend = choose_path(device, dtype, asked, layer, *how, transformed()).backend
     reached = backend == "cpp" or (backend != "reference" and device.type == "cuda")
     return backend, reached and not CPP_MISSING
 
@@ -252,6 +312,9 @@ def lora_linear(
     backward pass only where that reads it (`dispatch.keeps_x`): where ``lora_A`` requires a
     gradient and, in the C++ kernels on the CPU, where ``gate`` does.
 
+    Second derivatives, as from ``create_graph=True``, and everything under a transform of
+    torch.func or forward-mode differentiation come from the reference.
+
     Args:
         x: (..., K), any leading shape and strides, also empty; float32, bfloat16, float16 or
             float64.
@@ -272,12 +335,20 @@ def lora_linear(
 
     Raises:
         ArgumentTypeError, ArgumentError: a dtype, device or shape does not fit.
-        BackendUnavailableError: ``backend`` cannot run here.
+        BackendUnavailableError: ``backend`` cannot run here, or not under such a transform; (in a
+            backward pass with ``create_graph=True``) second derivatives where x was not kept.
     """
     if not isinstance(x, Tensor):
         raise ArgumentTypeError("x", type(x).__name__, "a torch.Tensor")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, *HALF_DTYPES):
+    try:
+        autocast = torch.is_autocast_enabled(x.device.type)
+    except RuntimeError:  # on meta, for instance
+        accepted = "a device that computes, such as cpu or cuda"
+        raise ArgumentTypeError("x", f"device {x.device}", accepted) from None
+    if autocast and x.dtype in (torch.float32, *HALF_DTYPES):
         check_matrix("weight", weight)
+        if bias is not None:
+            check_plain("bias", bias)
         compute = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(compute), weight.detach().to(compute)
         bias = None if bias is None else bias.to(compute)
@@ -288,8 +359,10 @@ def lora_linear(
         p = reference.round_dropout(check_dropout("dropout", p))
     mask_seed = check_seed(seed, x.device) if p else None
     args = x, weight, lora_A, lora_B, scaling, gate, bias
-    layer = _layer(weight, lora_A)
-    how = mask_seed is not None, weight.stride(1) != 1
+    if backend is not None:
+        check_backend(backend)
+    layer, transposed = _layer(weight, lora_A)
+    how = mask_seed is not None, transposed
     backend, native = _lora_linear_path(x.device, x.dtype, backend, layer, *how)
     kernel_args = *args[:4], scaling / (1 - p), gate, bias, p, mask_seed, backend
     if native:

@@ -153,17 +153,24 @@ def delta_update_ref_(
 
 
 def split_remainder(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float32 -> (16-bit value, 16-bit remainder); `join_remainder` is the inverse.
+    """float32 -> (16-bit value, int16 remainder); `join_remainder` is the inverse.
 
     bfloat16: the value is the float32 rounded to nearest (ties away from zero), and the remainder
-    is the int16 that has to be added to the bits of the value, so the pair holds the float32
-    exactly.
-    float16: the value is the float32 rounded to nearest even, and the remainder is its rounding
-    error in float16.
+    is what has to be added to the bits of the value, so the pair holds the float32 exactly.
+
+    float16: the value is the float32 rounded to nearest even, and the remainder counts units of
+    2^-15 of the value's last place. The pair holds the float32 exactly for 2^-16 <= |wide| <= 65504
+    and is at most 2^-40 off below. A finite value past float16's range becomes +-65504, with what
+    the remainder can hold of the rest.
+
+    What is not finite stays what it is, with the remainder 0: an update that has become infinite or
+    NaN shows in the weight, as it does in float32.
     """
     if dtype == torch.float16:
-        high = wide.to(torch.float16)
-        return high, (wide - high.float()).to(torch.float16)
+        finite, most = wide.isfinite(), torch.finfo(dtype).max
+        high = torch.where(finite, wide.clamp(-most, most), wide).to(dtype)
+        rest = torch.where(finite, wide - high.float(), 0) / _remainder_unit(high)
+        return high, rest.clamp(-(2**15), 2**15 - 1).round().to(torch.int16)
     bits = wide.view(torch.int32)
     high = (bits + 0x8000) >> 16
     high = torch.where(wide.isnan(), bits >> 16, high)  # a carry must not turn NaN into a number
@@ -172,10 +179,23 @@ def split_remainder(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join_remainder(weight: Tensor, remainder: Tensor) -> Tensor:
-    """(16-bit value, 16-bit remainder) -> float32."""
+    """(16-bit value, int16 remainder) -> float32."""
     if weight.dtype == torch.float16:
-        return weight.float() + remainder.float()
+        rest = (-remainder.int()).float() * _remainder_unit(weight)
+        return weight.float() - rest  # less 0, so that -0 stays -0
     return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
+
+
+def past_range(weight: Tensor, remainder: Tensor) -> Tensor:
+    """Where a float16 weight is +-65504 because its float32 value rounds to no finite float16."""
+    most, half = torch.finfo(torch.float16).max, 2**14  # half of the last place, as a remainder
+    return ((weight == most) & (remainder >= half)) | ((weight == -most) & (remainder <= -half))
+
+
+def _remainder_unit(weight: Tensor) -> Tensor:
+    """2^-15 of the last place of float16 values, as float32; below 2^-14 that place is fixed."""
+    exponent = weight.float().view(torch.int32) & 0x7F800000
+    return (exponent.clamp(min=113 << 23) - (25 << 23)).view(torch.float32)
 
 
 def round_stochastic(wide: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,9 +22,11 @@ from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, check_int, check_
 from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..layers.pending_delta import LowRankFactors
+from ..layers.saturation import warn_saturated
 from ..layers.writable import check_writable
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
+from .old_remainders import renew_remainders
 from .param_groups import ModelOrParams, find_pairs, group_indices
 from .update_start import UpdateStart
 from .weight_update import WeightUpdate
@@ -241,7 +243,8 @@ class DeltaLoRA(FusedAdamW):
         """As `torch.optim.Optimizer.state_dict`; with the values of A and B it resumes bit by bit.
 
         In place, it refers to W and holds its remainder: on disk it has the size of these weights,
-        which A and B could give back only rounded otherwise.
+        which A and B could give back only rounded otherwise. Where a float16 W has reached the end
+        of its range, a warning says so once.
         """
         saved = super().state_dict()
         index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
@@ -253,6 +256,8 @@ class DeltaLoRA(FusedAdamW):
         }
         written = [update for update in self.weight_updates if update.inplace]
         layers = [m for update in written for m in update.layers.values()]
+        for update in written:
+            warn_saturated(update.layers)
         saved["state"]["delta_lora"] = {
             "weights": {index[m.lora_B]: m.weight.detach() for m in layers},
             "iteration": next(iter(self._iteration.values())).cpu(),
@@ -287,7 +292,10 @@ class DeltaLoRA(FusedAdamW):
         foreign = sorted(extra["folded"].keys() - known.keys())
         if foreign:
             raise ArgumentError("state_dict", f"past updates of {foreign}", "those of its groups")
-        weights = self._saved_weights(extra, known)
+        updated = {m.lora_B: m for u in self.weight_updates if u.inplace for m in u.layers.values()}
+        layers = {i: updated[p] for i, p in known.items() if p in updated}
+        state_dict = renew_remainders(state_dict, layers)
+        weights = self._saved_weights(state_dict["state"]["delta_lora"], known)
         restored: dict[Tensor, list[LowRankFactors] | None] = {}
         for i, past in extra["folded"].items():
             p = known[i]

@@ -129,13 +129,9 @@ def yardstick(
     )
     if rounding == "stochastic":
         return truth + half_ulp(truth, dtype), truth, torch.finfo(dtype).eps / 2
-    if rounding != "remainder":
-        return eager_delta_update(old, *factors, scale), truth, None
-    floor = None
-    if dtype == torch.float16:  # the rounding of the remainder is at least half of 2^-24
-        norm = torch.where(truth.isfinite(), truth, 0).norm().item()
-        floor = 2.0**-22 + 2.0**-25 * truth.numel() ** 0.5 / (norm or 1)
-    return eager_delta_update(old, *(t.float() for t in factors), scale), truth, floor
+    if rounding == "remainder":
+        factors = [t.float() for t in factors]
+    return eager_delta_update(old, *factors, scale), truth, None
 
 
 def eager_delta_update(weight, lora_A, lora_B, delta_A, delta_B, scale) -> Tensor:

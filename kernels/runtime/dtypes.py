@@ -32,7 +32,7 @@ class Facts(NamedTuple):
 DTYPES = {
     torch.float32: Facts(),
     torch.bfloat16: Facts(remainder=torch.int16, tensor_map=9),
-    torch.float16: Facts(remainder=torch.float16, tensor_map=6),
+    torch.float16: Facts(remainder=torch.int16, tensor_map=6),
 }
 
 

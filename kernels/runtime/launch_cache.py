@@ -21,8 +21,8 @@ def fingerprint(tensors: Iterable[Tensor | None]) -> tuple | None:
 
     The bits depend on the addresses, dtypes, devices, shapes and strides. The fingerprint is None,
     which fits no list, if the C++ extension is not built; if an entry is not a plain tensor,
-    parameter or None; or during the capture of a CUDA graph, whose launches need tables of their
-    own.
+    parameter or None, or has no strides (sparse, nested); or during the capture of a CUDA graph,
+    whose launches need tables of their own.
     """
     tensors = list(tensors)
     made = getattr(torch.ops.deltadiff, "fingerprint", None)
@@ -33,7 +33,8 @@ def fingerprint(tensors: Iterable[Tensor | None]) -> tuple | None:
     device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
     if is_capturing(device):
         return None
-    return current_stream(device), *made(tensors)
+    numbers = made(tensors)
+    return (current_stream(device), *numbers) if numbers else None
 
 
 class LaunchCache:

@@ -49,10 +49,19 @@ def round_stochastic(wide, random, dtype: tl.constexpr):
 
 
 @triton.jit
+def _unit_bits(w):
+    """The bits of 2^-15 of a float16's last place; below 2^-14 its spacing is fixed."""
+    exponent = w.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.maximum(exponent, 113 << 23) - (25 << 23)
+
+
+@triton.jit
 def join_remainder(w, low):
     """The float32 value that a 16-bit weight and its remainder stand for."""
     if w.dtype == tl.float16:
-        return w.to(tl.float32) + low.to(tl.float32)
+        unit = _unit_bits(w).to(tl.float32, bitcast=True)
+        # Less 0, so that -0 stays -0.
+        return w.to(tl.float32) - (0 - low.to(tl.int32)).to(tl.float32) * unit
     else:
         high = w.to(tl.int16, bitcast=True).to(tl.int32) << 16
         return (high + low.to(tl.int32)).to(tl.float32, bitcast=True)
@@ -61,10 +70,17 @@ def join_remainder(w, low):
 @triton.jit
 def split_remainder(wide, dtype: tl.constexpr):
     """A float32 value as a 16-bit weight and its remainder."""
+    bits = _bits_of(wide)
     if dtype == tl.float16:
-        high = wide.to(tl.float16)
-        return high, (wide - high.to(tl.float32)).to(tl.float16)
+        high = tl.minimum(tl.maximum(wide, -65504.0), 65504.0)
+        near = high.to(tl.float16).to(tl.float32)
+        per_unit = ((254 << 23) - _unit_bits(near)).to(tl.float32, bitcast=True)
+        count = tl.minimum(tl.maximum((wide - near) * per_unit, -32768.0), 32767.0)
+        # The sum with 1.5 * 2^23 rounds to an integer, to nearest even, in the last bits.
+        low = (count + 12582912.0).to(tl.int32, bitcast=True)
+        finite = (bits & 0x7FFFFFFF) < 0x7F800000
+        high, low = tl.where(finite, high, wide).to(tl.float16), tl.where(finite, low, 0)
+        return high, low.to(tl.int16)
     else:
-        bits = _bits_of(wide)
         high = bits + 0x8000
         return _upper_half(high), (bits - (high & -0x10000)).to(tl.int16)

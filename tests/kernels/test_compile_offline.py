@@ -139,7 +139,7 @@ def compile_all(capability: int):
         for rounding in roundings:
             for k, r in ((1024, 8), (1023, 8), (1024, 64)):
                 case = f"{dtype} {rounding}, K {k}, r {r}"
-                low = torch.empty(64, k, dtype=torch.int16 if dtype == bf16 else dtype)
+                low = torch.empty(64, k, dtype=torch.int16)
                 delta_update.delta_update_(
                     [torch.empty(64, k, dtype=dtype)],
                     [torch.empty(r, k)], [torch.empty(64, r)],
@@ -181,7 +181,9 @@ def test_kernels_compile_without_spills(compiled, capability):
         "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
         "delta_update_kernel", "adamw_step_kernel", "advance_counters_kernel",
     }  # fmt: skip
-    assert [k for k in kernels if k["spilled"] > SPILL_LIMIT or k["registers"] == 255] == []
+    spilling = [k for k in kernels if k["spilled"] > SPILL_LIMIT]
+    spilling += [k for k in kernels if k["registers"] == 255 and k["spilled"]]  # it needed more
+    assert spilling == []
     assert [k for k in kernels if k["shared"] > SHARED_LIMITS[capability]] == []
 
 

@@ -147,18 +147,6 @@ def test_a_frozen_A_keeps_no_activation(path, leading, dropout, randn):
     assert_frozen_A_keeps_no_x(given, trained, **extra)
 
 
-def test_a_second_derivative_is_refused(path, randn):
-    if path.backend == "reference":
-        pytest.skip("PyTorch differentiates the reference twice")
-    x, w, a, b, gate, bias, dy = inputs(randn, 6, 16, 12, 2, F32, path.device, gate=(), bias=True)
-    for t in (x, a, b, dy):
-        t.requires_grad_()
-    y = lora_linear(x, w, a, b, scaling=0.7, gate=gate, bias=bias, backend=path.backend)
-    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice|not implemented"):
-        dx.square().sum().backward()
-
-
 def test_a_weight_that_changed_before_backward_is_noticed(path, randn):
     x, w, a, b, _, _, _ = inputs(randn, 6, 16, 12, 2, F32, path.device)
     y = lora_linear(x.requires_grad_(), w, a, b, scaling=0.7, backend=path.backend)

@@ -68,12 +68,48 @@ def test_remainder_holds_every_float32_beside_bfloat16():
     assert ((wide - high.float()).abs() <= half_ulp + 2.0**-133)[ordinary].all()
 
 
-def test_remainder_of_float16_is_its_rounding_error():
-    wide = torch.linspace(-3, 3, 10001)
+def same_bits(a, b):
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def test_remainder_beside_float16_holds_float32_from_2_to_the_minus_16_to_65504():
+    """Every exponent there, both signs, and both sides of every power of two."""
+    powers = torch.cat([-(2.0 ** torch.arange(-16, 16)), 2.0 ** torch.arange(-16, 16)])
+    near = (powers.view(torch.int32)[:, None] + torch.arange(-5000, 5000)).int().flatten()
+    wide = torch.cat([near.view(torch.float32), float32_patterns(2**20), torch.tensor([65504.0])])
+    wide = wide[(wide.abs() >= 2.0**-16) & (wide.abs() <= 65504)]
     high, low = ref.split_remainder(wide, torch.float16)
-    assert torch.equal(high, wide.half())
-    # 11 + 11 bits: all but the last bit or two of a float32.
-    assert ((ref.join_remainder(high, low) - wide).abs() <= wide.abs() * 2.0**-21 + 2.0**-25).all()
+    assert torch.equal(high, wide.half()) and low.dtype == torch.int16
+    assert same_bits(ref.join_remainder(high, low), wide)
+
+
+def test_remainder_beside_a_tiny_float16_is_2_to_the_minus_40_off_at_most():
+    wide = float32_patterns(2**20)
+    wide = torch.cat([wide[wide.abs() < 2.0**-16], torch.tensor([0.0, -0.0, 2.0**-41])])
+    joined = ref.join_remainder(*ref.split_remainder(wide, torch.float16))
+    assert ((joined.double() - wide.double()).abs() <= 2.0**-40).all()
+    assert same_bits(joined[-3:-1], wide[-3:-1])  # zeros keep their sign
+    again = ref.join_remainder(*ref.split_remainder(joined, torch.float16))
+    assert same_bits(again, joined)  # what is lost is lost once
+
+
+def test_remainder_beside_float16_saturates_past_its_range():
+    wide = torch.tensor([65510.0, 65520.0, 65535.0, 7e4, 3.4e38])
+    for sign in (1, -1):
+        high, low = ref.split_remainder(sign * wide, torch.float16)
+        assert (high == sign * 65504).all() and low.dtype == torch.int16
+        joined = sign * ref.join_remainder(high, low)
+        assert torch.equal(joined[:3], wide[:3])  # the remainder reaches 32 further
+        assert ((joined[3:] > 65535) & (joined[3:] <= 65536)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_remainder_keeps_what_is_not_finite(dtype):
+    wide = torch.tensor([float("inf"), -float("inf"), float("nan")])
+    high, low = ref.split_remainder(wide, dtype)
+    joined = ref.join_remainder(high, low)
+    assert torch.equal(joined[:2], wide[:2]) and joined[2].isnan()
+    assert torch.equal(high.float()[:2], wide[:2]) and high[2].isnan() and not low.any()
 
 
 @pytest.mark.parametrize("dtype, bits_used", [(torch.bfloat16, 16), (torch.float16, 13)])

@@ -72,7 +72,9 @@ def write(rows: Iterable[dict], seed: int, folder: Path = RESULTS) -> list[Path]
 
     A row that an earlier run left there stays unless this run has it anew.
     """
-    from deltadiff.devices import environment  # conftest.py has to set up Triton before
+    # The tests import this file before they say that Triton shall interpret, which it must be told
+    # before it is imported.
+    from deltadiff.devices import environment
     from deltadiff.files import slug, write_records
 
     rows, paths = list(rows), []

@@ -13,12 +13,10 @@ BACKENDS = [
     *(("cpu", backend) for backend in ("reference", "cpp", "triton")),
     *(pytest.param("cuda:0", b, marks=pytest.mark.gpu) for b in ("reference", "triton", "hopper")),
 ]
-# Forward-mode and second derivatives join once all of them are right or refused in clear words.
-OPS = [op for op in GRID if op != "derivatives"]
 
 
 @pytest.mark.parametrize("device, backend", BACKENDS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", GRID)
 @pytest.mark.check(short=1, long=1)
 def test_random_calls(op, device, backend, seed, tally, request):
     if not any(backend_of(path) == backend for path in PATHS[op]):

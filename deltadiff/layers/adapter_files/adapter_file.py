@@ -31,6 +31,7 @@ from ..peft_files.read import is_peft_folder
 from ..pending_delta import LowRankFactors, PendingDelta
 from ..plain_names import by_plain_name, held_tensors, plain_name, rename_to_fit
 from ..report import SwapReport, swap_report
+from ..saturation import warn_saturated
 from . import format as adapter_format
 from .base import (
     base_shapes,
@@ -82,6 +83,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise ArgumentError("folder", given, "another folder")
     instead = "`model.save_pretrained`, or `export_peft` after Delta-LoRA"
     layers = by_plain_name(own_layers(model, "save_adapter", instead).items())
+    warn_saturated(layers)
     tensors: dict[str, Tensor] = {}
     owners = _owners(layers)
     entries = {name: _describe(name, m, owners[name], tensors) for name, m in layers.items()}

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...checks import HALF_DTYPES
+from ...ops.transforms import TRANSFORMED, transformed
 from ..base_format import base_format
 from ..linear import is_conv1d
 from ..targets.eligible import has_same_product
@@ -72,9 +72,7 @@ def why_not_now() -> str | None:
         return "hooks on all modules"
     if torch.compiler.is_compiling():  # it follows the transforms itself
         return None
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a transform of torch.func or forward-mode derivatives"
-    return None
+    return TRANSFORMED if transformed() else None
 
 
 # MiCA chooses the first values of A and B and freezes B; its forward pass is that of LoRA.

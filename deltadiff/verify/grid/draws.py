@@ -33,7 +33,7 @@ class Costs(NamedTuple):
 
 
 ON_CPU = Costs(8, 25, 2**22, 256, LARGEST_BATCH, 32, None)
-INTERPRETED = Costs(4, 11, 2**9, 33, 40, 2, None)
+INTERPRETED = Costs(4, 11, 2**9, 33, 40, 8, None)
 ON_GPU = Costs(12, 34, 2**26, 256, LARGEST_BATCH, 32, 10)
 
 

@@ -16,6 +16,7 @@ from .draws import RANKS, TOKENS, Dice, Draw
 from .memory import DENSE, GuardedAllocations, Layout, Memory
 from .paths import PACKED, backend_of, needs_packing
 
+TRIES = 100_000  # a draw takes microseconds; most paths take one call in a few
 NAMES = ("x", "weight", "lora_A", "lora_B", "gate", "bias", "dy")
 OUTPUTS = {"x": "dx", "lora_A": "dA", "lora_B": "dB", "gate": "dgate", "bias": "dbias"}
 
@@ -68,15 +69,23 @@ class Call:
 
 def draw_call(draw: Draw, path: str, dtypes: tuple, device: torch.device) -> Call:
     """A call that runs on ``path``."""
-    for _ in range(10_000):
+    for _ in range(TRIES):
         kind = _draw_kind(draw, path, dtypes)
-        if _path_of(_with_sizes(kind, draw.kind, draw), dtypes, device) == path:
+        if _suits(_with_sizes(kind, draw.kind, draw), path, dtypes, draw, device):
             break
-    for _ in range(10_000):
+    for _ in range(TRIES):
         call = _with_sizes(kind, draw.size, draw)
-        if _path_of(call, dtypes, device) == path:
+        if _suits(call, path, dtypes, draw, device):
             return call
     raise RuntimeError(f"no call of lora_linear runs on {path}")
+
+
+def _suits(call: Call, path: str, dtypes: tuple, draw: Draw, device: torch.device) -> bool:
+    """Whether a call runs on ``path``, and costs no more than it may."""
+    costs, repeats = draw.costs, _repeats(call.tokens, call.k, call.n, call)
+    products = repeats * call.tokens * call.k * call.n
+    cheap = repeats <= costs.repeats and products <= 2 ** (costs.most_products + 1)
+    return cheap and _path_of(call, dtypes, device) == path
 
 
 def _draw_kind(draw: Draw, path: str, dtypes: tuple) -> Call:
@@ -111,11 +120,7 @@ def _draw_kind(draw: Draw, path: str, dtypes: tuple) -> Call:
 def _with_sizes(kind: Call, dice: Dice, draw: Draw) -> Call:
     costs = draw.costs
     tokens = min(costs.tokens, dice.between(*kind.range)) if kind.range[1] else 0
-    for _ in range(100):
-        k, n = dice.matrix(costs, tokens, kind.divisor)
-        repeats = _repeats(tokens, k, n, kind)
-        if repeats <= costs.repeats and repeats * tokens * k * n <= 2 ** (costs.most_products + 1):
-            break
+    k, n = dice.matrix(costs, tokens, kind.divisor)
     leading = dice.choice([(tokens,), _split(tokens, dice), (1, tokens), (tokens, 1)])
     odd = [name for name in NAMES if name != "gate" or kind.gate is not None]
     odd.remove("bias") if not kind.bias else None

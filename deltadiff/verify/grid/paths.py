@@ -31,7 +31,7 @@ def dtypes_of(op: str, path: str) -> list[tuple[torch.dtype, torch.dtype]]:
     if op == "step_counters":  # the dtype of the factors on the ranks
         return [(torch.float32,) * 2, (torch.float64,) * 2]
     pairs = [(dtype, dtype) for dtype in DTYPES] + [(half, torch.float32) for half in HALF_DTYPES]
-    if path in ("hopper", "triton few_tokens"):
+    if backend_of(path) == "hopper" or path == "triton few_tokens":
         pairs = [pair for pair in pairs if pair[0] in HALF_DTYPES]
     if path == "hopper":  # factors in another dtype are packed
         pairs = [pair for pair in pairs if pair[0] == pair[1]]

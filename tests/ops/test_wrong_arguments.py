@@ -1,0 +1,50 @@
+"""Every wrong argument of an operation is refused in words, and nothing is changed."""
+
+import random
+
+import pytest
+import torch
+from wrong_arguments import adamw_step_call, delta_update_call, draw, lora_linear_call
+
+import deltadiff
+from deltadiff.errors import ArgumentError
+
+CASES = 60  # for each seed
+MAKERS = {
+    "lora_linear": lambda device, _: lora_linear_call(deltadiff.lora_linear, device),
+    "delta_update_": lambda *how: delta_update_call(deltadiff.delta_update_, *how),
+    "adamw_step_": lambda *how: adamw_step_call(deltadiff.adamw_step_, *how),
+}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*prototype:UserWarning",
+    "ignore:.*beta state:UserWarning",
+    "ignore:.*are deprecated:UserWarning",
+)
+
+
+@pytest.mark.check(short=2, long=100)
+@pytest.mark.parametrize("op", MAKERS)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_wrong_arguments_are_refused(op, device, seed, tally):
+    random_, failures = random.Random(seed), []
+    for _ in range(CASES):
+        call, name, value = draw(lambda r: MAKERS[op](device, r), random_)
+        if random_.random() < 0.5:
+            call.op(**call.arguments)  # so that its checks and launches are cached
+        tensors = call.tensors()
+        before = [t.clone() for t in tensors]
+        try:
+            call.op(**call.arguments | {name: value})
+            failures.append(f"{name} = {value!r:.80} is taken")
+        except ArgumentError as error:
+            said = str(error)
+            if not said.isprintable() or len(said) > 400:
+                failures.append(f"{name} = {value!r:.80}: {said}")
+        except Exception as error:
+            failures.append(f"{name} = {value!r:.80} raises {error!r:.120}")
+        if not all(map(torch.equal, tensors, before)):
+            failures.append(f"{name} = {value!r:.80} changed a tensor")
+    path = "cpu" if device == "cpu" else "cuda"
+    tally("mutants", f"arguments of {op}", CASES, len(failures), path)
+    assert not failures, "\n".join(failures)
