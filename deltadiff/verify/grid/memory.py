@@ -115,8 +115,8 @@ class GuardedAllocations(TorchDispatchMode):
             with self:  # PyTorch has left the mode for this call
                 return function.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
         made = function(*args, **kwargs)
-        if function not in ALLOCATIONS or not made.numel():
-            return made
+        if function not in ALLOCATIONS or not made.numel() or kwargs.get("pin_memory"):
+            return made  # pinned memory is kept for later copies, which have to find it pinned
         sizes = zip(made.shape, made.stride(), strict=True)
         inside = 1 + sum((size - 1) * stride for size, stride in sizes)
         buffer = torch.empty(inside + 2 * BORDER, dtype=made.dtype, device=made.device)
