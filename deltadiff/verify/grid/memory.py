@@ -90,10 +90,10 @@ class Memory:
         return total
 
 
-_EMPTY = torch.ops.aten
+_ATEN = torch.ops.aten
 ALLOCATIONS = {
-    _EMPTY.empty.memory_format, _EMPTY.empty_strided.default, _EMPTY.empty_like.default,
-    _EMPTY.new_empty.default, _EMPTY.new_empty_strided.default,
+    _ATEN.empty.memory_format, _ATEN.empty_strided.default, _ATEN.empty_like.default,
+    _ATEN.new_empty.default, _ATEN.new_empty_strided.default,
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ GRID: dict[str, Callable[..., Iterator[Row]]] = {
     "step_counters": step_counters_rows,
 }
 CASES = 504  # of an operation on a path, over all dtypes
+MOST_WORKERS = 16  # each takes some memory of a GPU
 NUMBERS = 1000  # the numbers of a cell's cases begin at a multiple of this
 
 
@@ -138,7 +139,7 @@ def _run_part(
 
 def _run_jobs(jobs: list, device: torch.device, seed: int, workers: int | None) -> Iterator[list]:
     """What each job finds, in the order of the jobs."""
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     if workers == 1:
         yield from (_run_part(*job, device, seed) for job in jobs)
         return
