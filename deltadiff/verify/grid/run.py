@@ -94,13 +94,14 @@ def run_grid(
     jobs, cells = [], {}
     for op in GRID if ops is None else ops:
         for group in groups_of(op):
-            if backend not in (None, backend_of(group.path)):
-                continue
-            cell = cells[group] = Cell(op, group.path, group.dtype)
-            cell.note = why_not(op, group.path, device, group.dtypes[0]) or ""
-            if not cell.note:
-                count = -(-cases // len(dtypes_of(op, group.path)))
-                jobs += [(group, part) for part in _parts(count, 10 if workers != 1 else 1)]
+            if backend in (None, backend_of(group.path)):
+                note = why_not(op, group.path, device, group.dtypes[0]) or ""
+                cells[group] = Cell(op, group.path, group.dtype, note=note)
+    here = [group for group, cell in cells.items() if not cell.note]
+    for group in here:
+        dtypes = sum((other.op, other.path) == (group.op, group.path) for other in here)
+        parts = _parts(-(-cases // dtypes), 10 if workers != 1 else 1)
+        jobs += [(group, part) for part in parts]
     for (group, part), found in zip(jobs, _run_jobs(jobs, device, seed, workers), strict=True):
         _add(cells[group], found, len(part))
     return list(cells.values())
