@@ -17,9 +17,14 @@ namespace {
 
 enum class KernelOption { wide_moments, moments_like_params };  // wide: float32
 
-// The numbers that one tensor's step needs. The bias corrections are computed in float64, as
-// PyTorch does.
+struct Chunk;
+struct Step;
+using Kernel = void (*)(const Chunk&, const Step&);
+
+// What one tensor's step needs: the kernel for the dtype of its moments, and numbers. The bias
+// corrections are computed in float64, as PyTorch does.
 struct Step {
+  Kernel update;
   float grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, inverse_correction2, eps;
   float decay, step_size;
 };
@@ -34,8 +39,6 @@ struct Chunk {
   int32_t* moved;  // null without a copy
   int64_t begin, count;
 };
-
-using Kernel = void (*)(const Chunk&, const Step&);
 
 }  // namespace
 }  // namespace deltadiff
@@ -105,13 +108,7 @@ void adamw_step_(
     return;
   }
 
-  const auto dtype = params[0].scalar_type(), moment_dtype = exp_avgs[0].scalar_type();
-  const Kernel update = best_kernel(
-      dtype, moment_dtype == at::kFloat ? KernelOption::wide_moments
-                                        : KernelOption::moments_like_params);
-  TORCH_CHECK(
-      update && (moment_dtype == dtype || moment_dtype == at::kFloat),
-      "adamw_step_: no kernel for ", dtype, " with moments in ", moment_dtype);
+  const auto dtype = params[0].scalar_type();
   const bool keep_anchors = is_set(anchor_now);
   const float scale = grad_scale ? grad_scale->item<float>() : 1.f;
 
@@ -143,6 +140,13 @@ void adamw_step_(
     TORCH_CHECK(
         grad->scalar_type() == dtype && grad->sizes() == p.sizes(),
         "adamw_step_: a gradient does not fit its parameter");
+    const auto moment_dtype = exp_avgs[i].scalar_type();
+    const Kernel update = best_kernel(
+        dtype, moment_dtype == at::kFloat ? KernelOption::wide_moments
+                                          : KernelOption::moments_like_params);
+    TORCH_CHECK(
+        update && (moment_dtype == dtype || moment_dtype == at::kFloat),
+        "adamw_step_: no kernel for ", dtype, " with moments in ", moment_dtype);
     Chunk chunk{};
     chunk.param = flat(p, p, dtype);
     chunk.exp_avg = flat(exp_avgs[i], p, moment_dtype);
@@ -159,7 +163,7 @@ void adamw_step_(
     const double step = done[i] + 1.;
     const double correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step);
     numbers.push_back({
-        scale, static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
+        update, scale, static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
         static_cast<float>(1 - beta2), static_cast<float>(1 / correction2),
         static_cast<float>(eps), static_cast<float>(1 - lr * weight_decay),
         static_cast<float>(lr / correction1)});
@@ -168,8 +172,9 @@ void adamw_step_(
   at::parallel_for(0, chunks.size(), 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Chunk& chunk = chunks[i].second;
+      const Step& step = numbers[chunks[i].first];
       if (chunk.moved) compare(chunk, item);
-      update(chunk, numbers[chunks[i].first]);
+      step.update(chunk, step);
       if (chunk.copy) copy_param(chunk, item);
     }
   });

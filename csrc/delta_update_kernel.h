@@ -6,6 +6,7 @@
 constexpr int kVectors = 2;
 constexpr int kTile = kVectors * kLanes;  // columns whose sums are held in registers...
 constexpr int kRows = kLanes == 16 ? 8 : 4;  // ...for this many rows
+constexpr int kTerms = 64;  // number of terms that are summed up alone
 constexpr int kPanel = 512;  // number of columns whose random bits are made at a time
 
 // ---- Storage of an element: `read` and `write` take its float32 value from, and put it into,
@@ -185,11 +186,20 @@ static void update(const Block& job) {
       for (int64_t column = panel; column < end; column += kTile) {
         f32v sum[kRows][kVectors] = {};
         const float* right = job.right + column * terms;
-        for (int64_t k = 0; k < terms; ++k, right += kTile) {
-          for (int v = 0; v < kVectors; ++v) {
-            const f32v factor = load<f32v>(right + v * kLanes);
-            for (int i = 0; i < kRows; ++i) sum[i][v] += left[k * kRows + i] * factor;
+        // Some terms have a sum of their own, so that a small one is not lost beside many.
+        for (int64_t start = 0; start < terms; start += kTerms) {
+          const int64_t stop = start + kTerms < terms ? start + kTerms : terms;
+          f32v part[kRows][kVectors] = {};
+          for (int64_t k = start; k < stop; ++k, right += kTile) {
+            for (int v = 0; v < kVectors; ++v) {
+              const f32v factor = load<f32v>(right + v * kLanes);
+              for (int i = 0; i < kRows; ++i) part[i][v] += left[k * kRows + i] * factor;
+            }
           }
+          for (int i = 0; i < kRows; ++i) {
+            for (int v = 0; v < kVectors; ++v) sum[i][v] += part[i][v];
+          }
+          asm volatile("" : : "r"(sum) : "memory");  // in memory: registers are for the parts
         }
         Weight* const w = (Weight*)job.weight + row * w_pitch + column * w_stride;
         Low* const low = (Low*)job.low + row * low_pitch + column * low_stride;

@@ -24,7 +24,11 @@ namespace {
 at::Tensor readable(const at::Tensor& t) {
   const bool by_rows = t.stride(1) == 1 && t.stride(0) >= t.size(1);
   const bool by_columns = t.stride(0) == 1 && t.stride(1) >= t.size(0);
-  return by_rows || by_columns ? t : t.contiguous();
+  // With AMX, oneDNN takes the gaps between rows of bfloat16 for elements, unless the rows are whole
+  // tiles of 32 (PyTorch 2.13: `x[:, :-1] @ w` is wrong).
+  const bool gaps = t.stride(0) != t.size(1) && t.size(1) % 32 != 0;
+  const bool misread = t.scalar_type() == at::kBFloat16 && gaps;
+  return (by_rows && !misread) || by_columns ? t : t.contiguous();
 }
 
 // t g, with one entry of g for each column of t, or one for all columns
@@ -35,7 +39,7 @@ at::Tensor gated(const at::Tensor& t, const OptionalTensor& gate) {
 // a @ b. A product of one row is computed transposed, as autograd does: MKL sums a single row less
 // exactly.
 at::Tensor times(const at::Tensor& a, const at::Tensor& b) {
-  return a.size(0) == 1 ? at::mm(b.t(), a.t()).t() : at::mm(a, b);
+  return a.size(0) == 1 ? at::mm(readable(b.t()), a.t()).t() : at::mm(a, b);
 }
 
 // scale * (a @ b)
@@ -99,10 +103,11 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
     const OptionalTensor& bias, double dropout, const OptionalTensor& seed, std::string_view) {
   const PlainTensors plain;
   const auto dtype = x.scalar_type();
-  const at::Tensor rows = readable(x);
-  at::Tensor y = bias ? at::addmm(*bias, rows, weight.t()) : at::mm(rows, weight.t());
-  at::Tensor S = down(rows, lora_A.to(dtype), Dropout(dropout, seed, x.size(1)));
-  y.addmm_(gated(S, gate), lora_B.to(dtype).t(), /*beta=*/1, /*alpha=*/scaling);
+  const at::Tensor rows = readable(x), W = readable(weight);
+  const at::Tensor A = readable(lora_A.to(dtype)), B = readable(lora_B.to(dtype));
+  at::Tensor y = bias ? at::addmm(*bias, rows, W.t()) : at::mm(rows, W.t());
+  at::Tensor S = down(rows, A, Dropout(dropout, seed, x.size(1)));
+  y.addmm_(gated(S, gate), B.t(), /*beta=*/1, /*alpha=*/scaling);
   return {y, S};
 }
 
@@ -116,16 +121,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
   const Dropout drops(dropout, seed, weight.size(1));
   const auto dtype = weight.scalar_type();
   const auto [need_x, need_A, need_B, need_gate] = needs;
-  const at::Tensor dy_rows = readable(dy);
+  const at::Tensor dy_rows = readable(dy), W = readable(weight);
+  const at::Tensor A = readable(lora_A.to(dtype)), B = readable(lora_B.to(dtype));
   at::Tensor dx, dA, dB, dgate, T;
-  if (need_x || need_A) T = times(dy_rows, lora_B.to(dtype));
+  if (need_x || need_A) T = times(dy_rows, B);
   if (need_x && drops) {  // the mask applies to the low-rank term alone, so that comes first
-    dx = scaled_mm(gated(T, gate), lora_A.to(dtype), scaling);
+    dx = scaled_mm(gated(T, gate), A, scaling);
     drops.drop_(dx);
-    dx.addmm_(dy_rows, weight);
+    dx.addmm_(dy_rows, W);
   } else if (need_x) {
-    dx = at::mm(dy_rows, weight);
-    dx.addmm_(gated(T, gate), lora_A.to(dtype), /*beta=*/1, /*alpha=*/scaling);
+    dx = at::mm(dy_rows, W);
+    dx.addmm_(gated(T, gate), A, /*beta=*/1, /*alpha=*/scaling);
   }
   if (need_A) dA = down_gradient(gated(T, gate), *x, scaling, drops).to(lora_A.scalar_type());
   if (need_B) {  // computed transposed, which is faster; then laid out and cast in one pass

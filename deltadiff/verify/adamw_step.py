@@ -117,7 +117,8 @@ def eager_adamw_step(call: dict, i: int) -> tuple[Tensor, Tensor, Tensor]:
     """p', m, v of `torch.optim.AdamW` in the dtype of the moments."""
     grad, m, v = call["grads"][i], call["exp_avgs"][i].clone(), call["exp_avg_sqs"][i].clone()
     param = call["params"][i].to(m.dtype, copy=True)
-    param.grad = (grad / call["grad_scale"] if "grad_scale" in call else grad).to(m.dtype)
+    scale = call["grad_scale"].view(()) if "grad_scale" in call else 1
+    param.grad = (grad / scale).to(m.dtype)
     hyper = {key: call[key] for key in ("lr", "betas", "eps", "weight_decay") if key in call}
     optimizer = torch.optim.AdamW([param], **hyper)
     optimizer.state[param] = {

@@ -38,17 +38,8 @@ def delta_update_rows(case, shapes, dtype, factor, rounding) -> Iterator[Row]:
     for i, (n, k, r) in enumerate(shapes):
         ours, old = wide_weight(call, i), wide_weight(before, i)
         factors = [before[key][i] for key in FACTORS]
-        truth = reference.delta_update_ref_(
-            old.to(torch.float64, copy=True), *(t.double() for t in factors), scale=call["scale"][i]
-        )
-        floor = None
-        if rounding == "stochastic":
-            ours, eager = ours.double(), truth + half_ulp(truth, dtype)
-            floor = torch.finfo(dtype).eps / 2
-        elif rounding == "remainder":
-            eager = eager_delta_update(old, *(t.float() for t in factors), call["scale"][i])
-        else:
-            eager = eager_delta_update(old, *factors, call["scale"][i])
+        eager, truth, floor = yardstick(old, factors, call["scale"][i], dtype, rounding)
+        ours = ours.to(eager.dtype)
         shape = f"{n}x{k} r={r}"
         yield case.close(f"{rounding}: W", [ours], [eager], [truth], floor=floor, shape=shape)
 
@@ -124,6 +115,23 @@ def wide_weight(call: dict, i: int) -> Tensor:
 def written(call: dict) -> list[Tensor]:
     """The tensors that the operation writes."""
     return call["weight"] + (call["remainder"] or [])
+
+
+def yardstick(
+    old: Tensor, factors: list[Tensor], scale: float, dtype: torch.dtype, rounding: str
+) -> tuple[Tensor, Tensor, float | None]:
+    """(eager PyTorch's W, the truth, the floor of the error) after an update of ``old``.
+
+    ``old`` is W, or the float32 value that W, in ``dtype``, and its remainder hold together.
+    """
+    truth = reference.delta_update_ref_(
+        old.to(torch.float64, copy=True), *(t.double() for t in factors), scale=scale
+    )
+    if rounding == "stochastic":
+        return truth + half_ulp(truth, dtype), truth, torch.finfo(dtype).eps / 2
+    if rounding == "remainder":
+        factors = [t.float() for t in factors]
+    return eager_delta_update(old, *factors, scale), truth, None
 
 
 def eager_delta_update(weight, lora_A, lora_B, delta_A, delta_B, scale) -> Tensor:
