@@ -1,0 +1,93 @@
+"""Sharded tensors in an optimizer: the part that this process holds, and what it needs of others.
+
+FSDP2 (`fully_shard`) shards W (out, in) and lora_B (out, r) by their rows, and lora_A (r, in) by
+its rank. AdamW needs no more than the local parts. The update of the local rows of W,
+
+    W += lambda s (dB A' + B dA)
+
+needs the whole A' and dA, and no part of W, B or dB that others hold. `WholePairs` gathers A' and
+dA of all layers at once: 2 r in numbers for a layer, in one collective a step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checks import wide_dtype
+from ..errors import ArgumentTypeError
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor, of which this process holds a part."""
+    return hasattr(t, "device_mesh")
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of ``t`` that this process holds, in the same memory; all of it, if not sharded."""
+    return t._local_tensor if is_sharded(t) else t  # type: ignore[attr-defined]
+
+
+def check_shards(name: str, t: Tensor) -> None:
+    """Raise ArgumentTypeError where a sharded tensor is not one that `fully_shard` makes.
+
+    Such a tensor is split by rows over one dimension of the mesh, and equal along the others.
+    """
+    if not is_sharded(t):
+        return
+    by_rows = [p.is_shard(0) and type(p).__name__ == "Shard" for p in t.placements]
+    whole = [p.is_replicate() for p in t.placements]
+    if sum(by_rows) != 1 or not all(map(max, by_rows, whole)):
+        given = f"a DTensor with placements {tuple(map(str, t.placements))}"
+        accepted = "whole tensors, or tensors that `fully_shard` splits by their rows"
+        raise ArgumentTypeError(name, given, accepted)
+
+
+class WholePairs:
+    """The whole A' and dA of sharded pairs, in memory that stays where it is.
+
+    Args:
+        As: lora_A of each layer, (r, in), sharded by its rank over one and the same mesh.
+        deltas: the local rows of A' - A of each, in the dtype that A is summed in.
+
+    Attributes:
+        A, delta_A: (r, in) of each layer, in the dtypes of ``As`` and ``deltas``; as of the last
+            call.
+    """
+
+    def __init__(self, As: Sequence[Tensor], deltas: Sequence[Tensor]):
+        first = As[0]
+        dim = next(i for i, p in enumerate(first.placements) if p.is_shard())
+        self._size = first.device_mesh.size(dim)
+        self._group = first.device_mesh.get_group(dim)
+        wide, device = wide_dtype(first.dtype), deltas[0].device
+        self._sources = [t for a, delta in zip(As, deltas, strict=True) for t in (local(a), delta)]
+        # Every process sends as many rows as the first one has, which may be more than it has.
+        rows = [-(-a.shape[0] // self._size) for a in As]
+        sizes = [2 * n * a.shape[1] for n, a in zip(rows, As, strict=True)]
+        self._mine = torch.zeros(sum(sizes), dtype=wide, device=device)
+        self._all = self._mine.new_empty(self._size, sum(sizes))
+        self._slots: list[Tensor] = []
+        for part, n, a, delta in zip(self._mine.split(sizes), rows, As, deltas, strict=True):
+            self._slots += part.view(2, n, a.shape[1])[:, : len(delta)].unbind()
+        self.A = [torch.empty(a.shape, dtype=a.dtype, device=device) for a in As]
+        self.delta_A = [torch.zeros_like(a, dtype=wide) for a in self.A]
+        self._wholes: list[Tensor] = []  # where each row comes from, and where it goes
+        self._parts: list[Tensor] = []
+        for received, n, a, delta in zip(
+            self._all.split(sizes, dim=1), rows, self.A, self.delta_A, strict=True
+        ):
+            for i, sent in enumerate(received):
+                first_row, pair = i * n, sent.view(2, n, a.shape[1])
+                count = max(0, min(n, a.shape[0] - first_row))
+                if count:
+                    self._parts += pair[:, :count].unbind()
+                    self._wholes += [t[first_row : first_row + count] for t in (a, delta)]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Gather A' and dA as they are now."""
+        torch._foreach_copy_(self._slots, self._sources)
+        dist.all_gather_into_tensor(self._all.view(-1), self._mine, group=self._group)
+        torch._foreach_copy_(self._wholes, self._parts)
