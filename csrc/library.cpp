@@ -36,7 +36,8 @@ void delta_update_meta_(
 void adamw_step_meta_(
     at::TensorList, const OptionalTensorList&, at::TensorList, at::TensorList, const at::Tensor&,
     double, double, double, double, double, const OptionalTensorList&, const OptionalTensorList&,
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&) {}
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensorList&,
+    const OptionalTensor&) {}
 
 }  // namespace
 
@@ -76,7 +77,7 @@ TORCH_LIBRARY(deltadiff, m) {
       "adamw_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor steps, float lr, float beta1, float beta2, float eps, "
       "float weight_decay, Tensor(d!)?[] deltas, Tensor(e!)?[] anchors, Tensor? anchor_now, "
-      "Tensor? grad_scale, Tensor? found_inf) -> ()");
+      "Tensor? grad_scale, Tensor? found_inf, Tensor(f!)?[] copies, Tensor(g!)? moved) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(deltadiff, CPU, m) {

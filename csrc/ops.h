@@ -65,7 +65,8 @@ void adamw_step_(
     at::TensorList exp_avg_sqs, const at::Tensor& steps, double lr, double beta1, double beta2,
     double eps, double weight_decay, const OptionalTensorList& deltas,
     const OptionalTensorList& anchors, const OptionalTensor& anchor_now,
-    const OptionalTensor& grad_scale, const OptionalTensor& found_inf);
+    const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+    const OptionalTensorList& copies, const OptionalTensor& moved);
 
 // Turns autocast and autograd off inside an operation: its caller has chosen the dtypes and
 // computes the gradients.

@@ -42,6 +42,10 @@ COMMANDS = {
         "Fine-tune with several methods and seeds, and put them side by side.",
     ),
     "bench": ("bench.command", "Time a layer, the optimizer step or a model, beside peers."),
+    "theory": (
+        "diffora.theory.command",
+        "Measure DiffoRA's theorems 1 and 2 on a small network, in a minute on a CPU.",
+    ),
     "tune": (
         "tuning.command",
         "Find faster launch configurations on this GPU and keep them.",

@@ -19,9 +19,11 @@ from .runtime.gpu import on_device
 from .runtime.launch_cache import LaunchCache
 from .runtime.multi_tensor import device_numbers, find_row
 
-# A row of the table: the addresses of p, m, v, delta and anchor, 0 for none; the number of
-# elements; the position in ``grads`` and ``steps``.
-P, EXP_AVG, EXP_AVG_SQ, DELTA, ANCHOR, NUMEL, INDEX, COLUMNS = (tl.constexpr(i) for i in range(8))
+# A row of the table: the addresses of p, m, v, delta, anchor and copy, 0 for none; the number of
+# elements; the position in ``grads``, ``steps`` and ``moved``.
+P, EXP_AVG, EXP_AVG_SQ, DELTA, ANCHOR, COPY, NUMEL, INDEX, COLUMNS = (
+    tl.constexpr(i) for i in range(9)
+)
 
 
 # The entries of the options, a float64 vector on the device.
@@ -39,14 +41,14 @@ def _vector(row, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr
 
 _POINTERS = (
     "table_ptr", "grads_ptr", "steps_ptr", "lr_ptr", "options_ptr", "anchor_now_ptr",
-    "grad_scale_ptr", "found_inf_ptr",
+    "grad_scale_ptr", "found_inf_ptr", "moved_ptr",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=_POINTERS)
 def _adamw_step_kernel(
     table_ptr, n, grads_ptr, steps_ptr, lr_ptr, options_ptr,
-    anchor_now_ptr, grad_scale_ptr, found_inf_ptr,
+    anchor_now_ptr, grad_scale_ptr, found_inf_ptr, moved_ptr,
     aligned: tl.constexpr, p_dtype: tl.constexpr, moment_dtype: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +78,13 @@ def _adamw_step_kernel(
     if anchor_now_ptr is not None:
         anchored = (tl.load(row + ANCHOR) != 0) & (tl.load(anchor_now_ptr) != 0)
         tl.store(_vector(row, ANCHOR, p_dtype, aligned) + offs, old, mask=mask & anchored)
+    mask_copy = mask & (tl.load(row + COPY) != 0)
+    copy_ptrs = _vector(row, COPY, p_dtype, aligned) + offs
+    if moved_ptr is not None:
+        known = tl.load(copy_ptrs, mask=mask_copy, other=0.0)
+        differs = mask_copy & (old != known) & (old == old)
+        # All programs that find a difference store the same number.
+        tl.store(moved_ptr + index, 1, mask=tl.max(differs.to(tl.int32), 0) != 0)
     grad = tl.load(grads_ptr + index)
     if grad == 0:
         tl.store(delta_ptrs, tl.zeros((BLOCK_SIZE,), tl.float32), mask=mask_delta)
@@ -111,6 +120,7 @@ def _adamw_step_kernel(
     tl.store(m_ptrs, m.to(moment_dtype), mask=mask)
     tl.store(v_ptrs, v.to(moment_dtype), mask=mask)
     tl.store(delta_ptrs, new.to(tl.float32) - p, mask=mask_delta)
+    tl.store(copy_ptrs, new, mask=mask_copy)
 
 
 BLOCK_SIZE = 1024
@@ -120,21 +130,22 @@ class AdamWStep:
     """The prepared step of tensors whose addresses do not change.
 
     Args:
-        params, exp_avgs, exp_avg_sqs, deltas, anchors: as for `deltadiff.adamw_step_`. All moments
-            have one dtype.
-        positions: the places of the tensors in ``grads`` and ``steps``; None for 0, 1, ...
+        params, exp_avgs, exp_avg_sqs, deltas, anchors, copies: as for `deltadiff.adamw_step_`. All
+            moments have one dtype.
+        positions: the places of the tensors in ``grads``, ``steps`` and ``moved``; None for 0, 1,
+            ...
 
     Raises:
         ValueError: a tensor is not contiguous.
     """
 
-    def __init__(self, params, exp_avgs, exp_avg_sqs, deltas, anchors, positions=None):
+    def __init__(self, params, exp_avgs, exp_avg_sqs, deltas, anchors, copies, positions=None):
         self.device, self.aligned = params[0].device, True
         self.dtypes = triton_dtype(params[0].dtype), triton_dtype(exp_avgs[0].dtype)
         self.rows, self.blocks = len(params), 0
         positions = range(len(params)) if positions is None else positions
         rows, first_blocks = [], []
-        vectors = zip(params, exp_avgs, exp_avg_sqs, deltas, anchors, strict=True)
+        vectors = zip(params, exp_avgs, exp_avg_sqs, deltas, anchors, copies, strict=True)
         for position, ts in zip(positions, vectors, strict=True):
             if not all(t is None or t.is_contiguous() for t in ts):
                 raise ValueError("adamw_step_: got a tensor that is not contiguous")
@@ -160,7 +171,7 @@ class AdamWStep:
         copy_async(torch.tensor(numbers, dtype=torch.float64), self.options)
         self.lr = lr if given else self.options[LR.value :]
 
-    def __call__(self, grads, aligned, steps, anchor_now, grad_scale, found_inf) -> None:
+    def __call__(self, grads, aligned, steps, anchor_now, grad_scale, found_inf, moved) -> None:
         """Do one step, with the options that were set last.
 
         Args:
@@ -169,19 +180,20 @@ class AdamWStep:
             aligned: whether these addresses are multiples of 16.
             steps: float32, the number of steps done, which is not changed.
             anchor_now, grad_scale, found_inf: one number each on the device, or None.
+            moved: int32, as for `deltadiff.adamw_step_`, or None.
         """
         if not self.blocks:
             return
         aligned = aligned and self.aligned
         key = (
             aligned, self.dtypes, self.lr.dtype, anchor_now is None or anchor_now.dtype,
-            grad_scale is None, found_inf is None,
+            grad_scale is None, found_inf is None, moved is None,
         )  # fmt: skip
         with on_device(self.device):
             launch_cached(
                 _adamw_step_kernel, (self.blocks,), key,
                 self.table, self.rows, grads, steps, self.lr, self.options,
-                anchor_now, grad_scale, found_inf, aligned, *self.dtypes, BLOCK_SIZE,
+                anchor_now, grad_scale, found_inf, moved, aligned, *self.dtypes, BLOCK_SIZE,
                 num_warps=8,
                 enable_fp_fusion=False,  # otherwise ``aligned`` decides which products fuse
             )  # fmt: skip
@@ -192,7 +204,7 @@ _prepared = LaunchCache()
 
 def adamw_step_(
     params, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
-    deltas, anchors, anchor_now, grad_scale, found_inf, key=None,
+    deltas, anchors, anchor_now, grad_scale, found_inf, copies, moved, key=None,
 ):  # fmt: skip
     """Do one step in place for every tensor that has a gradient; ``steps`` are not changed.
 
@@ -211,7 +223,7 @@ def adamw_step_(
 
     def prepare() -> list[AdamWStep]:
         """One launch for each dtype of moments; usually there is only one."""
-        found, tensors = [], (params, exp_avgs, exp_avg_sqs, deltas, anchors)
+        found, tensors = [], (params, exp_avgs, exp_avg_sqs, deltas, anchors, copies)
         for dtype in dict.fromkeys(m.dtype for m in exp_avgs):
             mine = [i for i, m in enumerate(exp_avgs) if m.dtype == dtype]
             found.append(AdamWStep(*([ts[i] for i in mine] for ts in tensors), mine))
@@ -219,4 +231,4 @@ def adamw_step_(
 
     for step in _prepared.get(key, prepare):
         step.set_options(lr, beta1, beta2, eps, weight_decay)
-        step(column, aligned, steps, anchor_now, grad_scale, found_inf)
+        step(column, aligned, steps, anchor_now, grad_scale, found_inf, moved)

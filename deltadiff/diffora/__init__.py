@@ -14,6 +14,7 @@ from .bilevel import Search
 from .candidates import Candidates, find_candidates
 from .data_split import Split, split
 from .gates import GateMatrix, Selection, random_selection
+from .gram import compare_grams, gram
 from .rounds import search
 from .sharing import apply_, selection_of
 
@@ -24,7 +25,9 @@ __all__ = [
     "Selection",
     "Split",
     "apply_",
+    "compare_grams",
     "find_candidates",
+    "gram",
     "random_selection",
     "search",
     "selection_of",

@@ -22,7 +22,7 @@ def weight_update(model: nn.Module, original: nn.Module) -> dict | None:
         if delta is None or not delta.in_weight or not delta.started():
             continue
         products = [p for p in delta.past_updates or () if p.in_weight]
-        products.append(delta.product(layer.lora_A, layer.lora_B))
+        products.append(delta.product())
         d = sum(p.B.float() @ p.A.float() for p in products).double().cpu()
         w_0 = original.get_submodule(name).weight.double()
         w_0 = w_0.T if layer.transposed else w_0

@@ -8,18 +8,23 @@ without it means that there is none.
 import torch
 from torch import Tensor
 
+from ..checks import HALF_DTYPES, wide_dtype
 from ..errors import SwapError
+from ..ops.reference import join_remainder, split_remainder
 from .lora_layers import LoraLayer
 from .pending_delta import LowRankFactors, PendingDelta
 
 
-def delta_to_state(delta: PendingDelta, prefix: str) -> dict[str, Tensor]:
+def delta_to_state(
+    delta: PendingDelta, prefix: str, lora_A: Tensor, lora_B: Tensor
+) -> dict[str, Tensor]:
     """The tensors that `take_saved_delta` reads, by name; none shares memory with another.
 
     ``numbers`` holds lambda, the scaling, whether W holds the update, the number of past updates
-    (-1: too many to keep), and for each of these whether W holds it.
+    (-1: too many to keep), and for each of these whether W holds it. ``last_A`` and ``last_B`` are
+    there where the pair is another than the last step left; reads from the device.
     """
-    past = delta.past_updates
+    past = delta.past_updates if delta.known() else None
     count = -1 if past is None else len(past)
     numbers = [delta.update_ratio, delta.scaling, delta.in_weight, count]
     numbers += [p.in_weight for p in past or ()]
@@ -28,13 +33,20 @@ def delta_to_state(delta: PendingDelta, prefix: str) -> dict[str, Tensor]:
         "rank_scale": delta.rank_scale.clone(),
         "numbers": torch.tensor(numbers, dtype=torch.float64),
     }  # fmt: skip
+    if delta.moved(lora_A, lora_B):
+        state |= {"last_A": delta.last_A, "last_B": delta.last_B}
     for i, p in enumerate(past or ()):
         state |= {f"past_A.{i}": p.A, f"past_B.{i}": p.B}
     return {f"{prefix}{name}": t for name, t in state.items()}
 
 
-def take_saved_delta(state: dict[str, Tensor], prefix: str) -> PendingDelta | None:
-    """The delta that `delta_to_state` wrote, removed from ``state``; None for none."""
+def take_saved_delta(
+    state: dict[str, Tensor], prefix: str, lora_A: Tensor | None, lora_B: Tensor | None
+) -> PendingDelta | None:
+    """The delta that `delta_to_state` wrote, removed from ``state``; None for none.
+
+    ``lora_A``, ``lora_B``: the pair as it was saved; None in a part of a state.
+    """
     found = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
     if not found:
         return None
@@ -43,8 +55,11 @@ def take_saved_delta(state: dict[str, Tensor], prefix: str) -> PendingDelta | No
         LowRankFactors(found[f"past_B.{i}"], found[f"past_A.{i}"], bool(written))
         for i, written in enumerate(past_in_weight)
     ]
+    anchors = found["anchor_A"], found["anchor_B"]
+    pair = [anchor if p is None else p for p, anchor in zip((lora_A, lora_B), anchors, strict=True)]
+    last = found.get("last_A", pair[0]), found.get("last_B", pair[1])
     return PendingDelta(
-        found["anchor_A"].clone(), found["anchor_B"].clone(), ratio, scaling,
+        *(t.detach().clone() for t in (*anchors, *last)), ratio, scaling,
         found["rank_scale"].clone(), bool(in_weight), past_updates=None if count < 0 else past,
     )  # fmt: skip
 
@@ -68,19 +83,24 @@ def load_delta(
     if own is None:
         layer.delta = saved
         if saved is not None:
-            follow_module(saved, layer.lora_A)
+            follow_module(saved, layer.lora_A, layer.lora_B)
         return
     check_loadable(own, saved)
     same = saved is not None and saved.started() == own.started()
     if saved is not None and same and (saved.factor() == own.factor() or not own.started()):
         anchors, own.past_updates = (saved.anchor_A, saved.anchor_B), saved.past_updates
+        last = saved.last_A, saved.last_B
     else:
-        anchors, own.past_updates = (lora_A, lora_B), [] if saved is None else saved.past_updates
+        anchors = last = lora_A, lora_B
+        own.past_updates = [] if saved is None else saved.past_updates
         if saved is not None and saved.started() and own.past_updates is not None:
-            own.past_updates.append(saved.product(lora_A, lora_B))
+            own.past_updates.append(saved.product())
     own.anchor_A.copy_(anchors[0])
     own.anchor_B.copy_(anchors[1])
-    follow_module(own, layer.lora_A)
+    own.set_last(*last)
+    for flag in own.unseen:
+        flag.zero_()
+    follow_module(own, layer.lora_A, layer.lora_B)
 
 
 def check_loadable(own: PendingDelta | None, saved: PendingDelta | None) -> None:
@@ -92,17 +112,49 @@ def check_loadable(own: PendingDelta | None, saved: PendingDelta | None) -> None
         raise SwapError("state_dict", given, "DeltaLoRA(w_update='factored'), or no optimizer yet")
 
 
-def follow_module(delta: PendingDelta, lora_A: Tensor) -> None:
-    """Move the tensors of a delta to the device of the pair; the anchors get its dtype too.
+@torch.no_grad()
+def follow_module(delta: PendingDelta, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Move the tensors of a delta to the device of the pair; anchors and copies get its dtype too.
 
-    Their identity stays, because an optimizer may hold them.
+    Their identity stays, because an optimizer may hold them. The update stays what it was: where
+    the dtype cannot hold the factors, it becomes a past one, and the rounded pair goes on.
     """
-    device = lora_A.device
-    for anchor in (delta.anchor_A, delta.anchor_B):
-        if anchor.device != device or anchor.dtype != lora_A.dtype:
-            anchor.data = anchor.data.to(device, lora_A.dtype)
-    delta.rank_scale = delta.rank_scale.to(device)
+    device, dtype = lora_A.device, lora_A.dtype
+    factors = delta.anchor_A, delta.anchor_B, delta.last_A, delta.last_B
+    rounds = any(not _fits(t, dtype) for t in factors) and delta.started()
+    pending = delta.product() if rounds else None
+    for t in factors:
+        if t.device != device or t.dtype != dtype:
+            t.data = t.data.to(device, dtype)
+    if pending is not None and delta.past_updates is not None:
+        delta.past_updates.append(pending)
+        delta.anchor_A.copy_(lora_A)
+        delta.anchor_B.copy_(lora_B)
+        delta.take_pair(lora_A, lora_B)
+    delta.rank_scale = delta.rank_scale.to(device, wide_dtype(dtype))
     if delta.remainder is not None and delta.remainder.device != device:
         delta.remainder.data = delta.remainder.data.to(device)
     for p in delta.past_updates or ():
         p.A, p.B = p.A.to(device), p.B.to(device)
+
+
+@torch.no_grad()
+def follow_weight(delta: PendingDelta, before: Tensor, matrix: Tensor) -> None:
+    """Give a W that was converted to another dtype what its remainder held.
+
+    ``before``, ``matrix``: W as it was, and as it is now.
+    """
+    low = delta.remainder
+    if low is None or before.dtype == matrix.dtype or matrix.is_meta:
+        return
+    wide = join_remainder(before, low.to(before.device)).to(matrix.device)
+    if matrix.dtype in HALF_DTYPES:
+        wide, low.data = split_remainder(wide, matrix.dtype)
+    else:
+        delta.remainder = None
+    matrix.copy_(wide)
+
+
+def _fits(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds the values of a tensor."""
+    return t.is_meta or t.dtype == dtype or torch.equal(t.to(dtype).to(t.dtype), t)

@@ -7,8 +7,15 @@ from torch import Tensor, nn
 from ..errors import SwapError
 from ..ops.dispatch import Dispatch, choose_path
 from .base_format import base_format
-from .delta_state import check_loadable, delta_to_state, follow_module, load_delta, take_saved_delta
-from .layer_state import LayerState
+from .delta_state import (
+    check_loadable,
+    delta_to_state,
+    follow_module,
+    follow_weight,
+    load_delta,
+    take_saved_delta,
+)
+from .layer_state import PAIR, LayerState
 from .linear import is_conv1d, linear_shape
 from .lora_layers import HoldsPairs, LoraLayer, Place, swapped_layers
 from .pending_delta import PendingDelta
@@ -164,23 +171,26 @@ class LoraLinear(HoldsPairs, LayerState):
     # ---------------------------------------------------------- moves, and the layer's state
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LoraLinear":
+        before = self.matrix.detach()
         super()._apply(fn, recurse)
         if self.delta is not None:
-            follow_module(self.delta, self.lora_A)
+            follow_weight(self.delta, before, self.matrix)
+            follow_module(self.delta, self.lora_A, self.lora_B)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.delta is not None:
-            destination |= delta_to_state(self.delta, f"{prefix}delta.")
+            destination |= delta_to_state(self.delta, f"{prefix}delta.", *self.adapter[:2])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        saved = take_saved_delta(state_dict, f"{prefix}delta.")
+        pair = (state_dict.get(f"{prefix}{name}") for name in PAIR)
+        saved = take_saved_delta(state_dict, f"{prefix}delta.", *pair)
         check_loadable(self.delta, saved)
         remainder = None if self.delta is None else self.delta.remainder
         before = None if remainder is None else self.matrix.detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if f"{prefix}lora_A" not in state_dict or f"{prefix}lora_B" not in state_dict:
+        if any(f"{prefix}{name}" not in state_dict for name in PAIR):
             return  # a part of a state, which says nothing of the update
         load_delta(self, saved, self.lora_A, self.lora_B)
         if remainder is not None and before is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import ArgumentTypeError, SwapError
 from .lora_layers import LoraLayer
 from .merge import branch_products
-from .pending_delta import LowRankFactors
+from .pending_delta import LowRankFactors, PendingDelta
 
 
 def low_rank_sum(name: str, pairs: Sequence[LoraLayer]) -> tuple[Tensor, Tensor]:
@@ -48,13 +48,24 @@ def _products(name: str, pair: LoraLayer) -> list[LowRankFactors]:
     """What the forward pass adds to W, and what W holds of the updates by now."""
     delta, products = pair.delta, branch_products(pair)
     if delta is not None:
-        if delta.past_updates is None:
-            given = "an update of W under too many values of update_ratio to be kept as factors"
-            raise SwapError(name, given, "`merge_`, then save the whole model")
-        products += [p for p in delta.past_updates if p.in_weight]
+        check_known(name, delta)
+        products += [p for p in delta.past_updates or () if p.in_weight]
         if delta.in_weight and delta.started():
-            products.append(delta.product(pair.lora_A, pair.lora_B))
+            products.append(delta.product())
     return products
+
+
+def check_known(name: str, delta: PendingDelta) -> None:
+    """Raise SwapError where the update of a layer cannot be told as factors."""
+    if delta.known():
+        return
+    given = "an update of W by too many values of update_ratio to be kept as factors"
+    if delta.past_updates is not None:
+        given = "a pair that was written through .data, or between replays of a captured step"
+    accepted = "`merge_`, then save the whole model"
+    if not delta.in_weight:
+        accepted = "states of model and optimizer from before, loaded into both"
+    raise SwapError(name, given, accepted)
 
 
 def whole_on_cpu(name: str, t: Tensor) -> Tensor:

@@ -106,5 +106,5 @@ def branch_products(layer: LoraLayer) -> list[LowRankFactors]:
     b = b if layer.gate is None else b * widen(layer.gate)
     products = [LowRankFactors(b, widen(layer.lora_A), in_weight=False)]
     if layer.delta is not None:
-        products += layer.delta.unwritten(layer.lora_A, layer.lora_B)
+        products += layer.delta.unwritten()
     return products

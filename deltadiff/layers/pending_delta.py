@@ -9,15 +9,23 @@ hold the update in two ways: inside W ("inplace"), or as a product of rank 2r th
 adds while W is never written ("factored"):
 
     y = x W_0^T + s [(1 + lambda) B, -lambda B_k] [A; A_k] x
+
+A_T, B_T are the factors after the last step. The layer's own may be others since then: a model's
+state was loaded, an average was swapped in, another optimizer trained them. Only steps update W, so
+the update keeps copies of A_T and B_T. Where the pair is not equal to them, the forward pass adds
+the update beside it at rank 3r. The next step ends it as a past update, and begins one from there.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import wide_dtype
+from ..kernels.runtime.gpu import is_capturing
+
+MAX_PAST_UPDATES = 8  # how many past updates are kept as factors
 
 
 @dataclass
@@ -34,12 +42,25 @@ class LowRankFactors:
     in_weight: bool
 
 
+class Stamp(NamedTuple):
+    """What tells at no cost whether a pair is still equal to the copies of it.
+
+    A step writes both, so the distance of their version counters stays. Other writes change it.
+    """
+
+    writes_A: int
+    writes_B: int
+    address_A: int
+    address_B: int
+
+
 @dataclass
 class PendingDelta:
-    """W_T - W_0 as low-rank factors: lambda s (B A - B_k A_k), plus the past updates.
+    """W_T - W_0 as low-rank factors: lambda s (B_T A_T - B_k A_k), plus the past updates.
 
     Attributes:
         anchor_A, anchor_B: A_k and B_k, of the shapes and dtype of lora_A and lora_B.
+        last_A, last_B: A_T and B_T, copies of lora_A and lora_B as the last step left them.
         update_ratio: lambda.
         scaling: s, as it was when this update began. The layer's own may change later, for instance
             by PEFT's ``set_scale``, and scales the pair alone.
@@ -47,18 +68,29 @@ class PendingDelta:
             have started, before that 1 and 0. A tensor, so that starting needs no host read.
         in_weight: True where W holds the update, False where the forward pass adds it.
         remainder: what a 16-bit W could not hold, for rounding="remainder".
-        past_updates: the updates under earlier values of lambda and in earlier runs; None once
-            there were too many of them to keep.
+        past_updates: the updates under earlier values of lambda, by earlier pairs and in earlier
+            runs; None once there were too many of them to keep.
+        unseen: numbers on the device, not 0 once A or B were written where only a kernel could see
+            it, so that the update is not known any more; see `known`.
     """
 
     anchor_A: Tensor
     anchor_B: Tensor
+    last_A: Tensor
+    last_B: Tensor
     update_ratio: float
     scaling: float
     rank_scale: Tensor
     in_weight: bool
     remainder: Tensor | None = None
     past_updates: list[LowRankFactors] | None = field(default_factory=list)
+    unseen: tuple[Tensor, ...] = ()
+    _equal_at: Stamp | None = field(default=None, repr=False)  # the pair was equal to the copies
+    _moved_at: Stamp | None = field(default=None, repr=False)  # it was not
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle: stamps are of the very tensors that stay behind."""
+        return {**self.__dict__, "_equal_at": None, "_moved_at": None}
 
     @staticmethod
     def make_rank_scale(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:
@@ -80,31 +112,93 @@ class PendingDelta:
         """lambda s, the factor of the difference of products."""
         return self.update_ratio * self.scaling
 
-    def product(self, lora_A: Tensor, lora_B: Tensor) -> LowRankFactors:
-        """lambda s (B A - B_k A_k) as two factors of rank 2r, float32 (float64 stays)."""
+    def product(self) -> LowRankFactors:
+        """lambda s (B_T A_T - B_k A_k) as two factors of rank 2r, float32 (float64 stays)."""
         wide, c = self.rank_scale.dtype, self.factor()
-        b = torch.cat([c * lora_B.detach().to(wide), -c * self.anchor_B.to(wide)], dim=1)
-        a = torch.cat([lora_A.detach().to(wide), self.anchor_A.to(wide)])
+        b = torch.cat([c * self.last_B.to(wide), -c * self.anchor_B.to(wide)], dim=1)
+        a = torch.cat([self.last_A.to(wide), self.anchor_A.to(wide)])
         return LowRankFactors(b, a, self.in_weight)
 
-    def unwritten(self, lora_A: Tensor, lora_B: Tensor) -> list[LowRankFactors]:
+    def known(self) -> bool:
+        """Whether the update is known as factors; reads from the device."""
+        return self.past_updates is not None and not any(map(bool, self.unseen))
+
+    def unwritten(self) -> list[LowRankFactors]:
         """What the forward pass adds to W of the update, as factors; reads from the device."""
         found = [p for p in self.past_updates or () if not p.in_weight]
         if not self.in_weight and self.started():
-            found.append(self.product(lora_A, lora_B))
+            found.append(self.product())
         return found
+
+    # ------------------------------------------------------------- a pair that moved
+
+    @torch.no_grad()
+    def set_last(self, last_A: Tensor, last_B: Tensor) -> None:
+        """Set A_T and B_T; the pair may be another one."""
+        self.last_A.copy_(last_A)
+        self.last_B.copy_(last_B)
+        self._equal_at = self._moved_at = None
+
+    def take_pair(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Make the pair as it is now the one after the last step; the anchors stay."""
+        self.set_last(lora_A, lora_B)
+        self._equal_at = self._stamp(lora_A, lora_B)
+
+    def moved(self, lora_A: Tensor, lora_B: Tensor) -> bool:
+        """Whether the pair is another than the last step left.
+
+        The device is asked only where something else wrote the pair. What is written through
+        ``.data`` is not noticed here.
+        """
+        try:
+            stamp = self._stamp(lora_A, lora_B)
+        except RuntimeError:  # `torch.func` calls the model with tensors that have no memory
+            return True
+        if stamp == self._equal_at:
+            return False
+        if stamp == self._moved_at or is_capturing(lora_A.device):
+            return True
+        a, b = lora_A.detach(), lora_B.detach()
+        same = _equal(a, self.last_A) and _equal(b, self.last_B)
+        self._equal_at, self._moved_at = (stamp, None) if same else (None, stamp)
+        return not same
+
+    def _stamp(self, lora_A: Tensor, lora_B: Tensor) -> Stamp:
+        pairs = (lora_A, self.last_A), (lora_B, self.last_B)
+        writes = [0 if p.is_inference() else p._version - c._version for p, c in pairs]
+        return Stamp(*writes, lora_A.data_ptr(), lora_B.data_ptr())
+
+    @torch.no_grad()
+    def end_update(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Keep the update so far as a past one; from now on it goes on from another pair.
+
+        Reads from the device.
+        """
+        if not self.known():
+            self.past_updates = None
+            for flag in self.unseen:
+                flag.zero_()
+        elif self.past_updates is not None and self.started():
+            self.past_updates.append(self.product())
+            if self.in_weight and len(self.past_updates) > MAX_PAST_UPDATES:
+                self.past_updates = None  # too many to save; W itself has them
+        self.anchor_A.copy_(lora_A)
+        self.anchor_B.copy_(lora_B)
+        self.take_pair(lora_A, lora_B)
+
+    # ----------------------------------------------------------------- the forward pass
 
     def changes_model(self) -> bool:
         """Whether the model is another than its base and its pairs; reads from the device."""
         return self.started() or self.past_updates is None or bool(self.past_updates)
 
-    def added(self, lora_A: Tensor, lora_B: Tensor) -> list[LowRankFactors]:
+    def added(self) -> list[LowRankFactors]:
         """As `unwritten`, without a read from the device: zero before the updates have started."""
-        wide, r = self.rank_scale.dtype, lora_A.shape[0]
+        wide, r = self.rank_scale.dtype, self.last_A.shape[0]
         factor = self.rank_scale.clone()
         factor[:r] -= 1
-        b = torch.cat([lora_B, self.anchor_B], dim=1).to(wide) * (factor * self.scaling)
-        a = torch.cat([lora_A, self.anchor_A]).to(wide)
+        b = torch.cat([self.last_B, self.anchor_B], dim=1).to(wide) * (factor * self.scaling)
+        a = torch.cat([self.last_A, self.anchor_A]).to(wide)
         past = [p for p in self.past_updates or () if not p.in_weight]
         return [*past, LowRankFactors(b, a, in_weight=False)]
 
@@ -113,9 +207,12 @@ class PendingDelta:
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         """(A, B, gate, scaling) of the one low-rank product that the forward pass needs.
 
-        ``scaling``: s of the pair now. Where it is that of the update too, the rank is the least.
+        ``scaling``: s of the pair now. Where it is that of the update too, and the pair is as the
+        last step left it, the rank is the least. A compiled model takes it that the pair is.
         """
         if isinstance(scaling, Tensor) or scaling != self.scaling or scaling == 0:
+            return self._stack_apart(lora_A, lora_B, scaling)
+        if not torch.compiler.is_compiling() and self.moved(lora_A, lora_B):
             return self._stack_apart(lora_A, lora_B, scaling)
         a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.rank_scale)
         scale = self.rank_scale
@@ -132,13 +229,17 @@ class PendingDelta:
         """As `stack`: the pair with its own scale, and the update, a constant, beside it."""
         r, wide = lora_A.shape[0], self.rank_scale
         past = [p for p in self.past_updates or () if not p.in_weight]
-        constant = lora_A.detach(), self.anchor_A, *(p.A.to(lora_A.dtype) for p in past)
+        constant = self.last_A, self.anchor_A, *(p.A.to(lora_A.dtype) for p in past)
         a = torch.cat([lora_A, *constant])
-        constant = lora_B.detach(), self.anchor_B, *(p.B.to(lora_B.dtype) for p in past)
+        constant = self.last_B, self.anchor_B, *(p.B.to(lora_B.dtype) for p in past)
         b = torch.cat([lora_B, *constant], dim=1)
         factors = self.scaling * (wide[:r] - 1), self.scaling * wide[r:]
         ones = wide.new_ones(a.shape[0] - 3 * r)
         return a, b, torch.cat([scaling * wide.new_ones(r), *factors, ones]), 1.0
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.is_meta or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
 
 
 class _Stack(torch.autograd.Function):

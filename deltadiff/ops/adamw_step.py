@@ -43,6 +43,8 @@ def check_adamw_step(
     anchor_now: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    copies: Sequence[Tensor | None],
+    moved: Tensor | None,
 ) -> None:
     """Raise where the tensors of `adamw_step_` do not fit each other."""
     n = len(params)
@@ -52,6 +54,7 @@ def check_adamw_step(
         "exp_avg_sqs": exp_avg_sqs,
         "deltas": deltas,
         "anchors": anchors,
+        "copies": copies,
     }
     for name, values in lists.items():
         if len(values) != n:
@@ -73,16 +76,22 @@ def check_adamw_step(
         check_tensor("grads", grads[i], shape, device, (dtype,))
         check_tensor("exp_avgs", exp_avgs[i], shape, device, (dtype, wide))
         check_tensor("exp_avg_sqs", exp_avg_sqs[i], shape, device, (exp_avgs[i].dtype,))
-        delta, anchor = deltas[i], anchors[i]
+        delta, anchor, copy = deltas[i], anchors[i], copies[i]
         if delta is not None:
             check_tensor("deltas", delta, shape, device, (wide,))
         if anchor is not None:
             check_tensor("anchors", anchor, shape, device, (dtype,))
+        if copy is not None:
+            check_tensor("copies", copy, shape, device, (dtype,))
         written = {"params": p, "exp_avgs": exp_avgs[i], "exp_avg_sqs": exp_avg_sqs[i]}
-        for name, t in {**written, "deltas": delta, "anchors": anchor}.items():
+        for name, t in {**written, "deltas": delta, "anchors": anchor, "copies": copy}.items():
             if t is not None and not t.is_contiguous():
                 raise ArgumentError(name, f"strides {t.stride()}", "contiguous tensors")
     check_tensor("steps", steps, (n,), device, (torch.float32,))
+    if moved is not None:
+        check_tensor("moved", moved, (n,), device, (torch.int32,))
+        if not moved.is_contiguous():
+            raise ArgumentError("moved", f"strides {moved.stride()}", "a contiguous tensor")
     for name, t in (
         ("anchor_now", anchor_now),
         ("grad_scale", grad_scale),
@@ -114,6 +123,8 @@ def adamw_step_(
     anchor_now: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    copies: Sequence[Tensor | None] | None = None,
+    moved: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """One AdamW step for many tensors, in one launch and in place, as `torch.optim.AdamW` does it.
@@ -137,6 +148,9 @@ def adamw_step_(
             (`torch.amp.GradScaler`).
         found_inf: 0-dim or (1,) float32 on the device. Where it is not zero, the step sets
             ``deltas`` to zero and changes nothing else.
+        copies: tensors in the dtype of params that receive p'; or None, like deltas.
+        moved: (n,) int32 on the device, set to 1 where p was not equal to its copy before the step,
+            so something else wrote p since the last one. Other entries stay. None: not compared.
         backend: None chooses one (see `choose_path`); a name asks for that one.
 
     Raises:
@@ -149,19 +163,20 @@ def adamw_step_(
     none: list[Tensor | None] = [None] * n
     outputs = none if deltas is None else list(deltas), none if anchors is None else list(anchors)
     flags = (anchor_now, grad_scale, found_inf)
+    watched = none if copies is None else list(copies), moved
     options = check_adamw_options(lr, betas, eps, weight_decay)
-    state: list[Sequence[Tensor | None]] = [lists[0], *lists[2:], *outputs]
-    seen = fingerprint([*itertools.chain(*state), steps, *flags])
+    state: list[Sequence[Tensor | None]] = [lists[0], *lists[2:], *outputs, watched[0]]
+    seen = fingerprint([*itertools.chain(*state), steps, *flags, moved])
     grads_seen = fingerprint(lists[1])
     key = seen and (seen, tuple(map(len, state)))
     _checked.get(
         key and grads_seen and (key, grads_seen, len(lists[1])),
-        lambda: check_adamw_step(*lists, steps, *outputs, *flags),
+        lambda: check_adamw_step(*lists, steps, *outputs, *flags, *watched),
     )
     if n:
         backend = choose_path(lists[0][0].device, lists[0][0].dtype, backend).backend
         increment_version(lists[0])
-        args = *lists, steps, *options, *outputs, *flags
+        args = *lists, steps, *options, *outputs, *flags, *watched
         if backend == "triton":
             triton_adamw_step.adamw_step_(*args, key)  # prepares the launch once for each key
         else:
@@ -184,6 +199,7 @@ def prepare_adamw_step(
     exp_avg_sqs: Sequence[Tensor],
     deltas: Sequence[Tensor | None],
     anchors: Sequence[Tensor | None],
+    copies: Sequence[Tensor | None],
 ) -> "triton_adamw_step.AdamWStep | _AdamWList":
     """`adamw_step_` of tensors that stay where they are, prepared once for many steps.
 
@@ -193,7 +209,7 @@ def prepare_adamw_step(
     Returns:
         An object with the methods of `kernels.adamw_step.AdamWStep`.
     """
-    state = exp_avgs, exp_avg_sqs, deltas, anchors
+    state = exp_avgs, exp_avg_sqs, deltas, anchors, copies
     if backend == "triton":
         return triton_adamw_step.AdamWStep(params, *state)
     return _AdamWList(backend, params, *state)
@@ -213,9 +229,10 @@ class _AdamWList:
         exp_avg_sqs: Sequence[Tensor],
         deltas: Sequence[Tensor | None],
         anchors: Sequence[Tensor | None],
+        copies: Sequence[Tensor | None],
     ):
         self.backend, self.params = backend, params
-        self.state = exp_avgs, exp_avg_sqs, deltas, anchors
+        self.state = exp_avgs, exp_avg_sqs, deltas, anchors, copies
         self.numbers: Tensor | None = None
 
     def set_options(self, lr: float | Tensor, *options: float) -> None:
@@ -239,10 +256,12 @@ class _AdamWList:
         anchor_now: Tensor | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        moved: Tensor | None,
     ) -> None:
         lr = self.lr.item() if isinstance(self.lr, Tensor) and not self.lr.is_cuda else self.lr
-        exp_avgs, exp_avg_sqs, deltas, anchors = self.state
+        exp_avgs, exp_avg_sqs, deltas, anchors, copies = self.state
         _list_step(self.backend)(
             self.params, [p.grad for p in self.params], exp_avgs, exp_avg_sqs, steps,
             lr, *self.options, deltas, anchors, anchor_now, grad_scale, found_inf,
+            copies, moved,
         )  # fmt: skip

@@ -289,19 +289,23 @@ def adamw_step_list_ref_(
     anchor_now: Tensor | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    copies: Sequence[Tensor | None],
+    moved: Tensor | None,
 ) -> None:
     """`adamw_step_ref_` for a list, with the options of `deltadiff.adamw_step_`.
 
-    It divides gradients by ``grad_scale``, writes the anchors, and skips the step where
+    It divides gradients by ``grad_scale``, writes the anchors and copies, and skips the step where
     ``found_inf`` is not 0. A tensor whose gradient is None takes no step. ``steps`` are not raised.
     """
     scale = None if grad_scale is None else grad_scale.view(())
     go = None if found_inf is None else found_inf.view(()) == 0
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        delta, anchor = deltas[i], anchors[i]
+        delta, anchor, copy = deltas[i], anchors[i], copies[i]
         if scale is not None and g is not None:
             g = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
-        with torch.no_grad(), OnlyWhere(go, p, m, v, anchor):
+        with torch.no_grad(), OnlyWhere(go, p, m, v, anchor, copy, moved):
+            if copy is not None and moved is not None:
+                moved[i] |= ((p != copy) & (p == p)).any()
             if anchor is not None and anchor_now is not None:
                 anchor.copy_(torch.where(anchor_now.view(()) != 0, p, anchor))
             if g is None:
@@ -312,6 +316,8 @@ def adamw_step_list_ref_(
                 p, g, m, v, steps[i].clone(),
                 lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, delta=delta,
             )  # fmt: skip
+            if copy is not None:
+                copy.copy_(p)
             if delta is not None and go is not None:
                 delta.copy_(torch.where(go, delta, 0))
 

@@ -40,6 +40,7 @@ from .adalora_budget import Schedule, largest
 from .adalora_importance import Triplets
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, layer_names
+from .saved_state import SavedState, same_values
 
 INITIAL_STD = 0.02  # standard deviation of P and Q at the start, as in the authors' code
 
@@ -107,6 +108,7 @@ class AdaLoRA(FusedAdamW):
             `swap_adalora_`, or only some parameters of one; a target_r above the average rank.
     """
 
+    _methods = ("AdaLoRA",)
     _copied = (*FusedAdamW._copied, "schedule", "beta1", "beta2", "orth_reg_weight")
 
     def __init__(
@@ -221,26 +223,17 @@ class AdaLoRA(FusedAdamW):
         masks = [k.to(g.device, g.dtype) for k, g in zip(masks, gates, strict=True)]
         torch._foreach_mul_(gates, masks)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As `FusedAdamW.state_dict`, with the importances, the schedule and t."""
-        saved = super().state_dict()
-        t = next(iter(self._iteration.values())).cpu()
-        saved["state"]["adalora"] = {**asdict(self.schedule), "iteration": t}
-        return saved
+    def _run_state(self) -> dict[str, Any]:
+        return {**super()._run_state(), **asdict(self.schedule)}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave.
-
-        Raises:
-            ArgumentError: the state is not one of AdaLoRA, of another schedule or of other shapes;
-                nothing was changed.
-        """
-        state, own = state_dict["state"], asdict(self.schedule)
-        given = dict(state.get("adalora") or {})
-        t = given.pop("iteration", None)
-        if t is None:  # states were saved so while AdaLoRA was built on DeltaLoRA
-            t = state.get("delta_lora", {}).get("iteration")
-        if given != own or t is None:
+    def _check_state(self, saved: SavedState) -> None:
+        """As there; the schedule must be this one."""
+        own = asdict(self.schedule)
+        if "format" not in saved.run:
+            older = (saved.older.get(name) for name in ("adalora", "delta_lora"))
+            for entry in older:  # the iteration was there while AdaLoRA was built on DeltaLoRA
+                saved.run = {**(entry if isinstance(entry, dict) else {}), **saved.run}
+        given = {name: saved.run[name] for name in own if name in saved.run}
+        if not same_values(given, own) or "iteration" not in saved.run:
             raise ArgumentError("state_dict", f"a schedule {given or None}", str(own))
-        super().load_state_dict(state_dict)
-        self._set_iteration(t)
+        super()._check_state(saved)

@@ -12,6 +12,7 @@ the device, see `fused_adamw`; the host keeps bounds of it to save launches.
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from operator import itemgetter
 from typing import Any
 
@@ -21,15 +22,18 @@ from torch import Tensor, nn
 from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, check_int, check_number
 from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
-from ..layers.pending_delta import LowRankFactors
 from ..layers.writable import check_writable
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
-from .param_groups import ModelOrParams, find_pairs, group_indices
+from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
+from .saved_state import SavedState
+from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight, write_update
 from .update_start import UpdateStart
 from .weight_update import WeightUpdate
 
 W_UPDATES = ("inplace", "factored")
+# Param group, device and dtype of W, and lambda.
+Kind = tuple[int, torch.device, torch.dtype, float]
 
 
 class DeltaLoRA(FusedAdamW):
@@ -67,7 +71,9 @@ class DeltaLoRA(FusedAdamW):
 
     _copied = (
         *FusedAdamW._copied, "w_update", "rounding", "seed", "_t_least", "_t_most", "_delta",
+        "_unseen", "_sent", "_pairs",
     )  # fmt: skip
+    _methods = ("DeltaLoRA",)
     _settings_of = itemgetter("betas", "eps", "weight_decay", "update_ratio", "start_step")
 
     def __init__(
@@ -95,6 +101,9 @@ class DeltaLoRA(FusedAdamW):
         self._t_least: int = 0  # bounds of the iteration on the device
         self._t_most: float = 0
         self._delta: dict[Tensor, Tensor] = {}  # A' - A and B' - B of the current step
+        self._unseen: dict[Tensor, Tensor] = {}  # see `PendingDelta`
+        self._sent: dict[Tensor, float] = {}  # lambda of the last step, while a state is loaded
+        self._pairs: dict[str, LoraLayer] = {}
         self._model = model
         self._method_defaults = {"update_ratio": update_ratio, "start_step": start_step}
         super().__init__(
@@ -103,28 +112,53 @@ class DeltaLoRA(FusedAdamW):
 
     # -------------------------------------------------------------------- set-up
 
-    def _check_tensors(self) -> None:
-        self._pairs = find_pairs(self._modules, self.param_groups)
-        if self.w_update is None:
-            in_peft = any(layer.in_peft for layer in self._pairs.values())
-            self.w_update = "factored" if in_peft else "inplace"
-        super()._check_tensors()
+    def _find_pairs(
+        self, groups: list[dict[str, Any]], kept: Collection[Tensor] = ()
+    ) -> dict[str, LoraLayer]:
+        """The layers that are updated with these groups; raises where one cannot be."""
+        begun = {p for p, state in self.state.items() if "anchor" in state}
+        pairs = find_pairs(self._modules, groups, begun | {*kept})
         if self.w_update == "inplace":
-            check_writable(self._pairs, self._modules)
+            check_writable(pairs, self._modules)
+        return pairs
+
+    def _check_tensors(self) -> None:
+        if self.w_update is None:
+            in_peft = any(layer.in_peft for layer in layer_names(self._modules))
+            self.w_update = "factored" if in_peft else "inplace"
+        pairs = self._find_pairs(self.param_groups)
+        super()._check_tensors()
+        self._pairs = pairs
+
+    def _last_ratio(self, layer: LoraLayer) -> float:
+        """The lambda of the last step; before any, the group's."""
+        b, delta = layer.lora_B, layer.delta
+        if b in self._sent:
+            return self._sent[b]
+        if delta is not None and delta.anchor_B is self.state[b].get("anchor"):
+            return delta.update_ratio
+        group = self.param_groups[group_indices(self.param_groups)[b]]
+        return group["update_ratio"]
 
     def _prepare(self) -> None:
         groups, index = self.param_groups, group_indices(self.param_groups)
-        kinds: dict[tuple[int, torch.device, torch.dtype], dict[str, LoraLayer]]
-        kinds = defaultdict(dict)
+        kinds: dict[Kind, dict[str, LoraLayer]] = defaultdict(dict)
         for name, layer in self._pairs.items():
             self._allocate_update(layer)
-            kinds[index[layer.lora_B], layer.weight.device, layer.weight.dtype][name] = layer
+            w, ratio = layer.weight, self._last_ratio(layer)
+            kinds[index[layer.lora_B], w.device, w.dtype, ratio][name] = layer
+        for step in self._devices.values():
+            for p, flag in zip(step.params, step.moved, strict=True):
+                if p in self._unseen:
+                    flag.copy_(self._unseen[p])
+                self._unseen[p] = flag
+            step.copies = [self.state[p].get("last") for p in step.params]
         self.weight_updates = [
             WeightUpdate(
-                groups[i], layers, self.w_update == "inplace", self.rounding or "remainder",
-                self.seed + number, self.state, self._delta,
+                groups[i], layers, ratio, self.w_update == "inplace", self.rounding or "remainder",
+                self.seed + number, self.state, self._delta, self._unseen,
             )
-            for number, ((i, _, _), layers) in enumerate(kinds.items())
+            for number, ((i, _, _, ratio), layers) in enumerate(kinds.items())
         ]  # fmt: skip
         self._groups_without_update = [g for g in groups if not g["update_ratio"]]
         for device, step in self._devices.items():
@@ -136,22 +170,39 @@ class DeltaLoRA(FusedAdamW):
 
     def _allocate_update(self, layer: LoraLayer) -> None:
         for p in (layer.lora_A, layer.lora_B):
-            if "anchor" not in self.state[p]:
-                self.state[p]["anchor"] = torch.zeros_like(p.detach())
-            if self.w_update == "inplace" and p not in self._delta:
-                self._delta[p] = torch.zeros_like(self.state[p]["exp_avg"])
+            state = self.state[p]
+            state.setdefault("anchor", torch.zeros_like(p.detach()))
+            state.setdefault("last", p.detach().clone())
+            for own in (state["anchor"], state["last"]):
+                if own.device != p.device or own.dtype != p.dtype:  # no `PendingDelta` moved it
+                    own.data = own.data.to(p.device, p.dtype)
+            if self.w_update == "inplace":
+                like, own = state["exp_avg"], self._delta.get(p)
+                if own is None or own.device != like.device or own.dtype != like.dtype:
+                    self._delta[p] = torch.zeros_like(like)
         w, state = layer.matrix, self.state[layer.lora_B]
+        if not self._keeps_remainder(layer):
+            state.pop("remainder", None)
+            return
+        low, dtype = state.get("remainder"), REMAINDER_DTYPES[w.dtype]
+        if low is None or low.dtype != dtype:
+            state["remainder"] = torch.zeros_like(w.detach(), dtype=dtype)  # W's strides too
+        elif low.device != w.device:
+            low.data = low.data.to(w.device)
+
+    def _keeps_remainder(self, layer: LoraLayer) -> bool:
         keeps = self.rounding in (None, "remainder") and self.w_update == "inplace"
-        if keeps and w.dtype in HALF_DTYPES and "remainder" not in state:
-            low = torch.zeros_like(w.detach(), dtype=REMAINDER_DTYPES[w.dtype])  # W's strides too
-            state["remainder"] = low
+        return keeps and layer.weight.dtype in HALF_DTYPES
 
     def _prepare_run(self, group: dict[str, Any], step: DeviceStep, place: slice) -> AdamWRun:
         params, (_, anchor_now) = step.params[place], step.start.flags_of(group)
         deltas = [self._delta.get(p) for p in params]
         anchors = [self.state[p].get("anchor") for p in params]
-        steps = step.steps[place]
-        return AdamWRun(group, params, self.state, steps, deltas, anchors, anchor_now)
+        copies, moved = step.copies[place], step.moved[place]
+        return AdamWRun(
+            group, params, self.state, step.steps[place], deltas, anchors, anchor_now, copies,
+            moved if any(copy is not None for copy in copies) else None,
+        )  # fmt: skip
 
     # ---------------------------------------------------------------------- step
 
@@ -159,7 +210,7 @@ class DeltaLoRA(FusedAdamW):
         same = all([update.check_layers() for update in self.weight_updates])
         return super()._look() and same
 
-    def _bind(self, restored: dict[Tensor, list[LowRankFactors] | None] | None = None) -> None:
+    def _bind(self, restored: dict[Tensor, SavedUpdate] | None = None) -> None:
         """Give the layers their `PendingDelta`; ``restored``: see `WeightUpdate.bind`."""
         for update in self.weight_updates:
             update.check_earlier_run(restored)
@@ -169,6 +220,17 @@ class DeltaLoRA(FusedAdamW):
         for update in self.weight_updates:
             update.bind(t > update.start_step + 1, restored)
         super()._bind()
+        if not any(update.has_moved() for update in self.weight_updates):
+            self._accept_writes()
+
+    def _follow_writes(self) -> None:
+        """Follow pairs that were written since the last step; see `WeightUpdate.follow_pairs`."""
+        for update in self.weight_updates:
+            update.check_can_end("lora_A and lora_B", only_moved=True)
+            update.check_earlier_run(None)
+        t = self._read_iteration()
+        for update in self.weight_updates:
+            update.follow_pairs(t)
 
     def _after_adamw(
         self, found_inf: dict[torch.device, Tensor], capturing: bool
@@ -192,7 +254,7 @@ class DeltaLoRA(FusedAdamW):
             self._bound_iteration(next(iter(self._iteration.values())))
         return self._t_least
 
-    def _bound_iteration(self, t: Tensor) -> None:
+    def _bound_iteration(self, t: Tensor | int) -> None:
         self._t_least = int(t)
         self._t_most = math.inf if self._captured else self._t_least
 
@@ -223,11 +285,24 @@ class DeltaLoRA(FusedAdamW):
     def _check_settings(self) -> None:
         super()._check_settings()
         for update in self.weight_updates:
-            update.check_settings()
-        for group in self._groups_without_update:
-            if group["update_ratio"]:
-                accepted = "a run that starts with an update ratio above 0"
-                raise ArgumentError("update_ratio", f"{group['update_ratio']} after 0", accepted)
+            start = update.group["start_step"]
+            if start != update.start_step and self._t_most:
+                given, accepted = f"{start} after {update.start_step}", "one value for a whole run"
+                raise ArgumentError("start_step", given, accepted)
+            if update.ratio != update.group["update_ratio"]:
+                update.check_can_end("update_ratio", only_moved=False)
+        if self._outdated():
+            self._find_pairs(self.param_groups)
+
+    def _outdated(self) -> bool:
+        """As there; also for another start_step, and for a lambda that was 0 till now."""
+        return (
+            super()._outdated()
+            or any(group["update_ratio"] for group in self._groups_without_update)
+            or any(
+                update.start_step != update.group["start_step"] for update in self.weight_updates
+            )
+        )
 
     def _send(self, settings: list[tuple]) -> None:
         for update in self.weight_updates:
@@ -242,100 +317,107 @@ class DeltaLoRA(FusedAdamW):
 
         In place, it refers to W and holds its remainder: on disk it has the size of these weights,
         which A and B could give back only rounded otherwise.
+
+        Raises:
+            SwapError: the forward pass adds an update that is not known any more, because A or B
+                were written where no step could follow.
         """
         saved = super().state_dict()
         index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        past_updates = {
-            index[m.lora_B]: m.delta.past_updates
-            for update in self.weight_updates
-            for m in update.layers.values()
-            if m.delta is not None and update.owns(m.delta, m.lora_B)
-        }
-        written = [update for update in self.weight_updates if update.inplace]
-        layers = [m for update in written for m in update.layers.values()]
-        saved["state"]["delta_lora"] = {
-            "weights": {index[m.lora_B]: m.weight.detach() for m in layers},
-            "iteration": next(iter(self._iteration.values())).cpu(),
-            "w_update": self.w_update,
-            "update_ratio": [update.ratio for update in self.weight_updates],
-            "folded": {
-                i: None if past is None else [(p.B, p.A, p.in_weight) for p in past]
-                for i, past in past_updates.items()
-            },
-        }
+        for update in self.weight_updates:
+            update.check_known()
+            for layer in update.layers.values():
+                entry = saved["state"][index[layer.lora_B]] = {**self.state[layer.lora_B]}
+                if update.inplace:
+                    entry["weight"] = layer.weight.detach()
+                delta = layer.delta
+                if delta is not None and update.owns(delta, layer.lora_B):
+                    past = delta.past_updates if delta.known() else None
+                    own = SavedUpdate(delta.update_ratio, delta.scaling, past)
+                    entry |= write_update(own, update.inplace)
         return saved
+
+    def _run_state(self) -> dict[str, Any]:
+        return {**super()._run_state(), "w_update": self.w_update}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave; dtypes and devices stay those of this optimizer.
 
         Raises:
-            ArgumentError: the state is not one of DeltaLoRA, of another w_update, of other groups,
-                of parameters or weights of other shapes, or from a version that did not save W;
+            ArgumentError: as for `FusedAdamW.load_state_dict`; or the state is of another w_update,
+                of weights of other shapes or dtypes, or from a version that did not save W;
                 nothing was changed.
             SwapError: an earlier run's update would be lost, as in `step`; nothing was changed.
         """
-        extra = state_dict["state"].get("delta_lora")
-        if extra is None or extra["w_update"] != self.w_update:
-            given = "no Delta-LoRA state" if extra is None else f"w_update={extra['w_update']!r}"
-            raise ArgumentError("state_dict", given, f"a state of w_update={self.w_update!r}")
-        if len(extra["update_ratio"]) != len(self.weight_updates):
-            given = f"{len(extra['update_ratio'])} update ratios"
-            raise ArgumentError("state_dict", given, str(len(self.weight_updates)))
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        known = dict(zip(ids, params, strict=False))  # `FusedAdamW.load_state_dict` compares them
-        foreign = sorted(extra["folded"].keys() - known.keys())
-        if foreign:
-            raise ArgumentError("state_dict", f"past updates of {foreign}", "those of its groups")
-        weights = self._saved_weights(extra, known)
-        restored: dict[Tensor, list[LowRankFactors] | None] = {}
-        for i, past in extra["folded"].items():
-            p = known[i]
-            kept = [LowRankFactors(b.to(p.device), a.to(p.device), w) for b, a, w in past or ()]
-            restored[p] = None if past is None else kept
-        for update in self.weight_updates:
-            update.check_earlier_run(restored)
         super().load_state_dict(state_dict)
-        with torch.no_grad():
-            for own, stored in weights:
-                own.copy_(stored)
-        self._set_iteration(extra["iteration"])
-        self._bound_iteration(extra["iteration"])
-        for update, ratio in zip(self.weight_updates, extra["update_ratio"], strict=True):
-            update.set_ratio(ratio)
+
+    def _check_state(self, saved: SavedState) -> None:
+        if "format" not in saved.run:
+            add_older_updates(saved, self.weight_updates, self.w_update)
+        theirs = saved.run.get("w_update")
+        if theirs != self.w_update:
+            accepted = f"a state of w_update={self.w_update!r}"
+            raise ArgumentError("state_dict", f"w_update={theirs!r:.60}", accepted)
+        saved.layers = self._layers_of(saved)
+        inplace = self.w_update == "inplace"
+        for name, layer in saved.layers.items():
+            b = layer.lora_B
+            for p in (layer.lora_A, b):
+                saved.entries[p].setdefault("last", p.detach())  # older states lack it
+            if inplace:
+                saved.weights[b] = take_weight(name, saved.entries[b], layer)
+            update = read_update(name, saved.entries[b], layer, inplace)
+            if update is not None:
+                saved.updates[b] = update
+        super()._check_state(saved)
+        for weight_update in self.weight_updates:
+            weight_update.check_earlier_run(saved.updates)
+
+    def _layers_of(self, saved: SavedState) -> dict[str, LoraLayer]:
+        """The layers whose update the state holds, by name."""
+        groups = saved.merged_groups(self.param_groups, self.defaults)
+        for group in groups:
+            self._check_group(group)
+        there = {p for p, entry in saved.entries.items() if "anchor" in entry}
+        self._find_pairs(groups, there)  # as the first step after it will
+        found = find_pairs(self._modules, [{**g, "update_ratio": 0.0} for g in groups], there)
+        own = {layer.lora_B: name for name, layer in self._pairs.items() if layer.delta is not None}
+        lost = sorted(own[b] for b in own.keys() - {layer.lora_B for layer in found.values()})
+        if lost:
+            given = f"no update of {lost[0]}, because its update_ratio was 0"
+            raise ArgumentError("state_dict", given, "a state from after its update began")
+        return found
+
+    def _saved_tensors(self, p: Tensor, saved: SavedState) -> dict[str, Tensor]:
+        own = {name: self.state[p][name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        for layer in saved.layers.values():
+            if p is layer.lora_A or p is layer.lora_B:
+                own |= {"anchor": p, "last": p}
+            if p is layer.lora_B and self._keeps_remainder(layer):
+                w = layer.matrix
+                low = torch.empty(w.shape, dtype=REMAINDER_DTYPES[w.dtype], device="meta")
+                own["remainder"] = low
+        return own
+
+    def _has_one_ratio(self, update: WeightUpdate) -> bool:
+        return len({self._last_ratio(layer) for layer in update.layers.values()}) == 1
+
+    def _take_state(self, saved: SavedState) -> None:
+        for layer in saved.layers.values():
+            self._allocate_update(layer)
+        self._sent = {b: update.update_ratio for b, update in saved.updates.items()}
+        if self._outdated() or not all(map(self._has_one_ratio, self.weight_updates)):
+            self._build()
+        for layer in saved.layers.values():
+            weight = saved.weights.get(layer.lora_B)
+            if weight is not None and weight.data_ptr() != layer.weight.data_ptr():
+                layer.weight.copy_(weight)
+        super()._take_state(saved)
+        self._bound_iteration(saved.number("iteration"))
+        for update in self.weight_updates:
+            update.set_ratio(self._last_ratio(next(iter(update.layers.values()))))
+        for flag in self._unseen.values():
+            flag.zero_()
         self._settings = [None] * len(self.param_groups)  # a lambda may not have been sent yet
-        self._bind(restored)
-
-    def _saved_weights(
-        self, extra: dict[str, Any], known: dict[int, Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The weights that are written in place, each with what the state holds of it, if other.
-
-        Raises:
-            ArgumentError: the state lacks a weight, or has it in another shape or dtype.
-        """
-        stored = {known[i]: w for i, w in extra.get("weights", {}).items() if i in known}
-        pairs = []
-        for update in self.weight_updates:
-            for name, layer in update.layers.items() if update.inplace else ():
-                w, saved = layer.weight, stored.get(layer.lora_B)
-                if saved is None or (saved.shape, saved.dtype) != (w.shape, w.dtype):
-                    form = "none" if saved is None else f"{tuple(saved.shape)} of {saved.dtype}"
-                    accepted = f"{tuple(w.shape)} of {w.dtype}, as in this model"
-                    raise ArgumentError(f"weight of {name} in state_dict", form, accepted)
-                if saved.data_ptr() != w.data_ptr():
-                    pairs.append((w, saved))
-        return pairs
-
-    def _to_copy(self) -> dict[str, Any]:
-        # A lambda that no step has seen yet lies in the param group alone. The copy's next step
-        # ends the update by the last one, as ours does.
-        updates = self.weight_updates
-        sent = {m.lora_B: update.ratio for update in updates for m in update.layers.values()}
-        return {**super()._to_copy(), "sent": sent}
-
-    def _become_copy(self, attributes: dict[str, Any]) -> None:
-        sent = attributes.pop("sent")
-        super()._become_copy(attributes)
-        for update in self.weight_updates:
-            update.set_ratio(next(sent[m.lora_B] for m in update.layers.values()))
+        self._bind(saved.updates)
+        self._sent = {}

@@ -29,7 +29,7 @@ class AdamWRun:
         params: the parameters.
         state: the optimizer's, which holds the moments.
         steps: (parameters,) float32, the steps done by each.
-        deltas, anchors, anchor_now: as for `adamw_step_`.
+        deltas, anchors, anchor_now, copies, moved: as for `adamw_step_`.
     """
 
     def __init__(
@@ -41,8 +41,11 @@ class AdamWRun:
         deltas: list[Tensor | None] | None = None,
         anchors: list[Tensor | None] | None = None,
         anchor_now: Tensor | None = None,
+        copies: list[Tensor | None] | None = None,
+        moved: Tensor | None = None,
     ):
         none: list[Tensor | None] = [None] * len(params)
+        self.moved = moved
         self.group, self.params, self.steps, self.anchor_now = group, params, steps, anchor_now
         # What the device has.
         self.sent_lr: float | Tensor | None = None
@@ -51,7 +54,7 @@ class AdamWRun:
         self.launch = prepare_adamw_step(
             backend, params,
             [state[p]["exp_avg"] for p in params], [state[p]["exp_avg_sq"] for p in params],
-            deltas or none, anchors or none,
+            deltas or none, anchors or none, copies or none,
         )  # fmt: skip
 
     def lr_changed(self) -> bool:
@@ -94,6 +97,8 @@ class DeviceStep:
         runs: the AdamW launches.
         start: of the weight updates; there are none unless `DeltaLoRA` has some.
         weights: tensors besides the parameters whose move shall be noticed.
+        copies: what the last step left, of the parameters of which that is kept.
+        moved: (parameters,) int32, see `adamw_step_`.
         seen: the bits of the last look, see `AddressTracker.look`.
     """
 
@@ -115,6 +120,8 @@ class DeviceStep:
         self.runs: list[AdamWRun] = []
         self.start = UpdateStart(device, [], [])
         self.weights: list[Tensor] = []
+        self.copies: list[Tensor | None] = [None] * len(self.params)
+        self.moved = torch.zeros(len(self.params), dtype=torch.int32, device=device)
         self.seen = 0
         self._grads: Tensor  # addresses, on the device; there once there are launches
         self._launches: list[tuple[AdamWRun, Tensor]] = []  # each with its part of the addresses
@@ -122,7 +129,7 @@ class DeviceStep:
 
     def watch(self) -> None:
         """Notice from now on when a parameter or weight moves."""
-        self.tracker = track_addresses(self.params, self.weights)
+        self.tracker = track_addresses(self.params, self.weights, self.copies)
 
     def set_iteration(self, t: int) -> None:
         self.iteration.fill_(t)
@@ -145,7 +152,7 @@ class DeviceStep:
             grad_scale = grad_scale.to(self.device, non_blocking=True)
         aligned = bool(self.seen & ALIGNED)
         for run, grads in self._launches:
-            run.launch(grads, aligned, run.steps, run.anchor_now, grad_scale, found_inf)
+            run.launch(grads, aligned, run.steps, run.anchor_now, grad_scale, found_inf, run.moved)
 
     def advance(self, found_inf: Tensor | None) -> None:
         """Count the step."""

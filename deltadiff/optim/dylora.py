@@ -34,6 +34,7 @@ from ..layers.lora_linear import LoraLinear, own_layers
 from ..layers.report import SwapReport, swap_report
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, layer_names
+from .saved_state import SavedState
 
 SCALES = ("alpha/b", "alpha/r")
 
@@ -66,6 +67,7 @@ class DyLoRA(FusedAdamW):
             that differ, or a layer with a gate of another method; nothing was changed.
     """
 
+    _methods = ("DyLoRA",)
     _copied = (
         *FusedAdamW._copied, "r_min", "r_max", "frozen", "scale", "distribution", "rank",
         "_generator",
@@ -238,26 +240,36 @@ class DyLoRA(FusedAdamW):
         if not any(map(is_capturing, self._devices)):
             self.draw()
 
-    def state_dict(self) -> dict[str, Any]:
-        """As `FusedAdamW.state_dict`, with the drawn rank and the generator of those to come."""
-        saved = super().state_dict()
-        generator = self._generator.get_state()
-        saved["state"]["dylora"] = {"rank": self.rank, "generator": generator, "r": self._r}
-        return saved
+    def _run_state(self) -> dict[str, Any]:
+        """With the drawn rank, and the generator of those to come."""
+        drawn = {"rank": self.rank, "generator": self._generator.get_state(), "r": self._r}
+        return {**super()._run_state(), **drawn}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave.
-
-        Raises:
-            ArgumentError: the state is not one of DyLoRA or of other shapes; nothing was changed.
-        """
-        extra = state_dict["state"].get("dylora")
-        if extra is None or extra["r"] != self._r:
-            given = "no DyLoRA state" if extra is None else f"a state of rank {extra['r']}"
+    def _check_state(self, saved: SavedState) -> None:
+        """As there; the layers must have the rank that they had."""
+        if "format" not in saved.run:
+            older = saved.older.get("dylora")
+            if not isinstance(older, dict):
+                given, accepted = "no DyLoRA state", f"a DyLoRA state of rank {self._r}"
+                raise ArgumentError("state_dict", given, accepted)
+            saved.run |= older
+        if saved.number("r", 1) != self._r:
+            given = f"a state of rank {saved.run['r']}"
             raise ArgumentError("state_dict", given, f"a DyLoRA state of rank {self._r}")
-        super().load_state_dict(state_dict)
-        self._generator.set_state(extra["generator"].cpu())
-        self.rank = extra["rank"]
+        saved.run["rank"] = _check_rank(saved.number("rank", 1), self._r)
+        generator = saved.run.get("generator")
+        try:
+            saved.run["generator"] = torch.Generator()
+            saved.run["generator"].set_state(generator.cpu())  # type: ignore[union-attr]
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            given, accepted = type(generator).__name__, "the state of a generator on the CPU"
+            raise ArgumentError("generator in state_dict", given, accepted) from error
+        super()._check_state(saved)
+
+    def _take_state(self, saved: SavedState) -> None:
+        super()._take_state(saved)
+        self._generator = saved.run["generator"]
+        self.rank = saved.run["rank"]
         self._send_rank(self.rank)
         self._use_largest_rank()  # adapters of earlier versions hold the mask of a drawn rank
 

@@ -16,7 +16,7 @@ counts lie there. All kernels read them there, and a step can be captured in a C
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,22 @@ from torch import Tensor, nn
 from ..checks import wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.gpu import is_capturing
-from .address_tracker import ANY, MOVED
+from .address_tracker import ANY, MOVED, WRITTEN
 from .device_step import AdamWRun, DeviceStep, found_infs
 from .param_groups import (
     ModelOrParams,
     check_group,
     check_parameter,
-    check_state,
     group_indices,
     parse_groups,
     trainable,
 )
+from .resumable import Resumable
 
 Loss = TypeVar("Loss")  # what a closure returns
 
 
-class FusedAdamW(torch.optim.Optimizer):
+class FusedAdamW(Resumable):
     """AdamW (decoupled weight decay) for any parameters, with few launches and little host time.
 
     It computes what `torch.optim.AdamW` computes, with moments in float32 (float64 for float64
@@ -74,10 +74,8 @@ class FusedAdamW(torch.optim.Optimizer):
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
     _method_defaults: dict[str, Any] = {}  # of the values that it adds to param groups
-    # What a copy takes over; derived methods add theirs. `_build` makes the rest anew.
-    _copied: tuple[str, ...] = (
-        "defaults", "state", "param_groups", "skip_nonfinite", "_modules", "_iteration",
-    )  # fmt: skip
+    # Searches that older versions saved hold states of a `DeltaLoRA` that updates nothing.
+    _methods = ("FusedAdamW", "DeltaLoRA")
     # The values of a param group that the host compares in each step; `AdamWRun` compares lr.
     _settings_of: Callable[[dict[str, Any]], tuple] = itemgetter("betas", "eps", "weight_decay")
 
@@ -130,6 +128,8 @@ class FusedAdamW(torch.optim.Optimizer):
     def _build(self) -> None:
         """Allocate the state, and prepare the launches for where the tensors lie now."""
         self._check_tensors()
+        for p in self.state.keys() - group_indices(self.param_groups).keys():
+            del self.state[p]  # somebody took it out of the groups
         self._bound = False
         kinds: dict[torch.device, dict[tuple[int, torch.dtype], list[Tensor]]]
         kinds = defaultdict(lambda: defaultdict(list))
@@ -146,25 +146,28 @@ class FusedAdamW(torch.optim.Optimizer):
         self._prepare()
         self._settings: Sequence[tuple | None]  # as last sent to the device
         self._settings = [None] * len(self.param_groups)
+        self._count = sum(len(group["params"]) for group in self.param_groups)
         self._built = True
 
     def _check_tensors(self) -> None:
         """Raise where a parameter cannot be trained, before anything is allocated."""
         for p in group_indices(self.param_groups):
             check_parameter(p)
+            held = self.state[p]["exp_avg"] if p in self.state else p
+            if held.shape != p.shape:
+                given = f"a parameter that became {tuple(p.shape)}"
+                accepted = f"{tuple(held.shape)}, as its moments are"
+                raise ArgumentTypeError("model_or_params", given, accepted)
 
     def _allocate(self, p: Tensor, step: Tensor) -> None:
-        state = self.state[p]
+        state, wide = self.state[p], wide_dtype(p.dtype)
         if state:
-            held = state["exp_avg"]
-            if held.shape != p.shape or held.device != p.device:
-                given = f"a parameter that became {tuple(p.shape)} on {p.device}"
-                accepted = f"{tuple(held.shape)} on {held.device}, where its moments are"
-                raise ArgumentTypeError("model_or_params", given, accepted)
             step.copy_(state["step"])
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(p.device, wide)  # where the parameter was moved
         else:
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros(p.shape, dtype=wide_dtype(p.dtype), device=p.device)
+                state[name] = torch.zeros(p.shape, dtype=wide, device=p.device)
         state["step"] = step  # a view into the steps of its device
 
     def _prepare(self) -> None:
@@ -208,9 +211,9 @@ class FusedAdamW(torch.optim.Optimizer):
             accepted = "a step outside, which compiles the kernels, then the capture"
             raise ArgumentError("step", "a capture before any step", accepted)
         settings = self._changed_settings()
-        if not self._look():
+        if not self._look() or (settings is not None and self._outdated()):
             if capturing:
-                given = "a capture after a parameter or weight moved"
+                given = "a capture after a parameter or weight moved, or groups changed"
                 raise ArgumentError("step", given, "a step outside, then the capture")
             if self._bound and settings is not None:
                 self._send(settings)  # still to the old launches, before they are replaced
@@ -226,6 +229,12 @@ class FusedAdamW(torch.optim.Optimizer):
                 given = "changed since the last step, which a capture cannot send"
                 raise ArgumentError("param_groups", given, "`send_param_groups()` before it")
             self._send(settings)
+        if any(step.seen & WRITTEN for step in self._devices.values()):
+            if capturing:
+                given = "a capture after something else wrote A or B"
+                raise ArgumentError("step", given, "a step outside, then the capture")
+            self._follow_writes()
+            self._accept_writes()
         # GradScaler sets these two as attributes; both lie on one device.
         flag, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         found_inf = found_infs(self._devices.values(), flag, self.skip_nonfinite)
@@ -243,6 +252,13 @@ class FusedAdamW(torch.optim.Optimizer):
     def _bind(self) -> None:
         """The last preparations, in the first step after `_build`."""
         self._bound = True
+
+    def _accept_writes(self) -> None:
+        for step in self._devices.values():
+            step.tracker.accept()
+
+    def _follow_writes(self) -> None:
+        """Something else than a step wrote parameters of which copies are kept."""
 
     def _after_adamw(
         self, found_inf: dict[torch.device, Tensor], capturing: bool
@@ -279,11 +295,18 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _changed_settings(self) -> list[tuple] | None:
         """The groups' values, checked; None where they are those last sent."""
-        settings = [self._settings_of(group) for group in self.param_groups]
-        if settings == self._settings and not any([run.lr_changed() for run in self._runs]):
+        groups = self.param_groups
+        settings = [self._settings_of(group) for group in groups]
+        same = settings == self._settings and not any([run.lr_changed() for run in self._runs])
+        if same and sum([len(group["params"]) for group in groups]) == self._count:
             return None
         self._check_settings()
         return settings
+
+    def _outdated(self) -> bool:
+        """Whether launches must be prepared anew for the groups as they are now."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        return len(sizes) != len(self._settings) or sum(sizes) != self._count
 
     def _check_settings(self) -> None:
         for group in self.param_groups:
@@ -299,63 +322,3 @@ class FusedAdamW(torch.optim.Optimizer):
         for run in self._runs:
             run.send_options()
         self._settings = settings
-
-    # --------------------------------------------------------------- checkpoints
-
-    # `state_dict` is torch's: per parameter "step", "exp_avg" and "exp_avg_sq", as AdamW's there.
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; dtypes and devices stay those of this optimizer.
-
-        Raises:
-            ArgumentError: the state of other groups, or of parameters of other shapes; nothing was
-                changed.
-        """
-        state, groups = state_dict["state"], state_dict["param_groups"]
-        check_state(state, groups, self.state, self.param_groups)
-        own_state, own_groups = self.state, self.param_groups
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        for group, loaded in zip(own_groups, self.param_groups, strict=True):
-            lr = group["lr"]
-            group.update(loaded)  # the launches hold these very dicts
-            if isinstance(lr, Tensor):
-                lr.copy_(torch.as_tensor(loaded["lr"]))  # and this very tensor
-                group["lr"] = lr
-        self.state, self.param_groups = own_state, own_groups
-        ids = [i for group in groups for i in group["params"]]
-        params = [p for group in own_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            for name, value in state[i].items():
-                own_state[p][name].copy_(value)
-
-    def __copy__(self) -> NoReturn:
-        """Refused: two optimizers would count the steps of one state."""
-        given = f"a shallow copy of {type(self).__name__}"
-        raise ArgumentTypeError("copy", given, "`copy.deepcopy((model, optimizer))`")
-
-    def __reduce__(self) -> tuple:
-        """For `copy.deepcopy` and pickle, of a model and its optimizer in one call.
-
-        Hooks, what a learning rate scheduler put here, and captured graphs stay behind.
-        """
-        return _make_copy, (type(self), self._to_copy())
-
-    def _to_copy(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in self._copied}
-
-    def _become_copy(self, attributes: dict[str, Any]) -> None:
-        """The constructor of a copy; ``attributes`` are its own."""
-        super().__setstate__(attributes)  # torch's, which also adds what stayed behind, empty
-        self._devices = {}
-        self._captured = self._bound = self._built = False
-        self._build()
-
-    def _set_iteration(self, t: Tensor) -> None:
-        for own in self._iteration.values():
-            own.copy_(t)
-
-
-def _make_copy(kind: type[FusedAdamW], attributes: dict[str, Any]) -> FusedAdamW:
-    optimizer = kind.__new__(kind)
-    optimizer._become_copy(attributes)
-    return optimizer

@@ -1,6 +1,6 @@
 """What an optimizer is given: parameters, param groups and their values, a saved state."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -107,8 +107,12 @@ def layer_names(modules: list[nn.Module]) -> dict[LoraLayer, str]:
     return names
 
 
-def find_pairs(modules: list[nn.Module], groups: list[dict[str, Any]]) -> dict[str, LoraLayer]:
+def find_pairs(
+    modules: list[nn.Module], groups: list[dict[str, Any]], kept: Collection[Tensor] = ()
+) -> dict[str, LoraLayer]:
     """The layers whose weight is updated: those with a pair of their own and an update ratio > 0.
+
+    ``kept``: each lora_B of a layer that stays among them while its ratio is 0.
 
     Raises:
         ArgumentError: such a layer has a gate, dropout, or a pair that the groups hold in part;
@@ -121,7 +125,7 @@ def find_pairs(modules: list[nn.Module], groups: list[dict[str, Any]]) -> dict[s
             continue
         own = [groups[index[p]] for p in (layer.lora_A, layer.lora_B) if p in index]
         settings = [(g["update_ratio"], g["start_step"]) for g in own]
-        if not any(ratio for ratio, _ in settings):
+        if not any(ratio for ratio, _ in settings) and not (own and layer.lora_B in kept):
             continue
         if len(settings) < 2 or settings[0] != settings[1]:
             given = f"lora_A and lora_B of {name} not both there, or unlike"
@@ -137,27 +141,3 @@ def find_pairs(modules: list[nn.Module], groups: list[dict[str, Any]]) -> dict[s
         accepted = "a model that `swap_` changed, model=, or update_ratio=0"
         raise ArgumentError("model_or_params", given, accepted)
     return pairs
-
-
-def check_state(
-    state: dict[int, dict[str, Any]],
-    groups: list[dict[str, Any]],
-    own_state: dict[Tensor, dict[str, Tensor]],
-    own_groups: list[dict[str, Any]],
-) -> None:
-    """Raise unless the two parts of a state dict fit an optimizer's own state and groups."""
-    given_sizes = [len(g["params"]) for g in groups]
-    own_sizes = [len(g["params"]) for g in own_groups]
-    if given_sizes != own_sizes:
-        given = f"groups of {given_sizes} parameters"
-        raise ArgumentError("state_dict", given, f"groups of {own_sizes}")
-    ids = [i for g in groups for i in g["params"]]
-    params = [p for g in own_groups for p in g["params"]]
-    for i, p in zip(ids, params, strict=True):
-        own = {k: tuple(t.shape) for k, t in own_state[p].items()}
-        found = {
-            k: tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            for k, t in state.get(i, {}).items()
-        }
-        if found != own:
-            raise ArgumentError("state_dict", f"parameter {i} with {found}", str(own))

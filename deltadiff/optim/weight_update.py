@@ -4,7 +4,7 @@ It knows when the updates of its layers start, gives each layer its `PendingDelt
 what an earlier run, an adapter file or an earlier lambda left there.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from torch import Tensor
 from ..checks import DTYPES, HALF_DTYPES, NO_ROUNDING
 from ..errors import ArgumentError, SwapError
 from ..layers.lora_layers import LoraLayer
-from ..layers.pending_delta import LowRankFactors, PendingDelta
+from ..layers.low_rank_sum import check_known
+from ..layers.pending_delta import MAX_PAST_UPDATES, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
 from .rounding_loss import LayerUpdate, RoundingLoss
 
-MAX_PAST_UPDATES = 8  # how many updates by earlier values of lambda are kept as factors
+if TYPE_CHECKING:
+    from .saved_update import SavedUpdate
 
 
 class WeightUpdate:
@@ -26,11 +28,13 @@ class WeightUpdate:
     Args:
         group: the param group; its "update_ratio" may change between steps.
         layers: the layers by name.
+        ratio: the lambda that the last step used; the group's may be newer.
         inplace: whether W is written; else the forward pass adds the update.
         rounding: of a 16-bit W.
         seed: of the random bits of "stochastic".
-        state: the optimizer's; holds "anchor" and "remainder".
+        state: the optimizer's; holds "anchor", "last" and "remainder".
         delta: A' - A and B' - B of the current step, by parameter.
+        unseen: by parameter a number on the device, see `PendingDelta`.
 
     Attributes:
         ratio: the lambda that the launches use, until `change_ratio`.
@@ -43,17 +47,19 @@ class WeightUpdate:
         self,
         group: dict[str, Any],
         layers: dict[str, LoraLayer],
+        ratio: float,
         inplace: bool,
         rounding: str,
         seed: int,
         state: dict[Tensor, dict[str, Tensor]],
         delta: dict[Tensor, Tensor],
+        unseen: dict[Tensor, Tensor],
     ):
         w = next(iter(layers.values())).weight
         self.group, self.layers, self.inplace, self.seed = group, layers, inplace, seed
-        self.state, self.delta, self.device = state, delta, w.device
+        self.state, self.delta, self.unseen, self.device = state, delta, unseen, w.device
         self.rounding = rounding if w.dtype in HALF_DTYPES else NO_ROUNDING
-        self.start_step, self.ratio = group["start_step"], group["update_ratio"]
+        self.start_step, self.ratio = group["start_step"], ratio
         weight_dtype = w.dtype if w.dtype in DTYPES else torch.float32
         self.backend = choose_path(w.device, weight_dtype).backend
         self.started: Tensor
@@ -92,29 +98,16 @@ class WeightUpdate:
 
     def _update_of(self, layer: LoraLayer) -> LayerUpdate:
         a, b = layer.lora_A, layer.lora_B
-        scale = self.ratio * self._scaling_of(layer)
+        scale = self.ratio * self.scaling_of(layer)
         return LayerUpdate(layer.matrix, a, b, self.delta[a], self.delta[b], scale)
 
-    def _scaling_of(self, layer: LoraLayer) -> float:
+    def scaling_of(self, layer: LoraLayer) -> float:
         """s of the layer when this run began, see `PendingDelta.scaling`."""
         delta = layer.delta
         own = delta is not None and self.owns(delta, layer.lora_B)
         return delta.scaling if delta is not None and own else layer.scaling
 
     # ---------------------------------------------------------------------- a step
-
-    def check_settings(self) -> None:
-        """Raise where the group's values changed in a way that cannot be followed."""
-        if self.group["start_step"] != self.start_step:
-            given = f"{self.group['start_step']} after {self.start_step}"
-            raise ArgumentError("start_step", given, "one value for the whole run")
-        if not self.inplace and self.ratio != self.group["update_ratio"]:
-            past_updates = [m.delta.past_updates for m in self.layers.values() if m.delta]
-            kept = [MAX_PAST_UPDATES if past is None else len(past) for past in past_updates]
-            if max(kept, default=0) >= MAX_PAST_UPDATES:  # before the first step there are none
-                given = f"{self.group['update_ratio']}, change number {MAX_PAST_UPDATES + 1}"
-                accepted = f"at most {MAX_PAST_UPDATES} changes while w_update is 'factored'"
-                raise ArgumentError("update_ratio", given, accepted)
 
     def check_layers(self) -> bool:
         """Whether every layer still has the weight that it had at construction.
@@ -154,31 +147,60 @@ class WeightUpdate:
         self._launched = True
         return True
 
+    # ------------------------------------------------ another lambda, another pair
+
+    def check_can_end(self, argument: str, only_moved: bool) -> None:
+        """Raise where the update so far cannot be kept, as a factored one must be.
+
+        Args:
+            argument: what makes it end, for the error.
+            only_moved: whether it ends for layers alone whose pair moved.
+        """
+        for name, layer in self.layers.items() if not self.inplace else ():
+            delta = layer.delta
+            if delta is None or not self.owns(delta, layer.lora_B) or not delta.started():
+                continue
+            if only_moved and not delta.moved(layer.lora_A, layer.lora_B):
+                continue
+            past = delta.past_updates
+            if past is None or len(past) >= MAX_PAST_UPDATES:
+                given = f"change number {MAX_PAST_UPDATES + 1} of lambda, or of the pair of {name}"
+                accepted = f"at most {MAX_PAST_UPDATES} changes while w_update is 'factored'"
+                raise ArgumentError(argument, given, accepted)
+            check_known(name, delta)
+
+    def check_known(self) -> None:
+        """Raise SwapError where the forward pass adds an update that is not known any more."""
+        for name, layer in self.layers.items() if not self.inplace else ():
+            delta = layer.delta
+            if delta is not None and self.owns(delta, layer.lora_B):
+                if delta.past_updates is not None and not delta.known():
+                    check_known(name, delta)
+
+    def has_moved(self) -> bool:
+        """Whether a pair is another than the last step left; see `PendingDelta.moved`."""
+        layers = self.layers.values()
+        return any(m.delta is not None and m.delta.moved(m.lora_A, m.lora_B) for m in layers)
+
     def change_ratio(self, t: int) -> None:
         """Follow the group's lambda in iteration ``t``.
 
         The updates by the old value stay as a finished product, and the anchors move up.
         """
-        ratio, started = self.group["update_ratio"], t > self.start_step + 1
+        ratio = self.group["update_ratio"]
         for layer in self.layers.values():
             delta = layer.delta
             assert delta is not None  # `bind` gave it
-            if started:
-                if delta.update_ratio and delta.past_updates is not None:
-                    delta.past_updates.append(delta.product(layer.lora_A, layer.lora_B))
-                    if len(delta.past_updates) > MAX_PAST_UPDATES:
-                        delta.past_updates = None  # too many to save; W itself has them
-                delta.anchor_A.copy_(layer.lora_A)
-                delta.anchor_B.copy_(layer.lora_B)
+            delta.end_update(layer.lora_A, layer.lora_B)
             delta.update_ratio = ratio
-        self._fill_rank_scales(ratio, started)
+        self._fill_rank_scales(ratio, t > self.start_step + 1)
         self.set_ratio(ratio)
 
     def set_ratio(self, ratio: float) -> None:
         """Let the launches use another lambda from now on."""
         self.ratio = ratio
         for launch, layers in self._launches:
-            launch.rescale([ratio * self._scaling_of(m) for m in layers])
+            launch.rescale([ratio * self.scaling_of(m) for m in layers])
 
     def _fill_rank_scales(self, ratio: float, started: bool) -> None:
         for r, now in self.rank_scales.items():
@@ -186,41 +208,70 @@ class WeightUpdate:
             after.copy_(PendingDelta.make_rank_scale(ratio, r, now, True))
             now.copy_(PendingDelta.make_rank_scale(ratio, r, now, started))
 
+    def follow_pairs(self, t: int) -> None:
+        """Follow pairs that something else wrote since the last step, before iteration ``t``.
+
+        Their updates end, and others begin from where the pairs are now. A layer whose update is
+        another optimizer's by now, or none, joins this run again.
+        """
+        for layer in self.layers.values():
+            delta = layer.delta
+            if delta is None or not self.owns(delta, layer.lora_B):
+                self._join(layer, t > self.start_step + 1)
+            elif delta.moved(layer.lora_A, layer.lora_B):
+                delta.end_update(layer.lora_A, layer.lora_B)
+        self.set_ratio(self.ratio)  # a layer that joined may have another scaling
+
     # ------------------------------------------------- what earlier steps left in W
 
-    def bind(
-        self,
-        started: bool,
-        restored: dict[Tensor, list[LowRankFactors] | None] | None = None,
-    ) -> None:
+    def bind(self, started: bool, restored: dict[Tensor, "SavedUpdate"] | None = None) -> None:
         """Give each layer its `PendingDelta`.
 
         Args:
             started: whether W was updated before.
-            restored: the past updates by lora_B, from a state that was loaded. A layer is not among
-                them if the state was saved before its first step: such a layer, and with None every
-                layer, starts a run, which takes over what it finds.
+            restored: what a state that was loaded says of past updates, by lora_B. A layer is not
+                among them if the state was saved before its first step: such a layer, and with None
+                every layer, starts a run, which takes over what it finds.
         """
         self._fill_rank_scales(self.ratio, started)
         for layer in self.layers.values():
-            a, b, before = layer.lora_A, layer.lora_B, layer.delta
-            anchor_A, anchor_B = self.state[a]["anchor"], self.state[b]["anchor"]
-            own = self.owns(before, b)
-            if started and not own and restored is None:  # joins a run past its first update
-                anchor_A.copy_(a)
-                anchor_B.copy_(b)
-            delta = layer.delta = PendingDelta(
-                anchor_A, anchor_B, self.ratio, self._scaling_of(layer), self.rank_scales[layer.r],
-                in_weight=self.inplace, remainder=self.state[b].get("remainder"),
-            )  # fmt: skip
+            b, before = layer.lora_B, layer.delta
             if restored is not None and b in restored:  # with W, it says all that there is
-                delta.past_updates = restored[b]
-            elif before is not None and not own:
-                self._take_over(layer, before, delta)
-            elif before is not None and restored is None:
+                saved = restored[b]
+                layer.delta = self._new_delta(layer, saved.scaling)
+                layer.delta.past_updates = saved.past_updates
+            elif before is None or not self.owns(before, b):
+                self._join(layer, started)
+            else:
+                delta = layer.delta = self._new_delta(layer, before.scaling)
                 delta.past_updates = before.past_updates
+                if delta.moved(layer.lora_A, b):
+                    delta.end_update(layer.lora_A, b)
+        self.set_ratio(self.ratio)  # a layer may have joined with another scaling
 
-    def check_earlier_run(self, restored: dict[Tensor, list[LowRankFactors] | None] | None) -> None:
+    def _new_delta(self, layer: LoraLayer, scaling: float) -> PendingDelta:
+        a, b = layer.lora_A, layer.lora_B
+        return PendingDelta(
+            self.state[a]["anchor"], self.state[b]["anchor"], self.state[a]["last"],
+            self.state[b]["last"], self.ratio, scaling, self.rank_scales[layer.r],
+            in_weight=self.inplace, remainder=self.state[b].get("remainder"),
+            unseen=(self.unseen[a], self.unseen[b]),
+        )  # fmt: skip
+
+    def _join(self, layer: LoraLayer, started: bool) -> None:
+        """Begin the update of a layer, or begin it again, with the pair as it is now."""
+        before, a, b = layer.delta, layer.lora_A, layer.lora_B
+        delta = layer.delta = self._new_delta(layer, layer.scaling)
+        delta.take_pair(a, b)
+        for flag in delta.unseen:
+            flag.zero_()
+        if started:
+            delta.anchor_A.copy_(a)
+            delta.anchor_B.copy_(b)
+        if before is not None:
+            self._take_over(layer, before, delta)
+
+    def check_earlier_run(self, restored: dict[Tensor, "SavedUpdate"] | None) -> None:
         """Raise where `bind` could not keep what an earlier run left; ``restored``: as there.
 
         Raises:
@@ -229,7 +280,7 @@ class WeightUpdate:
         """
         for name, layer in self.layers.items():
             before, b = layer.delta, layer.lora_B
-            if before is None or before.in_weight or before.past_updates is not None:
+            if before is None or before.in_weight or before.known():
                 continue
             starts_run = not self.owns(before, b) and b not in (restored or {})
             if starts_run and not self.inplace and before.started():
@@ -245,10 +296,10 @@ class WeightUpdate:
         """Keep in ``delta`` what ``before`` says is part of the model; W gets what it may hold."""
         if before.remainder is not None and delta.remainder is not None:
             delta.remainder.copy_(before.remainder)
-        past = None if before.past_updates is None else list(before.past_updates)
+        past = list(before.past_updates or ()) if before.known() else None
         unwritten = [p for p in past or () if not p.in_weight]
         if before.started():
-            pending = before.product(layer.lora_A, layer.lora_B)
+            pending = before.product()
             if not pending.in_weight:
                 unwritten.append(pending)
             if past is not None:

@@ -108,7 +108,7 @@ def true_adamw_step(call: dict) -> dict:
     reference.adamw_step_list_ref_(
         call["params"], call["grads"], call["exp_avgs"], call["exp_avg_sqs"],
         call["steps"].clone(), call["lr"], *call["betas"], call["eps"], call["weight_decay"],
-        none, none, None, call.get("grad_scale"), None,
+        none, none, None, call.get("grad_scale"), None, none, None,
     )  # fmt: skip
     return state
 

@@ -130,7 +130,7 @@ def compile_all(capability: int):
         p, m = torch.empty(4096, dtype=dtype), torch.empty(4096, dtype=moment_dtype)
         adamw_step.adamw_step_(
             [p], [p], [m], [m], torch.zeros(1), 1e-3, 0.9, 0.999, 1e-8, 0.01,
-            [torch.empty(4096)], [p], one, one, one,
+            [torch.empty(4096)], [p], one, one, one, [p], torch.zeros(1, dtype=torch.int32),
         )  # fmt: skip
     flags, count = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.int64)
     for found_inf in (None, one):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from adalora_runs import SCHEDULE, base, loss_of, swapped, train
 from delta_lora_runs import snapshot
+from older_states import as_older
 from torch import nn
 
 from deltadiff import DeltaLoRA, FusedAdamW, load_adapter, save_adapter, swap_
@@ -298,6 +299,7 @@ def test_states_saved_by_earlier_versions_are_read():
         train(model, optimizer, range(6))
         saved = copy.deepcopy(optimizer.state_dict())
         if old:
+            saved = as_older(saved, optimizer)
             t = saved["state"]["adalora"].pop("iteration")
             saved["state"]["delta_lora"] = {
                 "iteration": t, "w_update": "inplace", "update_ratio": [], "folded": {},

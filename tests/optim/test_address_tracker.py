@@ -18,7 +18,7 @@ from deltadiff.optim.address_tracker import (
 def test_what_moved_is_found_and_what_was_written_is_told(make):
     params = [nn.Parameter(torch.randn(4, 8)) for _ in range(3)]
     weights = [nn.Parameter(torch.randn(4, 4), requires_grad=False)]
-    tracker = make(params, weights)
+    tracker = make(params, weights, [None] * 3)
     assert tracker.look() == ALIGNED and not tracker.grads().any()
     params[1].grad = torch.randn(4, 8)
     assert tracker.look() == GRADS | ANY | ALIGNED

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from delta_lora_runs import W_UPDATES, loss_of, make_model, output, snapshot, train, trainable
+from older_states import as_older
 
 from deltadiff import DeltaLoRA, load_adapter, merge_, save_adapter, swap_
 from deltadiff.errors import ArgumentError, SwapError
@@ -116,8 +117,10 @@ def test_foreign_state_dict_is_refused():
     bad = copy.deepcopy(optimizer.state_dict())
     bad["state"][0]["exp_avg"] = torch.zeros(1)
     unknown = copy.deepcopy(optimizer.state_dict())
-    unknown["state"]["delta_lora"]["folded"][99] = []
-    for state in (adamw.state_dict(), other.state_dict(), bad, unknown):
+    unknown["state"][99] = {}
+    older = as_older(copy.deepcopy(optimizer.state_dict()), optimizer)
+    older["state"]["delta_lora"]["folded"][99] = []
+    for state in (adamw.state_dict(), other.state_dict(), bad, unknown, older):
         with pytest.raises(ArgumentError, match="state_dict"):
             optimizer.load_state_dict(state)
     assert all(map(torch.equal, before, snapshot(model, optimizer)))

@@ -308,5 +308,5 @@ def test_bad_models():
         with pytest.raises(ArgumentError, match="b: got"), optimizer.truncated(b):
             pass
     plain = swapped()
-    with pytest.raises(ArgumentError, match="no DyLoRA state"):
+    with pytest.raises(ArgumentError, match="a state of 'DeltaLoRA'"):
         optimizer.load_state_dict(DeltaLoRA(plain, update_ratio=0).state_dict())

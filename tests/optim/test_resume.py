@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from delta_lora_runs import batch, make_model, make_peft_model, train
+from older_states import as_older
 from torch import nn
 
 from deltadiff import DeltaLoRA, load_adapter, save_adapter
@@ -171,19 +172,19 @@ def test_a_factored_state_is_refused_while_the_optimizer_writes_into_w():
 
 
 @pytest.mark.parametrize("change", ["no weights", "one less", "shape", "dtype"])
-def test_states_without_the_weights_are_refused(change):
+@pytest.mark.parametrize("older", [False, True])
+def test_states_without_the_weights_are_refused(change, older):
     model, other = make_model(), make_model()
     optimizer, fresh = (optimizer_of(m, "inplace", None) for m in (model, other))
     go_on(model, optimizer, 0, 4)
     saved = on_disk(optimizer.state_dict())
-    weights = saved["state"]["delta_lora"]["weights"]
-    first = next(iter(weights))
-    if change == "no weights":  # earlier versions did not save them
-        del saved["state"]["delta_lora"]["weights"]
-    elif change == "one less":
-        del weights[first]
-    else:
-        weights[first] = weights[first].float() if change == "dtype" else weights[first][1:]
+    entries = [entry for entry in saved["state"].values() if "weight" in entry]
+    for entry in entries if change == "no weights" else entries[:1]:
+        w = entry.pop("weight")
+        if change in ("shape", "dtype"):
+            entry["weight"] = w.float() if change == "dtype" else w[1:]
+    if older:
+        saved = as_older(saved, optimizer)
     before = everything(other, fresh)
     with pytest.raises(ArgumentError, match="weight of 0 in state_dict"):
         fresh.load_state_dict(saved)

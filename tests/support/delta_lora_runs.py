@@ -68,6 +68,5 @@ def output(model: nn.Module) -> Tensor:
 
 def snapshot(model, optimizer) -> list[Tensor]:
     """Copies of all tensors of a model and of its optimizer's state."""
-    saved = optimizer.state_dict()["state"]
-    state = [t for entry in saved.values() for t in entry.values() if isinstance(t, Tensor)]
+    state = [t for entry in optimizer.state.values() for t in entry.values()]
     return [t.detach().clone() for t in [*model.parameters(), *state]]

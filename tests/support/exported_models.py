@@ -68,7 +68,7 @@ def merged(model: nn.Module, base: nn.Module, summed: bool = False) -> nn.Module
         if summed:
             start = base.get_submodule(name).weight.double()
             w = start.T if layer.transposed else start
-            products.append(layer.delta.product(layer.lora_A, layer.lora_B))
+            products.append(layer.delta.product())
         w = w + sum(p.B.double() @ p.A.double() for p in products)
         truth.get_submodule(name).weight.copy_(w.T if layer.transposed else w)
     return truth

@@ -25,6 +25,7 @@ from ...errors import ArgumentError, ArgumentTypeError, SwapError
 from ...files import as_folder, write_bytes, write_text
 from ..linear import is_peft_model
 from ..lora_linear import LoraLinear, own_layers
+from ..low_rank_sum import check_known
 from ..model_notes import note_selection, noted_selection
 from ..peft_files.load import load_peft
 from ..peft_files.read import is_peft_folder
@@ -213,15 +214,14 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
         entry["gate"] = _describe_gate(layer)
     if delta is None:
         return entry
-    if delta.past_updates is None:
-        given = "an update of W under too many values of update_ratio to be kept as factors"
-        raise SwapError(name, given, "`merge_`, then save the whole model")
-    past = list(delta.past_updates)
-    if delta.started() and delta.scaling == layer.scaling:
+    check_known(name, delta)
+    past = list(delta.past_updates or ())
+    moved = delta.moved(layer.lora_A, layer.lora_B)
+    if delta.started() and delta.scaling == layer.scaling and not moved:
         entry["update_ratio"] = delta.update_ratio
         tensors |= {f"{name}.anchor_A": delta.anchor_A, f"{name}.anchor_B": delta.anchor_B}
-    elif delta.started():  # the entry has one scaling, which is that of the pair
-        past.append(delta.product(layer.lora_A, layer.lora_B))
+    elif delta.started():  # an update has the scaling and the pair of the entry
+        past.append(delta.product())
     entry["folded"] = len(past)
     for i, product in enumerate(past):
         tensors |= {f"{name}.folded_A.{i}": product.A, f"{name}.folded_B.{i}": product.B}
@@ -299,6 +299,8 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     layer.delta = PendingDelta(
         anchor_A,
         anchor_B,
+        layer.lora_A.detach().clone(),
+        layer.lora_B.detach().clone(),
         ratio or 0.0,
         layer.scaling,
         scale,

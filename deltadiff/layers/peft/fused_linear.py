@@ -12,6 +12,7 @@ from ..delta_state import (
     check_loadable,
     delta_to_state,
     follow_module,
+    follow_weight,
     load_delta,
     take_saved_delta,
 )
@@ -20,7 +21,7 @@ from ..pending_delta import PendingDelta
 from .pair import PeftPair
 from .route import Route, find_route
 from .rules import active_adapters
-from .update_guards import check_kept, keep_in_weight, warn_dropped, warn_saved
+from .update_guards import check_kept, warn_dropped, warn_saved
 
 
 class FusedLinear(HoldsPairs, Linear):
@@ -90,8 +91,7 @@ class FusedLinear(HoldsPairs, Linear):
         if self.disable_adapters or self.merged:  # PEFT's merging wrote the update into W
             return y
         for name in names:
-            a, b = self.lora_A[name].weight.detach(), self.lora_B[name].weight.detach()
-            for p in self.deltas[name].added(a, b):
+            for p in self.deltas[name].added():
                 s = nn.functional.linear(x, p.A.to(x.dtype))
                 y = y + nn.functional.linear(s, p.B.to(x.dtype)).to(y.dtype)
         return y
@@ -103,8 +103,7 @@ class FusedLinear(HoldsPairs, Linear):
         found, delta = super().get_delta_weight(adapter), self.deltas.get(adapter)
         if delta is None:
             return found
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        for p in delta.unwritten(a, b):
+        for p in delta.unwritten():
             product = p.B @ p.A
             found = found + (product.T if self.fan_in_fan_out else product).to(found.dtype)
         return found
@@ -165,32 +164,38 @@ class FusedLinear(HoldsPairs, Linear):
         return {**self.__dict__, "_route": None}  # a copy has other parameters
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLinear":
+        before = self.get_base_layer().weight.detach()
         super()._apply(fn, recurse)
         for name, delta in self.deltas.items():
-            follow_module(delta, self.lora_A[name].weight)
+            follow_weight(delta, before, self.get_base_layer().weight)
+            follow_module(delta, self.lora_A[name].weight, self.lora_B[name].weight)
         return self
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, delta in self.deltas.items():
             # PEFT puts what has "lora_" in its name into its files.
-            destination |= delta_to_state(delta, f"{prefix}deltas.{name}.")
+            pair = self.lora_A[name].weight, self.lora_B[name].weight
+            destination |= delta_to_state(delta, f"{prefix}deltas.{name}.", *pair)
         warn_saved(self.deltas)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        saved = {n: take_saved_delta(state_dict, f"{prefix}deltas.{n}.") for n in self.lora_A}
+        pairs = {n: [f"{prefix}lora_{x}.{n}.weight" for x in "AB"] for n in self.lora_A}
+        saved = {
+            n: take_saved_delta(state_dict, f"{prefix}deltas.{n}.", *map(state_dict.get, pairs[n]))
+            for n in self.lora_A
+        }
         for name in self.lora_A:
             check_loadable(self.deltas.get(name), saved[name])
         super()._load_from_state_dict(state_dict, prefix, *rest)
         for name in self.lora_A:
-            factors = [f"{prefix}lora_{x}.{name}.weight" for x in "AB"]
-            if not all(factor in state_dict for factor in factors):
+            if not all(factor in state_dict for factor in pairs[name]):
                 continue  # a part of a state, which says nothing of this adapter
-            a, b = (state_dict[factor] for factor in factors)
+            a, b = (state_dict[factor] for factor in pairs[name])
             before, pair = self.deltas.get(name), PeftPair(self, name)
             if saved[name] is None and before is not None and before.changes_model():
                 warn_dropped(name, before.in_weight)
                 if before.in_weight and f"{prefix}base_layer.weight" not in state_dict:
-                    keep_in_weight(before, pair, a, b)
+                    before.end_update(a, b)  # W cannot be taken back
                     continue
             load_delta(pair, saved[name], a, b)

@@ -5,11 +5,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from types import FrameType
 
-import torch
-from torch import Tensor
-
 from ...errors import SwapError
-from ..lora_layers import LoraLayer
 from ..pending_delta import PendingDelta
 
 
@@ -74,15 +70,3 @@ def warn_dropped(adapter: str, in_weight: bool) -> None:
         "A and B; under a Trainer, `deltadiff.trainer.DeltaLoRACallback` does that",
         LostUpdateWarning, stacklevel=2,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def keep_in_weight(delta: PendingDelta, layer: LoraLayer, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Make what W holds a past update, for A and B are about to be others (``lora_A``, ``lora_B``).
-
-    W cannot be taken back, so the update by the old pair ends and one by the new pair begins.
-    """
-    if delta.started() and delta.past_updates is not None:
-        delta.past_updates.append(delta.product(layer.lora_A, layer.lora_B))
-    delta.anchor_A.copy_(lora_A)
-    delta.anchor_B.copy_(lora_B)

@@ -1,0 +1,48 @@
+"""States of optimizers as versions without a format number saved them."""
+
+from typing import Any
+
+import torch
+
+from deltadiff.optim.saved_state import PREFIX
+
+
+def as_older(state_dict: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """``state_dict`` of ``optimizer`` in that form, in which the run is an entry of "state".
+
+    The entries of "state" and the param groups are new dicts; their tensors are the same.
+    """
+    state = {i: dict(entry) for i, entry in state_dict["state"].items()}
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    run = {n.removeprefix(PREFIX): v for n, v in groups[0].items() if n.startswith(PREFIX)}
+    for group in groups:
+        for name in run:
+            del group[PREFIX + name]
+    method, t = run["method"], torch.tensor(run["iteration"])
+    if method == "AdaLoRA":
+        names = ("total_step", "target_r", "tinit", "tfinal", "deltaT")
+        state["adalora"] = {**{n: run[n] for n in names}, "iteration": t}
+    elif method == "DyLoRA":
+        state["dylora"] = {name: run[name] for name in ("rank", "generator", "r")}
+    elif method == "DeltaLoRA":
+        state["delta_lora"] = _older_delta_lora(state, optimizer) | {
+            "iteration": t, "w_update": run["w_update"],
+        }  # fmt: skip
+    return {"state": state, "param_groups": groups}
+
+
+def _older_delta_lora(state: dict[int, dict], optimizer: Any) -> dict[str, Any]:
+    """The weights, lambdas and past updates, which the entries of "state" lose."""
+    weights, past_updates = {}, {}
+    for i, entry in state.items():
+        entry.pop("last", None)
+        if "weight" in entry:
+            weights[i] = entry.pop("weight")
+        if "update" in entry:
+            _, _, _, count, places = entry.pop("update").tolist()
+            past_updates[i] = None if count < 0 else [
+                (entry.pop(f"past_B.{k}"), entry.pop(f"past_A.{k}"), bool(int(places) >> k & 1))
+                for k in range(int(count))
+            ]  # fmt: skip
+    ratios = [update.ratio for update in optimizer.weight_updates]
+    return {"weights": weights, "update_ratio": ratios, "folded": past_updates}
