@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..checks import wide_dtype
 from ..kernels.runtime.gpu import is_capturing
+from ..ranks import is_sharded, local, whole
 
 MAX_PAST_UPDATES = 8  # how many past updates are kept as factors
 
@@ -115,8 +116,8 @@ class PendingDelta:
     def product(self) -> LowRankFactors:
         """lambda s (B_T A_T - B_k A_k) as two factors of rank 2r, float32 (float64 stays)."""
         wide, c = self.rank_scale.dtype, self.factor()
-        b = torch.cat([c * self.last_B.to(wide), -c * self.anchor_B.to(wide)], dim=1)
-        a = torch.cat([self.last_A.to(wide), self.anchor_A.to(wide)])
+        b = torch.cat([c * whole(self.last_B).to(wide), -c * whole(self.anchor_B).to(wide)], dim=1)
+        a = torch.cat([whole(self.last_A).to(wide), whole(self.anchor_A).to(wide)])
         return LowRankFactors(b, a, self.in_weight)
 
     def known(self) -> bool:
@@ -158,15 +159,14 @@ class PendingDelta:
             return False
         if stamp == self._moved_at or is_capturing(lora_A.device):
             return True
-        a, b = lora_A.detach(), lora_B.detach()
-        same = _equal(a, self.last_A) and _equal(b, self.last_B)
+        same = _equal(lora_A.detach(), self.last_A) and _equal(lora_B.detach(), self.last_B)
         self._equal_at, self._moved_at = (stamp, None) if same else (None, stamp)
         return not same
 
     def _stamp(self, lora_A: Tensor, lora_B: Tensor) -> Stamp:
-        pairs = (lora_A, self.last_A), (lora_B, self.last_B)
+        pairs = [(local(lora_A), local(self.last_A)), (local(lora_B), local(self.last_B))]
         writes = [0 if p.is_inference() else p._version - c._version for p, c in pairs]
-        return Stamp(*writes, lora_A.data_ptr(), lora_B.data_ptr())
+        return Stamp(*writes, *(p.data_ptr() for p, _ in pairs))
 
     @torch.no_grad()
     def end_update(self, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -239,6 +239,8 @@ class PendingDelta:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
+    if is_sharded(a):  # all processes ask, and have to agree
+        return torch.equal(whole(a), whole(b))
     return a.is_meta or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
 
 

@@ -23,11 +23,13 @@ from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, check_int, check_
 from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..layers.writable import check_writable
+from ..ranks import local
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
 from .saved_state import SavedState
 from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight, write_update
+from .shards import to_launch
 from .update_start import UpdateStart
 from .weight_update import WeightUpdate
 
@@ -179,7 +181,7 @@ class DeltaLoRA(FusedAdamW):
             if self.w_update == "inplace":
                 like, own = state["exp_avg"], self._delta.get(p)
                 if own is None or own.device != like.device or own.dtype != like.dtype:
-                    self._delta[p] = torch.zeros_like(like)
+                    self._delta[p] = torch.zeros_like(local(like))
         w, state = layer.matrix, self.state[layer.lora_B]
         if not self._keeps_remainder(layer):
             state.pop("remainder", None)
@@ -196,12 +198,16 @@ class DeltaLoRA(FusedAdamW):
 
     def _prepare_run(self, group: dict[str, Any], step: DeviceStep, place: slice) -> AdamWRun:
         params, (_, anchor_now) = step.params[place], step.start.flags_of(group)
-        deltas = [self._delta.get(p) for p in params]
-        anchors = [self.state[p].get("anchor") for p in params]
-        copies, moved = step.copies[place], step.moved[place]
+        kept = (
+            [self._delta.get(p) for p in params],
+            [self.state[p].get("anchor") for p in params],
+            step.copies[place],
+        )
+        deltas, anchors, copies = ([t if t is None else to_launch(t) for t in ts] for ts in kept)
+        moved = step.moved[place] if any(copy is not None for copy in copies) else None
         return AdamWRun(
-            group, params, self.state, step.steps[place], deltas, anchors, anchor_now, copies,
-            moved if any(copy is not None for copy in copies) else None,
+            group, step.tensors[place], self._moments(step, place), step.steps[place],
+            deltas, anchors, anchor_now, copies, moved,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------- step

@@ -35,6 +35,7 @@ from .param_groups import (
     trainable,
 )
 from .resumable import Resumable
+from .shards import to_launch
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -167,7 +168,7 @@ class FusedAdamW(Resumable):
                 state[name] = state[name].to(p.device, wide)  # where the parameter was moved
         else:
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros(p.shape, dtype=wide, device=p.device)
+                state[name] = torch.zeros_like(p.detach(), dtype=wide)  # sharded as p is
         state["step"] = step  # a view into the steps of its device
 
     def _prepare(self) -> None:
@@ -180,7 +181,13 @@ class FusedAdamW(Resumable):
             self._runs += step.runs
 
     def _prepare_run(self, group: dict[str, Any], step: DeviceStep, place: slice) -> AdamWRun:
-        return AdamWRun(group, step.params[place], self.state, step.steps[place])
+        return AdamWRun(group, step.tensors[place], self._moments(step, place), step.steps[place])
+
+    def _moments(self, step: DeviceStep, place: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """The moments of some parameters, as launches get them."""
+        states = [self.state[p] for p in step.params[place]]
+        first, second = ([to_launch(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        return first, second
 
     # ---------------------------------------------------------------------- step
 

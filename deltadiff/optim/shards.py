@@ -17,31 +17,21 @@ from torch import Tensor
 
 from ..checks import wide_dtype
 from ..errors import ArgumentTypeError
-
-
-def is_sharded(t: Tensor) -> bool:
-    """Whether ``t`` is a DTensor, of which this process holds a part."""
-    return hasattr(t, "device_mesh")
-
-
-def local(t: Tensor) -> Tensor:
-    """The part of ``t`` that this process holds, in the same memory; all of it, if not sharded."""
-    return t._local_tensor if is_sharded(t) else t  # type: ignore[attr-defined]
+from ..ranks import local, why_no_shard
 
 
 def check_shards(name: str, t: Tensor) -> None:
-    """Raise ArgumentTypeError where a sharded tensor is not one that `fully_shard` makes.
+    """Raise ArgumentTypeError where a tensor is neither whole nor split by rows."""
+    reason = why_no_shard(t)
+    if reason is not None:
+        accepted = "whole tensors, or those that `fully_shard` splits by their rows"
+        raise ArgumentTypeError(name, reason, accepted)
 
-    Such a tensor is split by rows over one dimension of the mesh, and equal along the others.
-    """
-    if not is_sharded(t):
-        return
-    by_rows = [p.is_shard(0) and type(p).__name__ == "Shard" for p in t.placements]
-    whole = [p.is_replicate() for p in t.placements]
-    if sum(by_rows) != 1 or not all(map(max, by_rows, whole)):
-        given = f"a DTensor with placements {tuple(map(str, t.placements))}"
-        accepted = "whole tensors, or tensors that `fully_shard` splits by their rows"
-        raise ArgumentTypeError(name, given, accepted)
+
+def to_launch(t: Tensor) -> Tensor:
+    """What a kernel gets of a tensor: the local part, or one number where that is empty."""
+    part = local(t.detach())
+    return part if part.numel() else part.new_zeros(1)
 
 
 class WholePairs:
@@ -57,7 +47,7 @@ class WholePairs:
     """
 
     def __init__(self, As: Sequence[Tensor], deltas: Sequence[Tensor]):
-        first = As[0]
+        self._As, first = As, As[0]
         dim = next(i for i, p in enumerate(first.placements) if p.is_shard())
         self._size = first.device_mesh.size(dim)
         self._group = first.device_mesh.get_group(dim)
@@ -84,6 +74,11 @@ class WholePairs:
                 if count:
                     self._parts += pair[:, :count].unbind()
                     self._wholes += [t[first_row : first_row + count] for t in (a, delta)]
+
+    def of(self, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole A' and dA of a layer."""
+        i = next(i for i, a in enumerate(self._As) if a is lora_A)
+        return self.A[i], self.delta_A[i]
 
     @torch.no_grad()
     def __call__(self) -> None:

@@ -16,7 +16,9 @@ from ..layers.low_rank_sum import check_known
 from ..layers.pending_delta import MAX_PAST_UPDATES, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
+from ..ranks import first_row, is_sharded, local
 from .rounding_loss import LayerUpdate, RoundingLoss
+from .shards import WholePairs
 
 if TYPE_CHECKING:
     from .saved_update import SavedUpdate
@@ -66,6 +68,7 @@ class WeightUpdate:
         self.rank_scales: dict[int, Tensor] = {}
         self.rank_scales_after: dict[int, Tensor] = {}
         self._launches: list = []
+        self._wholes: WholePairs | None = None
         self._launched = False
         self._loss = RoundingLoss() if self.rounding == "nearest" else None
         self._prepare()
@@ -76,11 +79,19 @@ class WeightUpdate:
         self._places = [place for m in self.layers.values() for place in m.places()]
         if not self.inplace:
             return
+        sharded = [m for m in self.layers.values() if is_sharded(m.lora_A)]
+        if sharded:
+            deltas = [self.delta[m.lora_A] for m in sharded]
+            self._wholes = WholePairs([m.lora_A for m in sharded], deltas)
+        position = {m: i for i, m in enumerate(self.layers.values())}
         for dtype in dict.fromkeys(m.lora_A.dtype for m in self.layers.values()):
             layers = [m for m in self.layers.values() if m.lora_A.dtype == dtype]
+            layers = [m for m in layers if local(m.weight).numel()]  # a process may hold no row
+            if not layers:
+                continue
             low = []
             if self.rounding == "remainder":
-                low = [self.state[m.lora_B]["remainder"] for m in layers]
+                low = [local(self.state[m.lora_B]["remainder"]) for m in layers]
             updates = [self._update_of(m) for m in layers]
             launch = prepare_delta_update(
                 self.backend,
@@ -93,13 +104,20 @@ class WeightUpdate:
                 self.rounding,
                 low,
                 self.seed,
+                [position[m] for m in layers],
+                [first_row(m.weight) for m in layers],
             )
             self._launches.append((launch, layers))
 
     def _update_of(self, layer: LoraLayer) -> LayerUpdate:
         a, b = layer.lora_A, layer.lora_B
+        whole_a, whole_delta = a, self.delta[a]
+        if self._wholes is not None and is_sharded(a):
+            whole_a, whole_delta = self._wholes.of(a)
         scale = self.ratio * self.scaling_of(layer)
-        return LayerUpdate(layer.matrix, a, b, self.delta[a], self.delta[b], scale)
+        return LayerUpdate(
+            local(layer.matrix), whole_a, local(b), whole_delta, self.delta[b], scale
+        )  # fmt: skip
 
     def scaling_of(self, layer: LoraLayer) -> float:
         """s of the layer when this run began, see `PendingDelta.scaling`."""
@@ -140,8 +158,11 @@ class WeightUpdate:
         apply = None if known else self.started  # Triton gets one form, so that it compiles once
         if found_inf is not None:
             apply = self.started * (found_inf.view(()) == 0)
+        if self._wholes is not None:
+            self._wholes()
         if self._loss is not None and not self._loss.told and not early and not capturing:
-            self._loss.measure(map(self._update_of, self.layers.values()))
+            mine = (m for _, layers in self._launches for m in layers)
+            self._loss.measure(map(self._update_of, mine))
         for launch, _ in self._launches:
             launch(t, apply)
         self._launched = True

@@ -8,7 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from deltadiff.errors import ArgumentTypeError
-from deltadiff.optim.shards import WholePairs, check_shards, is_sharded, local
+from deltadiff.optim.shards import WholePairs, check_shards
+from deltadiff.ranks import first_row, is_sharded, local, whole
 
 SHAPES = [(8, 5), (3, 4), (1, 6)]  # the last two leave some processes without a row
 
@@ -41,8 +42,9 @@ def placements(rank):
     for placement in ((Replicate(), Replicate()), (Shard(1), Replicate()), (Shard(0), Shard(0))):
         with pytest.raises(ArgumentTypeError, match="W: got a DTensor with placements"):
             check_shards("W", distribute_tensor(t, mesh, placement))
-    whole = distribute_tensor(t, mesh, (Shard(0), Replicate()))
-    return is_sharded(whole), is_sharded(t), local(t) is t, tuple(local(whole).shape)
+    by_rows = distribute_tensor(t, mesh, (Shard(0), Replicate()))
+    assert whole(by_rows).equal(t) and first_row(by_rows) == 2 * rank and first_row(t) == 0
+    return is_sharded(by_rows), is_sharded(t), local(t) is t, tuple(local(by_rows).shape)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
