@@ -33,7 +33,7 @@ def delta_to_state(
         "rank_scale": delta.rank_scale.clone(),
         "numbers": torch.tensor(numbers, dtype=torch.float64),
     }  # fmt: skip
-    if delta.moved(lora_A, lora_B):
+    if delta.differs(lora_A, lora_B):
         state |= {"last_A": delta.last_A, "last_B": delta.last_B}
     for i, p in enumerate(past or ()):
         state |= {f"past_A.{i}": p.A, f"past_B.{i}": p.B}

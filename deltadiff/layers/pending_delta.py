@@ -88,10 +88,13 @@ class PendingDelta:
     unseen: tuple[Tensor, ...] = ()
     _equal_at: Stamp | None = field(default=None, repr=False)  # the pair was equal to the copies
     _moved_at: Stamp | None = field(default=None, repr=False)  # it was not
+    # Of sharded factors: the pair, since the forward pass sees other tensors; and whole anchors.
+    _pair: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _anchors: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: stamps are of the very tensors that stay behind."""
-        return {**self.__dict__, "_equal_at": None, "_moved_at": None}
+        return {**self.__dict__, "_equal_at": None, "_moved_at": None, "_anchors": None}
 
     @staticmethod
     def make_rank_scale(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:
@@ -102,7 +105,7 @@ class PendingDelta:
     @property
     def rank(self) -> int:
         """The rank of the one low-rank product that the forward pass needs; see `stack`."""
-        added = [p.A.shape[0] for p in self.past_updates or () if not p.in_weight]
+        added = [p.A.shape[0] for p in self.unwritten_past()]
         return self.rank_scale.shape[0] + sum(added)
 
     def started(self) -> bool:
@@ -126,10 +129,37 @@ class PendingDelta:
 
     def unwritten(self) -> list[LowRankFactors]:
         """What the forward pass adds to W of the update, as factors; reads from the device."""
-        found = [p for p in self.past_updates or () if not p.in_weight]
+        found = self.unwritten_past()
         if not self.in_weight and self.started():
             found.append(self.product())
         return found
+
+    def unwritten_past(self) -> list[LowRankFactors]:
+        """The past updates that the forward pass adds."""
+        return [p for p in self.past_updates or () if not p.in_weight]
+
+    def all_updates(self) -> list[LowRankFactors] | None:
+        """The past updates and the one that goes on; None where they are not known."""
+        if not self.known() or self.past_updates is None:
+            return None
+        return [*self.past_updates, *([self.product()] if self.started() else [])]
+
+    # ------------------------------------------------------------- sharded factors
+
+    def follow_shards(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Remember the parameters of which `stack` will see whole copies."""
+        self._pair = (lora_A, lora_B) if is_sharded(lora_A) else None
+
+    def forget_anchors(self) -> None:
+        """The anchors were or may be written; `stack` gathers them again."""
+        self._anchors = None
+
+    def _whole_anchors(self) -> tuple[Tensor, Tensor]:
+        if not is_sharded(self.anchor_A):
+            return self.anchor_A, self.anchor_B
+        if self._anchors is None:
+            self._anchors = whole(self.anchor_A), whole(self.anchor_B)
+        return self._anchors
 
     # ------------------------------------------------------------- a pair that moved
 
@@ -151,6 +181,8 @@ class PendingDelta:
         The device is asked only where something else wrote the pair. What is written through
         ``.data`` is not noticed here.
         """
+        if self._pair is not None:
+            lora_A, lora_B = self._pair
         try:
             stamp = self._stamp(lora_A, lora_B)
         except RuntimeError:  # `torch.func` calls the model with tensors that have no memory
@@ -159,7 +191,13 @@ class PendingDelta:
             return False
         if stamp == self._moved_at or is_capturing(lora_A.device):
             return True
-        same = _equal(lora_A.detach(), self.last_A) and _equal(lora_B.detach(), self.last_B)
+        return self.differs(lora_A, lora_B)
+
+    def differs(self, lora_A: Tensor, lora_B: Tensor) -> bool:
+        """As `moved`, for whatever wrote the pair; reads from the device."""
+        a, b = lora_A.detach(), lora_B.detach()
+        same = _equal(a, self.last_A) and _equal(b, self.last_B)
+        stamp = self._stamp(lora_A, lora_B)
         self._equal_at, self._moved_at = (stamp, None) if same else (None, stamp)
         return not same
 
@@ -184,6 +222,7 @@ class PendingDelta:
                 self.past_updates = None  # too many to save; W itself has them
         self.anchor_A.copy_(lora_A)
         self.anchor_B.copy_(lora_B)
+        self.forget_anchors()
         self.take_pair(lora_A, lora_B)
 
     # ----------------------------------------------------------------- the forward pass
@@ -197,10 +236,10 @@ class PendingDelta:
         wide, r = self.rank_scale.dtype, self.last_A.shape[0]
         factor = self.rank_scale.clone()
         factor[:r] -= 1
-        b = torch.cat([self.last_B, self.anchor_B], dim=1).to(wide) * (factor * self.scaling)
-        a = torch.cat([self.last_A, self.anchor_A]).to(wide)
-        past = [p for p in self.past_updates or () if not p.in_weight]
-        return [*past, LowRankFactors(b, a, in_weight=False)]
+        anchor_A, anchor_B = self._whole_anchors()
+        b = torch.cat([whole(self.last_B), anchor_B], dim=1).to(wide) * (factor * self.scaling)
+        a = torch.cat([whole(self.last_A), anchor_A]).to(wide)
+        return [*self.unwritten_past(), LowRankFactors(b, a, in_weight=False)]
 
     def stack(
         self, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
@@ -214,9 +253,9 @@ class PendingDelta:
             return self._stack_apart(lora_A, lora_B, scaling)
         if not torch.compiler.is_compiling() and self.moved(lora_A, lora_B):
             return self._stack_apart(lora_A, lora_B, scaling)
-        a, b = _Stack.apply(lora_A, lora_B, self.anchor_A, self.anchor_B, self.rank_scale)
+        a, b = _Stack.apply(lora_A, lora_B, *self._whole_anchors(), self.rank_scale)
         scale = self.rank_scale
-        added = [p for p in self.past_updates or () if not p.in_weight]
+        added = self.unwritten_past()
         if added:
             b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
             a = torch.cat([a, *(p.A.to(a.dtype) for p in added)])
@@ -228,10 +267,11 @@ class PendingDelta:
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         """As `stack`: the pair with its own scale, and the update, a constant, beside it."""
         r, wide = lora_A.shape[0], self.rank_scale
-        past = [p for p in self.past_updates or () if not p.in_weight]
-        constant = self.last_A, self.anchor_A, *(p.A.to(lora_A.dtype) for p in past)
+        anchor_A, anchor_B = self._whole_anchors()
+        past = self.unwritten_past()
+        constant = whole(self.last_A), anchor_A, *(p.A.to(lora_A.dtype) for p in past)
         a = torch.cat([lora_A, *constant])
-        constant = self.last_B, self.anchor_B, *(p.B.to(lora_B.dtype) for p in past)
+        constant = whole(self.last_B), anchor_B, *(p.B.to(lora_B.dtype) for p in past)
         b = torch.cat([lora_B, *constant], dim=1)
         factors = self.scaling * (wide[:r] - 1), self.scaling * wide[r:]
         ones = wide.new_ones(a.shape[0] - 3 * r)

@@ -23,14 +23,14 @@ from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, check_int, check_
 from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..layers.writable import check_writable
-from ..ranks import local
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
 from .saved_state import SavedState
-from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight, write_update
+from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight
 from .shards import to_launch
 from .update_start import UpdateStart
+from .update_state import allocate_factor, allocate_remainder
 from .weight_update import WeightUpdate
 
 W_UPDATES = ("inplace", "factored")
@@ -132,22 +132,21 @@ class DeltaLoRA(FusedAdamW):
         super()._check_tensors()
         self._pairs = pairs
 
-    def _last_ratio(self, layer: LoraLayer) -> float:
+    def _last_ratio(self, layer: LoraLayer, index: dict[Tensor, int]) -> float:
         """The lambda of the last step; before any, the group's."""
         b, delta = layer.lora_B, layer.delta
         if b in self._sent:
             return self._sent[b]
         if delta is not None and delta.anchor_B is self.state[b].get("anchor"):
             return delta.update_ratio
-        group = self.param_groups[group_indices(self.param_groups)[b]]
-        return group["update_ratio"]
+        return self.param_groups[index[b]]["update_ratio"]
 
     def _prepare(self) -> None:
         groups, index = self.param_groups, group_indices(self.param_groups)
         kinds: dict[Kind, dict[str, LoraLayer]] = defaultdict(dict)
         for name, layer in self._pairs.items():
             self._allocate_update(layer)
-            w, ratio = layer.weight, self._last_ratio(layer)
+            w, ratio = layer.weight, self._last_ratio(layer, index)
             kinds[index[layer.lora_B], w.device, w.dtype, ratio][name] = layer
         for step in self._devices.values():
             for p, flag in zip(step.params, step.moved, strict=True):
@@ -171,26 +170,10 @@ class DeltaLoRA(FusedAdamW):
         super()._prepare()
 
     def _allocate_update(self, layer: LoraLayer) -> None:
+        inplace = self.w_update == "inplace"
         for p in (layer.lora_A, layer.lora_B):
-            state = self.state[p]
-            state.setdefault("anchor", torch.zeros_like(p.detach()))
-            state.setdefault("last", p.detach().clone())
-            for own in (state["anchor"], state["last"]):
-                if own.device != p.device or own.dtype != p.dtype:  # no `PendingDelta` moved it
-                    own.data = own.data.to(p.device, p.dtype)
-            if self.w_update == "inplace":
-                like, own = state["exp_avg"], self._delta.get(p)
-                if own is None or own.device != like.device or own.dtype != like.dtype:
-                    self._delta[p] = torch.zeros_like(local(like))
-        w, state = layer.matrix, self.state[layer.lora_B]
-        if not self._keeps_remainder(layer):
-            state.pop("remainder", None)
-            return
-        low, dtype = state.get("remainder"), REMAINDER_DTYPES[w.dtype]
-        if low is None or low.dtype != dtype:
-            state["remainder"] = torch.zeros_like(w.detach(), dtype=dtype)  # W's strides too
-        elif low.device != w.device:
-            low.data = low.data.to(w.device)
+            allocate_factor(p, self.state[p], self._delta if inplace else None)
+        allocate_remainder(layer, self.state[layer.lora_B], self._keeps_remainder(layer))
 
     def _keeps_remainder(self, layer: LoraLayer) -> bool:
         keeps = self.rounding in (None, "remainder") and self.w_update == "inplace"
@@ -213,8 +196,8 @@ class DeltaLoRA(FusedAdamW):
     # ---------------------------------------------------------------------- step
 
     def _look(self) -> bool:
-        same = all([update.check_layers() for update in self.weight_updates])
-        return super()._look() and same
+        same = super()._look()  # it puts sharded parameters back, which the layers then hold
+        return all([update.check_layers() for update in self.weight_updates]) and same
 
     def _bind(self, restored: dict[Tensor, SavedUpdate] | None = None) -> None:
         """Give the layers their `PendingDelta`; ``restored``: see `WeightUpdate.bind`."""
@@ -226,7 +209,7 @@ class DeltaLoRA(FusedAdamW):
         for update in self.weight_updates:
             update.bind(t > update.start_step + 1, restored)
         super()._bind()
-        if not any(update.has_moved() for update in self.weight_updates):
+        if restored is None or not any(update.has_moved() for update in self.weight_updates):
             self._accept_writes()
 
     def _follow_writes(self) -> None:
@@ -329,33 +312,17 @@ class DeltaLoRA(FusedAdamW):
                 were written where no step could follow.
         """
         saved = super().state_dict()
-        index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        params = [p for group in self.param_groups for p in group["params"]]
+        entries = {p: dict(saved["state"][i]) for i, p in enumerate(params)}
+        saved["state"] = {i: entries[p] for i, p in enumerate(params)}
         for update in self.weight_updates:
             update.check_known()
             for layer in update.layers.values():
-                entry = saved["state"][index[layer.lora_B]] = {**self.state[layer.lora_B]}
-                if update.inplace:
-                    entry["weight"] = layer.weight.detach()
-                delta = layer.delta
-                if delta is not None and update.owns(delta, layer.lora_B):
-                    past = delta.past_updates if delta.known() else None
-                    own = SavedUpdate(delta.update_ratio, delta.scaling, past)
-                    entry |= write_update(own, update.inplace)
+                update.save(layer, entries)
         return saved
 
     def _run_state(self) -> dict[str, Any]:
         return {**super()._run_state(), "w_update": self.w_update}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; dtypes and devices stay those of this optimizer.
-
-        Raises:
-            ArgumentError: as for `FusedAdamW.load_state_dict`; or the state is of another w_update,
-                of weights of other shapes or dtypes, or from a version that did not save W;
-                nothing was changed.
-            SwapError: an earlier run's update would be lost, as in `step`; nothing was changed.
-        """
-        super().load_state_dict(state_dict)
 
     def _check_state(self, saved: SavedState) -> None:
         if "format" not in saved.run:
@@ -405,14 +372,15 @@ class DeltaLoRA(FusedAdamW):
                 own["remainder"] = low
         return own
 
-    def _has_one_ratio(self, update: WeightUpdate) -> bool:
-        return len({self._last_ratio(layer) for layer in update.layers.values()}) == 1
-
     def _take_state(self, saved: SavedState) -> None:
         for layer in saved.layers.values():
             self._allocate_update(layer)
         self._sent = {b: update.update_ratio for b, update in saved.updates.items()}
-        if self._outdated() or not all(map(self._has_one_ratio, self.weight_updates)):
+        index = group_indices(self.param_groups)
+        ratios = [
+            {self._last_ratio(m, index) for m in u.layers.values()} for u in self.weight_updates
+        ]
+        if self._outdated() or any(len(found) > 1 for found in ratios):
             self._build()
         for layer in saved.layers.values():
             weight = saved.weights.get(layer.lora_B)
@@ -421,7 +389,7 @@ class DeltaLoRA(FusedAdamW):
         super()._take_state(saved)
         self._bound_iteration(saved.number("iteration"))
         for update in self.weight_updates:
-            update.set_ratio(self._last_ratio(next(iter(update.layers.values()))))
+            update.set_ratio(self._last_ratio(next(iter(update.layers.values())), index))
         for flag in self._unseen.values():
             flag.zero_()
         self._settings = [None] * len(self.param_groups)  # a lambda may not have been sent yet

@@ -174,6 +174,10 @@ class DeviceStep:
             reached = self.iteration >= scales.from_iteration
             scales.now.copy_(torch.where(reached, scales.after, scales.now))
 
+    def forget_grads(self) -> None:
+        """Send the addresses of gradients at the next step, whatever that look sees."""
+        self._launches = []
+
     def leave_to_graph(self) -> None:
         """Keep the addresses of gradients that a graph was captured with for its replays."""
         self._graph_grads.append(self._grads)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..checks import wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.gpu import is_capturing
+from ..ranks import is_sharded
 from .address_tracker import ANY, MOVED, WRITTEN
 from .device_step import AdamWRun, DeviceStep, found_infs
 from .param_groups import (
@@ -35,7 +36,7 @@ from .param_groups import (
     trainable,
 )
 from .resumable import Resumable
-from .shards import to_launch
+from .shards import ShardedPlaces, check_order, to_launch
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -128,7 +129,11 @@ class FusedAdamW(Resumable):
 
     def _build(self) -> None:
         """Allocate the state, and prepare the launches for where the tensors lie now."""
+        params = [*group_indices(self.param_groups)]
+        check_order(self._modules, params)
         self._check_tensors()
+        sharded = any(map(is_sharded, params))
+        self._places = ShardedPlaces(self._modules, params) if sharded else None
         for p in self.state.keys() - group_indices(self.param_groups).keys():
             del self.state[p]  # somebody took it out of the groups
         self._bound = False
@@ -230,6 +235,7 @@ class FusedAdamW(Resumable):
         if not self._bound:
             self._bind()
         if not any(step.seen & ANY for step in self._devices.values()):
+            check_order(self._modules, [*group_indices(self.param_groups)])
             return
         if settings is not None:
             if capturing:
@@ -278,6 +284,8 @@ class FusedAdamW(Resumable):
 
     def _look(self) -> bool:
         """Look at gradients and parameters; whether the launches still point to them."""
+        if self._places is not None:
+            self._places.restore()
         same = True
         for step in self._devices.values():
             same &= not step.look() & MOVED

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError
+from .address_tracker import MOVED
 from .device_step import DeviceStep
 from .saved_state import (
     SavedState,
@@ -40,10 +41,19 @@ class Resumable(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def _follow_moves(self) -> None:
+        """Let the state be on the devices and in the dtypes of the parameters as they are now."""
+        moved = [step for step in self._devices.values() if step.look() & MOVED]
+        for step in self._devices.values():
+            step.forget_grads()
+        if moved:
+            self._build()
+
     # --------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.AdamW.state_dict`, with what belongs to the run in each param group."""
+        self._follow_moves()
         saved = super().state_dict()
         for group in saved["param_groups"]:
             group |= run_entries({"method": self._methods[0], **self._run_state()})
@@ -60,8 +70,12 @@ class Resumable(torch.optim.Optimizer):
 
         Raises:
             ArgumentError: the state of another method, of other groups or settings, of parameters
-                of other shapes, of a newer format, or garbled; nothing was changed.
+                or weights of other shapes, of a newer format, or garbled; of Delta-LoRA also from
+                a version that did not save W. Nothing was changed.
+            SwapError: the update of an earlier run of Delta-LoRA would be lost, as in `step`;
+                nothing was changed.
         """
+        self._follow_moves()
         saved = read_state(state_dict, self.param_groups, self._methods)
         self._check_state(saved)
         own_state, own_groups = self.state, self.param_groups

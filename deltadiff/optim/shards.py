@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..checks import wide_dtype
-from ..errors import ArgumentTypeError
-from ..ranks import local, why_no_shard
+from ..errors import ArgumentTypeError, SwapError
+from ..ranks import is_sharded, local, why_no_shard
 
 
 def check_shards(name: str, t: Tensor) -> None:
@@ -32,6 +33,57 @@ def to_launch(t: Tensor) -> Tensor:
     """What a kernel gets of a tensor: the local part, or one number where that is empty."""
     part = local(t.detach())
     return part if part.numel() else part.new_zeros(1)
+
+
+class ShardedPlaces:
+    """Where sharded parameters stand in their modules, and whether they still do.
+
+    FSDP puts whole parameters in their places for a forward or backward pass. A step while they
+    stand there would be lost to the next forward pass, which would use them as they are.
+
+    Args:
+        modules: whose parameters the optimizer has.
+        params: the optimizer's.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], params: Sequence[Tensor]):
+        self._modules = modules
+        mine = {p for p in params if is_sharded(p)}
+        self._places = [
+            (m._parameters, name, p)
+            for module in modules
+            for m in module.modules()
+            for name, p in m._parameters.items()
+            if p is not None and p in mine
+        ]
+
+    def restore(self) -> None:
+        """Put the sharded parameters back where whole ones stand.
+
+        Raises:
+            SwapError: something else took their place.
+        """
+        if not self._moved():
+            return
+        for module in self._modules:
+            for m in module.modules():
+                if isinstance(m, FSDPModule):
+                    m.reshard()
+        for name in self._moved():
+            accepted = "the parameter that the optimizer was made for"
+            raise SwapError(name, "another parameter in its place", accepted)
+
+    def _moved(self) -> list[str]:
+        return [name for held, name, p in self._places if held.get(name) is not p]
+
+
+def check_order(modules: Sequence[nn.Module], params: Sequence[Tensor]) -> None:
+    """Raise SwapError where the modules were sharded after the optimizer took their parameters."""
+    if any(is_sharded(p) for p in params):
+        return
+    if any(is_sharded(p) and p.requires_grad for m in modules for p in m.parameters()):
+        given = "an optimizer that was made before `fully_shard`, so that it trains nothing"
+        raise SwapError("optimizer", given, "`swap_`, then `fully_shard`, then the optimizer")
 
 
 class WholePairs:

@@ -4,7 +4,7 @@ It knows when the updates of its layers start, gives each layer its `PendingDelt
 what an earlier run, an adapter file or an earlier lambda left there.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,13 @@ from ..checks import DTYPES, HALF_DTYPES, NO_ROUNDING
 from ..errors import ArgumentError, SwapError
 from ..layers.lora_layers import LoraLayer
 from ..layers.low_rank_sum import check_known
-from ..layers.pending_delta import MAX_PAST_UPDATES, PendingDelta
+from ..layers.pending_delta import MAX_PAST_UPDATES, LowRankFactors, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
 from ..ranks import first_row, is_sharded, local
 from .rounding_loss import LayerUpdate, RoundingLoss
+from .saved_update import SavedUpdate, write_update
 from .shards import WholePairs
-
-if TYPE_CHECKING:
-    from .saved_update import SavedUpdate
 
 
 class WeightUpdate:
@@ -77,9 +75,10 @@ class WeightUpdate:
         """Gather the tensors of the launches: one for each dtype of adapters, so usually one."""
         # `check_layers` reads these in every step; asking the modules takes ten times as long.
         self._places = [place for m in self.layers.values() for place in m.places()]
+        sharded = [m for m in self.layers.values() if is_sharded(m.lora_A)]
+        self._gathers_anchors = bool(sharded) and not self.inplace
         if not self.inplace:
             return
-        sharded = [m for m in self.layers.values() if is_sharded(m.lora_A)]
         if sharded:
             deltas = [self.delta[m.lora_A] for m in sharded]
             self._wholes = WholePairs([m.lora_A for m in sharded], deltas)
@@ -148,6 +147,10 @@ class WeightUpdate:
         ``t_least``, ``t_most``: bounds of t that the host knows. Returns whether weights may have
         been written.
         """
+        if self._gathers_anchors and t_least <= self.start_step + 1 <= t_most:
+            for layer in self.layers.values():  # this step writes the anchors, or may do so
+                if layer.delta is not None:
+                    layer.delta.forget_anchors()
         if not self.inplace or (not self.ratio and not capturing):
             return False
         early = t_most <= self.start_step and not capturing  # a graph is replayed later
@@ -181,7 +184,7 @@ class WeightUpdate:
             delta = layer.delta
             if delta is None or not self.owns(delta, layer.lora_B) or not delta.started():
                 continue
-            if only_moved and not delta.moved(layer.lora_A, layer.lora_B):
+            if only_moved and not delta.differs(layer.lora_A, layer.lora_B):
                 continue
             past = delta.past_updates
             if past is None or len(past) >= MAX_PAST_UPDATES:
@@ -199,9 +202,9 @@ class WeightUpdate:
                     check_known(name, delta)
 
     def has_moved(self) -> bool:
-        """Whether a pair is another than the last step left; see `PendingDelta.moved`."""
+        """Whether a pair is another than the last step left; reads from the device."""
         layers = self.layers.values()
-        return any(m.delta is not None and m.delta.moved(m.lora_A, m.lora_B) for m in layers)
+        return any(m.delta is not None and m.delta.differs(m.lora_A, m.lora_B) for m in layers)
 
     def change_ratio(self, t: int) -> None:
         """Follow the group's lambda in iteration ``t``.
@@ -239,13 +242,13 @@ class WeightUpdate:
             delta = layer.delta
             if delta is None or not self.owns(delta, layer.lora_B):
                 self._join(layer, t > self.start_step + 1)
-            elif delta.moved(layer.lora_A, layer.lora_B):
+            elif delta.differs(layer.lora_A, layer.lora_B):
                 delta.end_update(layer.lora_A, layer.lora_B)
         self.set_ratio(self.ratio)  # a layer that joined may have another scaling
 
     # ------------------------------------------------- what earlier steps left in W
 
-    def bind(self, started: bool, restored: dict[Tensor, "SavedUpdate"] | None = None) -> None:
+    def bind(self, started: bool, restored: dict[Tensor, SavedUpdate] | None = None) -> None:
         """Give each layer its `PendingDelta`.
 
         Args:
@@ -259,25 +262,30 @@ class WeightUpdate:
             b, before = layer.lora_B, layer.delta
             if restored is not None and b in restored:  # with W, it says all that there is
                 saved = restored[b]
-                layer.delta = self._new_delta(layer, saved.scaling)
-                layer.delta.past_updates = saved.past_updates
-            elif before is None or not self.owns(before, b):
+                delta = layer.delta = self._new_delta(layer, saved.scaling)
+                delta.past_updates = saved.past_updates
+                self._write(layer, delta)
+            elif before is None or restored is not None or not self.owns(before, b):
+                if before is not None and self.owns(before, b):
+                    layer.delta = None  # what was done since then is taken back
                 self._join(layer, started)
             else:
                 delta = layer.delta = self._new_delta(layer, before.scaling)
                 delta.past_updates = before.past_updates
-                if delta.moved(layer.lora_A, b):
+                if delta.differs(layer.lora_A, b):
                     delta.end_update(layer.lora_A, b)
         self.set_ratio(self.ratio)  # a layer may have joined with another scaling
 
     def _new_delta(self, layer: LoraLayer, scaling: float) -> PendingDelta:
         a, b = layer.lora_A, layer.lora_B
-        return PendingDelta(
+        delta = PendingDelta(
             self.state[a]["anchor"], self.state[b]["anchor"], self.state[a]["last"],
             self.state[b]["last"], self.ratio, scaling, self.rank_scales[layer.r],
             in_weight=self.inplace, remainder=self.state[b].get("remainder"),
             unseen=(self.unseen[a], self.unseen[b]),
         )  # fmt: skip
+        delta.follow_shards(a, b)
+        return delta
 
     def _join(self, layer: LoraLayer, started: bool) -> None:
         """Begin the update of a layer, or begin it again, with the pair as it is now."""
@@ -289,10 +297,11 @@ class WeightUpdate:
         if started:
             delta.anchor_A.copy_(a)
             delta.anchor_B.copy_(b)
+            delta.forget_anchors()
         if before is not None:
             self._take_over(layer, before, delta)
 
-    def check_earlier_run(self, restored: dict[Tensor, "SavedUpdate"] | None) -> None:
+    def check_earlier_run(self, restored: dict[Tensor, SavedUpdate] | None) -> None:
         """Raise where `bind` could not keep what an earlier run left; ``restored``: as there.
 
         Raises:
@@ -317,19 +326,40 @@ class WeightUpdate:
         """Keep in ``delta`` what ``before`` says is part of the model; W gets what it may hold."""
         if before.remainder is not None and delta.remainder is not None:
             delta.remainder.copy_(before.remainder)
-        past = list(before.past_updates or ()) if before.known() else None
-        unwritten = [p for p in past or () if not p.in_weight]
-        if before.started():
-            pending = before.product()
-            if not pending.in_weight:
-                unwritten.append(pending)
-            if past is not None:
-                past.append(pending)
-        if delta.in_weight:
-            for p in unwritten:
-                delta_update_(
-                    layer.matrix, p.A, p.B, torch.zeros_like(p.A), p.B, scale=1.0,
-                    rounding=self.rounding, remainder=delta.remainder, seed=self.seed,
-                )  # fmt: skip
-                p.in_weight = True
-        delta.past_updates = past
+        delta.past_updates = before.all_updates()
+        # Of what is not known as factors W holds all but the update that goes on.
+        self._write(layer, delta, before.unwritten() if delta.past_updates is None else None)
+
+    def _write(
+        self, layer: LoraLayer, delta: PendingDelta, parts: list[LowRankFactors] | None = None
+    ) -> None:
+        """Write past updates that W does not hold yet, if it may; None: all of them."""
+        for p in delta.unwritten_past() if parts is None else parts:
+            if not delta.in_weight or p.in_weight:
+                continue
+            delta_update_(
+                layer.matrix, p.A, p.B, torch.zeros_like(p.A), p.B, scale=1.0,
+                rounding=self.rounding, remainder=delta.remainder, seed=self.seed,
+            )  # fmt: skip
+            p.in_weight = True
+
+    def save(self, layer: LoraLayer, entries: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Add to a state what it must say of a layer; ``entries``: its entries by parameter."""
+        b, delta = layer.lora_B, layer.delta
+        if self.inplace:
+            entries[b]["weight"] = layer.weight.detach()
+        if delta is None:
+            return
+        lost = not delta.known() and not delta.in_weight and delta.started()
+        if self.owns(delta, b):
+            past = delta.past_updates if delta.known() else None
+            saved = SavedUpdate(delta.update_ratio, delta.scaling, past)
+        elif lost:
+            return  # the run that loads it finds the same, and takes it over or refuses it
+        else:  # another run's: this one would take it over in its next step
+            saved = SavedUpdate(self.ratio, layer.scaling, delta.all_updates())
+            for p in (layer.lora_A, b):
+                entries[p] |= dict.fromkeys(("anchor", "last"), p.detach().clone())
+            if delta.remainder is not None and "remainder" in entries[b]:
+                entries[b]["remainder"] = delta.remainder
+        entries[b] |= write_update(saved, self.inplace)

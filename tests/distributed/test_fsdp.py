@@ -13,6 +13,8 @@ from deltadiff.ranks import is_sharded, whole
 F32, BF16 = torch.float32, torch.bfloat16
 METHODS = {
     "LoRA": (F32, {"update_ratio": 0.0}),
+    "factored": (F32, {"w_update": "factored"}),
+    "factored, K = 2": (F32, {"w_update": "factored", "start_step": 2}),
     "in place": (F32, {}),
     "in place, K = 2": (F32, {"start_step": 2}),
     "remainder": (BF16, {"rounding": "remainder"}),

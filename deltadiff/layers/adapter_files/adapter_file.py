@@ -216,7 +216,7 @@ def _describe(name: str, layer: LoraLinear, owner: str, tensors: dict[str, Tenso
         return entry
     check_known(name, delta)
     past = list(delta.past_updates or ())
-    moved = delta.moved(layer.lora_A, layer.lora_B)
+    moved = delta.differs(layer.lora_A, layer.lora_B)
     if delta.started() and delta.scaling == layer.scaling and not moved:
         entry["update_ratio"] = delta.update_ratio
         tensors |= {f"{name}.anchor_A": delta.anchor_A, f"{name}.anchor_B": delta.anchor_B}
