@@ -40,6 +40,16 @@ def first_row(t: Tensor) -> int:
     return min(t.shape[0], rows * t.device_mesh.get_local_rank(dim))
 
 
+@torch.no_grad()
+def copy_values(target: Tensor, source: Tensor) -> None:
+    """Copy ``source`` into ``target``, of the same shape; each may be sharded or whole."""
+    if is_sharded(target) and not is_sharded(source):
+        mine, first = local(target), first_row(target)
+        mine.copy_(source[first : first + len(mine)])
+    else:
+        target.copy_(source if is_sharded(target) else whole(source))
+
+
 def why_no_shard(t: Tensor) -> str | None:
     """None for a whole tensor, or one that is split by rows as `fully_shard` does, else why not."""
     if not is_sharded(t):

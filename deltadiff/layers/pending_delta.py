@@ -17,6 +17,7 @@ the update beside it at rank 3r. The next step ends it as a past update, and beg
 """
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,28 @@ class PendingDelta:
         wide = wide_dtype(like.dtype)
         on = update_ratio if started else 0.0
         return torch.tensor([1 + on] * r + [-on] * r, dtype=wide, device=like.device)
+
+    # ------------------------------------------------- names of a state, see `delta_to_state`
+
+    @property
+    def numbers(self) -> Tensor:
+        """Lambda, the scaling, whether W holds the update, the number of past updates (-1: too many
+        to keep), and for each of these whether W holds it, in float64; reads from the device.
+        """
+        past = self.past_updates if self.known() else None
+        count = -1 if past is None else len(past)
+        values = [self.update_ratio, self.scaling, self.in_weight, count]
+        return torch.tensor([*values, *(p.in_weight for p in past or ())], dtype=torch.float64)
+
+    @property
+    def past_A(self) -> SimpleNamespace:
+        return SimpleNamespace(**{str(i): p.A for i, p in enumerate(self.past_updates or ())})
+
+    @property
+    def past_B(self) -> SimpleNamespace:
+        return SimpleNamespace(**{str(i): p.B for i, p in enumerate(self.past_updates or ())})
+
+    # ------------------------------------------------------------------------- the update
 
     @property
     def rank(self) -> int:

@@ -23,6 +23,7 @@ from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, check_int, check_
 from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..layers.writable import check_writable
+from ..ranks import copy_values, local
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
@@ -384,8 +385,8 @@ class DeltaLoRA(FusedAdamW):
             self._build()
         for layer in saved.layers.values():
             weight = saved.weights.get(layer.lora_B)
-            if weight is not None and weight.data_ptr() != layer.weight.data_ptr():
-                layer.weight.copy_(weight)
+            if weight is not None and local(weight).data_ptr() != local(layer.weight).data_ptr():
+                copy_values(layer.weight, weight)
         super()._take_state(saved)
         self._bound_iteration(saved.number("iteration"))
         for update in self.weight_updates:

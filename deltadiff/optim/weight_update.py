@@ -348,7 +348,8 @@ class WeightUpdate:
         b, delta = layer.lora_B, layer.delta
         if self.inplace:
             entries[b]["weight"] = layer.weight.detach()
-        if delta is None:
+        if delta is None:  # from before any step; checkpoints load what the state names here
+            entries[b] |= write_update(SavedUpdate(self.ratio, layer.scaling, []), self.inplace)
             return
         lost = not delta.known() and not delta.in_weight and delta.started()
         if self.owns(delta, b):
