@@ -32,6 +32,7 @@ struct Block {
   uint64_t seed;
   uint32_t step, index;
   uint64_t first;         // row-major index of the first element in the whole weight
+  int64_t first_row;      // of the weight, which may be a part of a larger one
   int64_t pitch;          // elements in a row of the whole weight
 };
 
@@ -148,7 +149,7 @@ void run_units(const std::vector<Job>& jobs, const Kernel& kernel, int64_t begin
       block.delta_B = job.delta_B.const_data_ptr<float>() + row * block.rank;
       block.right = right.data();
       block.left = left.data();
-      block.first = row * job.columns + column;
+      block.first = (block.first_row + row) * job.columns + column;
       kernel.update(block);
     }
     job_begin = job_end;
@@ -161,12 +162,13 @@ void delta_update_(
     at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs,
     at::TensorList delta_As, at::TensorList delta_Bs, at::ArrayRef<double> scales,
     std::string_view rounding, at::TensorList remainders, int64_t seed, const at::Tensor& step,
-    const OptionalTensor& apply) {
+    const OptionalTensor& apply, at::IntArrayRef positions, at::IntArrayRef first_rows) {
   const PlainTensors plain;
   const size_t n = weights.size();
   TORCH_CHECK(
       lora_As.size() == n && lora_Bs.size() == n && delta_As.size() == n && delta_Bs.size() == n &&
-          scales.size() == n,
+          scales.size() == n && (positions.empty() || positions.size() == n) &&
+          (first_rows.empty() || first_rows.size() == n),
       "delta_update_: the lists differ in length");
   if (n == 0 || (apply && apply->item().toDouble() == 0)) return;
 
@@ -188,7 +190,8 @@ void delta_update_(
     job.block.scale = static_cast<float>(scales[i]);
     job.block.seed = static_cast<uint64_t>(seed);
     job.block.step = step_now;
-    job.block.index = static_cast<uint32_t>(i);
+    job.block.index = static_cast<uint32_t>(positions.empty() ? i : positions[i]);
+    job.block.first_row = first_rows.empty() ? 0 : first_rows[i];
     units += job.strips * job.units_a_strip;
     elements += weights[i].numel();
     jobs.push_back(std::move(job));

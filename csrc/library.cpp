@@ -31,7 +31,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd_meta(
 void delta_update_meta_(
     at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
     at::ArrayRef<double>, std::string_view, at::TensorList, int64_t, const at::Tensor&,
-    const OptionalTensor&) {}
+    const OptionalTensor&, at::IntArrayRef, at::IntArrayRef) {}
 
 void adamw_step_meta_(
     at::TensorList, const OptionalTensorList&, at::TensorList, at::TensorList, const at::Tensor&,
@@ -77,7 +77,7 @@ TORCH_LIBRARY(deltadiff, m) {
   m.def(
       "delta_update_(Tensor(a!)[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] delta_As, "
       "Tensor[] delta_Bs, float[] scales, str rounding, Tensor(b!)[] remainders, int seed, "
-      "Tensor step, Tensor? apply) -> ()");
+      "Tensor step, Tensor? apply, int[] positions, int[] first_rows) -> ()");
   m.def(
       "adamw_step_(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor steps, float lr, float beta1, float beta2, float eps, "

@@ -58,7 +58,8 @@ void delta_update_(
     at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs,
     at::TensorList delta_As, at::TensorList delta_Bs, at::ArrayRef<double> scales,
     std::string_view rounding, at::TensorList remainders, int64_t seed, const at::Tensor& step,
-    const OptionalTensor& apply);
+    const OptionalTensor& apply, at::IntArrayRef positions,
+    at::IntArrayRef first_rows);
 
 void adamw_step_(
     at::TensorList params, const OptionalTensorList& grads, at::TensorList exp_avgs,

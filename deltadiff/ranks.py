@@ -1,11 +1,65 @@
-"""`Ranks`: the processes that train one model together, each with its part of every batch."""
+"""Processes that train one model together, and tensors of which each of them holds a part.
+
+`Ranks` are the processes of a group. A *sharded* tensor is a DTensor, as FSDP2 (`fully_shard`)
+makes them of parameters: split by rows over the processes.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether ``t`` is a DTensor, of which this process may hold a part alone."""
+    return hasattr(t, "device_mesh")
+
+
+def local(t: Any) -> Any:
+    """The part of a tensor that this process holds, in the same memory; all of it, if whole."""
+    return t._local_tensor if is_sharded(t) else t
+
+
+@torch.no_grad()
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor, detached. Of a sharded one it is a copy, which all processes ask for."""
+    return t.detach().full_tensor() if is_sharded(t) else t.detach()
+
+
+def first_row(t: Tensor) -> int:
+    """The number of the first row of ``local(t)`` in all of ``t``."""
+    if not is_sharded(t):
+        return 0
+    dim = next((i for i, p in enumerate(t.placements) if p.is_shard(0)), None)
+    if dim is None:
+        return 0
+    rows = -(-t.shape[0] // t.device_mesh.size(dim))  # of every process but the last ones
+    return min(t.shape[0], rows * t.device_mesh.get_local_rank(dim))
+
+
+@torch.no_grad()
+def copy_values(target: Tensor, source: Tensor) -> None:
+    """Copy ``source`` into ``target``, of the same shape; each may be sharded or whole."""
+    if is_sharded(target) and not is_sharded(source):
+        mine, first = local(target), first_row(target)
+        mine.copy_(source[first : first + len(mine)])
+    else:
+        target.copy_(source if is_sharded(target) else whole(source))
+
+
+def why_no_shard(t: Tensor) -> str | None:
+    """None for a whole tensor, or one that is split by rows as `fully_shard` does, else why not."""
+    if not is_sharded(t):
+        return None
+    by_rows = [p.is_shard(0) and type(p).__name__ == "Shard" for p in t.placements]
+    if sum(by_rows) == 1 and all(
+        here or p.is_replicate() for here, p in zip(by_rows, t.placements, strict=True)
+    ):
+        return None
+    return f"a DTensor with placements ({', '.join(map(str, t.placements))})"
 
 
 class Ranks:

@@ -59,11 +59,13 @@ class DeltaUpdate:
         weights, ..., seed: as for `deltadiff.delta_update_`. All adapters have one dtype.
         positions: the places of the weights in their list, on which the random bits depend; None
             for 0, 1, ...
+        first_rows: the numbers of their first rows, of which they depend too; None for 0. A weight
+            may be some rows of a larger one.
     """
 
     def __init__(
         self, weights, lora_As, lora_Bs, delta_As, delta_Bs, scales, rounding, remainders, seed,
-        positions=None,
+        positions=None, first_rows=None,
     ):  # fmt: skip
         w, a, low = weights[0], lora_As[0], (remainders or weights)[0]
         self.device, self.seed, self.rows = w.device, seed, len(weights)
@@ -89,13 +91,14 @@ class DeltaUpdate:
         )  # fmt: skip
         self.key = *self.constants, *self.options.values()
         positions = range(self.rows) if positions is None else positions
+        first_rows = [0] * self.rows if first_rows is None else first_rows
         firsts, rows, self.strips = [], [], 0
-        for position, ts in zip(positions, matrices, strict=True):
+        for position, first, ts in zip(positions, first_rows, matrices, strict=True):
             w, a = ts[:2]
             firsts.append(self.strips)
             rows.append([
                 *(t.data_ptr() for t in ts), *(s for t in ts for s in t.stride()),
-                *w.shape, a.shape[0], 0, position, _is_dense(*ts),
+                *w.shape, a.shape[0], 0, position, _is_dense(*ts), first,
             ])  # fmt: skip
             self.strips += math.prod(map(triton.cdiv, w.shape, self.strip))
         self._firsts, self._rows = firsts, rows

@@ -20,11 +20,14 @@ from .runtime.philox import bits_of_blocks, bits_of_elements
 from .runtime.rounding import join_remainder, round_stochastic, split_remainder
 
 # A row of the table: the addresses of W, A', B', dA, dB and the remainder; two strides of each; N,
-# K and r; the bits of the scale; the position in the list; and whether all matrices are dense.
+# K and r; the bits of the scale; the position in the list; whether all matrices are dense; and the
+# number of the first row of W, which may be a part of a larger weight.
 W, A, B, DELTA_A, DELTA_B, REMAINDER = (tl.constexpr(i) for i in range(6))
 
 
-STRIDES, SIZES, SCALE, INDEX, DENSE, COLUMNS = (tl.constexpr(i) for i in (6, 18, 21, 22, 23, 24))
+STRIDES, SIZES, SCALE, INDEX, DENSE, FIRST_ROW, COLUMNS = (
+    tl.constexpr(i) for i in (6, 18, 21, 22, 23, 24, 25)
+)  # fmt: skip
 
 
 # The product goes over the rank in steps of 16, the least that `tl.dot` takes. If there are at most
@@ -109,6 +112,7 @@ def _update_strip(
         low_ptrs = low_ptr + n0.to(tl.int64) * stride_ln + (offs_n * stride_ln + offs_k * stride_lk)
     elif rounding == "stochastic":
         index = tl.load(row + INDEX).to(tl.int32)
+        row_0 = tl.load(row + FIRST_ROW) + n0
     a = _matrix(row, A, adapter_dtype, dense, 8)
     b = _matrix(row, B, adapter_dtype, dense, 1)
     da = _matrix(row, DELTA_A, tl.float32, dense, 8)
@@ -144,10 +148,10 @@ def _update_strip(
             tl.store(low_ptrs + tl.cast(k0, tl.int64) * stride_lk, low, mask=mask & (apply != 0))
         elif rounding == "stochastic":
             if dense:
-                first_block = ((n0 + tl.arange(0, BLOCK_SIZE_N)).to(tl.int64) * K + k0) >> 3
+                first_block = ((row_0 + tl.arange(0, BLOCK_SIZE_N)) * K + k0) >> 3
                 random = bits_of_blocks(first_block, seed, step, index, BLOCK_SIZE_K // 8)
             else:
-                element = (n0 + offs_n).to(tl.int64) * K + (k0 + offs_k)
+                element = (row_0 + offs_n) * K + (k0 + offs_k)
                 random = bits_of_elements(element, seed, step, index)
             new = round_stochastic(wide, random, w_dtype)
         else:

@@ -20,22 +20,18 @@ def delta_to_state(
 ) -> dict[str, Tensor]:
     """The tensors that `take_saved_delta` reads, by name; none shares memory with another.
 
-    ``numbers`` holds lambda, the scaling, whether W holds the update, the number of past updates
-    (-1: too many to keep), and for each of these whether W holds it. ``last_A`` and ``last_B`` are
-    there where the pair is another than the last step left; reads from the device.
+    Each name leads from the layer's attribute to its tensor, because torch.distributed's
+    checkpoints walk all names of a state. ``last_A`` and ``last_B`` are there where the pair is
+    another than the last step left; reads from the device.
     """
-    past = delta.past_updates if delta.known() else None
-    count = -1 if past is None else len(past)
-    numbers = [delta.update_ratio, delta.scaling, delta.in_weight, count]
-    numbers += [p.in_weight for p in past or ()]
+    numbers = delta.numbers
     state = {
         "anchor_A": delta.anchor_A, "anchor_B": delta.anchor_B,
-        "rank_scale": delta.rank_scale.clone(),
-        "numbers": torch.tensor(numbers, dtype=torch.float64),
+        "rank_scale": delta.rank_scale.clone(), "numbers": numbers,
     }  # fmt: skip
     if delta.differs(lora_A, lora_B):
         state |= {"last_A": delta.last_A, "last_B": delta.last_B}
-    for i, p in enumerate(past or ()):
+    for i, p in enumerate(delta.past_updates or () if numbers[3] >= 0 else ()):
         state |= {f"past_A.{i}": p.A, f"past_B.{i}": p.B}
     return {f"{prefix}{name}": t for name, t in state.items()}
 

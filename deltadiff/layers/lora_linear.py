@@ -115,6 +115,14 @@ class LoraLinear(HoldsPairs, LayerState):
         gate = [self.gate] if isinstance(self.gate, nn.Parameter) else []
         return [self.lora_A, self.lora_B, *gate]
 
+    def release_base(self) -> None:
+        """Let the base layer hold no parameter, unless it has to multiply by them or save them.
+
+        Sharding then frees the whole weight, which nothing but the model holds.
+        """
+        if self._has_plain_base() and not self.quantised:
+            self.base_layer._parameters.update(weight=None, bias=None)
+
     @property
     def holder(self) -> nn.Module:
         return self

@@ -17,6 +17,7 @@ the update beside it at rank 3r. The next step ends it as a past update, and beg
 """
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..checks import wide_dtype
 from ..kernels.runtime.gpu import is_capturing
 from ..ops.transforms import transformed
+from ..ranks import is_sharded, local, whole
 
 MAX_PAST_UPDATES = 8  # how many past updates are kept as factors
 
@@ -90,16 +92,41 @@ class PendingDelta:
     unseen: tuple[Tensor, ...] = ()
     _equal_at: Stamp | None = field(default=None, repr=False)  # the pair was equal to the copies
     _moved_at: Stamp | None = field(default=None, repr=False)  # it was not
+    # Of sharded factors: the pair, since the forward pass sees other tensors; and whole anchors.
+    _pair: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _anchors: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: stamps are of the very tensors that stay behind."""
-        return {**self.__dict__, "_equal_at": None, "_moved_at": None}
+        return {**self.__dict__, "_equal_at": None, "_moved_at": None, "_anchors": None}
 
     @staticmethod
     def make_rank_scale(update_ratio: float, r: int, like: Tensor, started: bool) -> Tensor:
         wide = wide_dtype(like.dtype)
         on = update_ratio if started else 0.0
         return torch.tensor([1 + on] * r + [-on] * r, dtype=wide, device=like.device)
+
+    # ------------------------------------------------- names of a state, see `delta_to_state`
+
+    @property
+    def numbers(self) -> Tensor:
+        """Lambda, the scaling, whether W holds the update, the number of past updates (-1: too many
+        to keep), and for each of these whether W holds it, in float64; reads from the device.
+        """
+        past = self.past_updates if self.known() else None
+        count = -1 if past is None else len(past)
+        values = [self.update_ratio, self.scaling, self.in_weight, count]
+        return torch.tensor([*values, *(p.in_weight for p in past or ())], dtype=torch.float64)
+
+    @property
+    def past_A(self) -> SimpleNamespace:
+        return SimpleNamespace(**{str(i): p.A for i, p in enumerate(self.past_updates or ())})
+
+    @property
+    def past_B(self) -> SimpleNamespace:
+        return SimpleNamespace(**{str(i): p.B for i, p in enumerate(self.past_updates or ())})
+
+    # ------------------------------------------------------------------------- the update
 
     @property
     def rank(self) -> int:
@@ -118,8 +145,8 @@ class PendingDelta:
     def product(self) -> LowRankFactors:
         """lambda s (B_T A_T - B_k A_k) as two factors of rank 2r, float32 (float64 stays)."""
         wide, c = self.rank_scale.dtype, self.factor()
-        b = torch.cat([c * self.last_B.to(wide), -c * self.anchor_B.to(wide)], dim=1)
-        a = torch.cat([self.last_A.to(wide), self.anchor_A.to(wide)])
+        b = torch.cat([c * whole(self.last_B).to(wide), -c * whole(self.anchor_B).to(wide)], dim=1)
+        a = torch.cat([whole(self.last_A).to(wide), whole(self.anchor_A).to(wide)])
         return LowRankFactors(b, a, self.in_weight)
 
     def known(self) -> bool:
@@ -143,6 +170,23 @@ class PendingDelta:
             return None
         return [*self.past_updates, *([self.product()] if self.started() else [])]
 
+    # ------------------------------------------------------------- sharded factors
+
+    def follow_shards(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Remember the parameters of which `stack` will see whole copies."""
+        self._pair = (lora_A, lora_B) if is_sharded(lora_A) else None
+
+    def forget_anchors(self) -> None:
+        """The anchors were or may be written; `stack` gathers them again."""
+        self._anchors = None
+
+    def _whole_anchors(self) -> tuple[Tensor, Tensor]:
+        if not is_sharded(self.anchor_A):
+            return self.anchor_A, self.anchor_B
+        if self._anchors is None:
+            self._anchors = whole(self.anchor_A), whole(self.anchor_B)
+        return self._anchors
+
     # ------------------------------------------------------------- a pair that moved
 
     @torch.no_grad()
@@ -163,6 +207,8 @@ class PendingDelta:
         The device is asked only where something else wrote the pair. What is written through
         ``.data`` is not noticed here.
         """
+        if self._pair is not None:
+            lora_A, lora_B = self._pair
         try:
             stamp = self._stamp(lora_A, lora_B)
         except RuntimeError:  # `torch.func` calls the model with tensors that have no memory
@@ -182,13 +228,9 @@ class PendingDelta:
         return not same
 
     def _stamp(self, lora_A: Tensor, lora_B: Tensor) -> Stamp:
-        def writes(p: Tensor, copy: Tensor) -> int:
-            return 0 if p.is_inference() else p._version - copy._version
-
-        return Stamp(
-            writes(lora_A, self.last_A), writes(lora_B, self.last_B),
-            lora_A.data_ptr(), lora_B.data_ptr(),
-        )  # fmt: skip
+        pairs = [(local(lora_A), local(self.last_A)), (local(lora_B), local(self.last_B))]
+        writes = [0 if p.is_inference() else p._version - c._version for p, c in pairs]
+        return Stamp(*writes, *(p.data_ptr() for p, _ in pairs))
 
     @torch.no_grad()
     def end_update(self, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -206,6 +248,7 @@ class PendingDelta:
                 self.past_updates = None  # too many to save; W itself has them
         self.anchor_A.copy_(lora_A)
         self.anchor_B.copy_(lora_B)
+        self.forget_anchors()
         self.take_pair(lora_A, lora_B)
 
     # ----------------------------------------------------------------- the forward pass
@@ -219,8 +262,9 @@ class PendingDelta:
         wide, r = self.rank_scale.dtype, self.last_A.shape[0]
         factor = self.rank_scale.clone()
         factor[:r] -= 1
-        b = torch.cat([self.last_B, self.anchor_B], dim=1).to(wide) * (factor * self.scaling)
-        a = torch.cat([self.last_A, self.anchor_A]).to(wide)
+        anchor_A, anchor_B = self._whole_anchors()
+        b = torch.cat([whole(self.last_B), anchor_B], dim=1).to(wide) * (factor * self.scaling)
+        a = torch.cat([whole(self.last_A), anchor_A]).to(wide)
         return [*self.unwritten_past(), LowRankFactors(b, a, in_weight=False)]
 
     def stack(
@@ -237,7 +281,7 @@ class PendingDelta:
             return self._stack_apart(lora_A, lora_B, scaling)
         scale = self.rank_scale
         stack = _stack_transformed if transformed() else _Stack.apply
-        a, b = stack(lora_A, lora_B, self.anchor_A, self.anchor_B, scale)
+        a, b = stack(lora_A, lora_B, *self._whole_anchors(), scale)
         added = self.unwritten_past()
         if added:
             b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
@@ -250,10 +294,11 @@ class PendingDelta:
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         """As `stack`: the pair with its own scale, and the update, a constant, beside it."""
         r, wide = lora_A.shape[0], self.rank_scale
+        anchor_A, anchor_B = self._whole_anchors()
         past = self.unwritten_past()
-        constant = self.last_A, self.anchor_A, *(p.A.to(lora_A.dtype) for p in past)
+        constant = whole(self.last_A), anchor_A, *(p.A.to(lora_A.dtype) for p in past)
         a = torch.cat([lora_A, *constant])
-        constant = self.last_B, self.anchor_B, *(p.B.to(lora_B.dtype) for p in past)
+        constant = whole(self.last_B), anchor_B, *(p.B.to(lora_B.dtype) for p in past)
         b = torch.cat([lora_B, *constant], dim=1)
         factors = self.scaling * (wide[:r] - 1), self.scaling * wide[r:]
         ones = wide.new_ones(a.shape[0] - 3 * r)
@@ -261,6 +306,8 @@ class PendingDelta:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
+    if is_sharded(a):  # all processes ask, and have to agree
+        return torch.equal(whole(a), whole(b))
     return a.is_meta or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError
+from ..ranks import is_sharded, local, why_no_shard
 from .base_format import base_format
 from .lora_layers import LoraLayer
 
@@ -30,10 +31,15 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
         if not base_format(w).writable:
             accepted = "float weights in place; else w_update='factored'"
             raise ArgumentTypeError(argument, f"{w.dtype} (quantised)", accepted)
-        if hasattr(w, "device_mesh") or w.numel() == 0:
-            given = f"{type(w).__name__} of shape {tuple(w.shape)}"
-            raise ArgumentTypeError(argument, given, "a whole tensor (no DTensor, no shard)")
-        if 0 in w.stride():
+        reason = why_no_shard(w)
+        if reason is not None or w.numel() == 0:
+            given = reason or f"{type(w).__name__} of shape {tuple(w.shape)}"
+            accepted = "a whole weight, or one that `fully_shard` splits by its rows"
+            raise ArgumentTypeError(argument, given, accepted)
+        if is_sharded(w) and layer.transposed:
+            given = "a Conv1D's weight (in, out) that is sharded along its inputs"
+            raise ArgumentTypeError(argument, given, "in place, a whole weight or an nn.Linear's")
+        if 0 in local(w).stride():
             raise ArgumentError(argument, f"strides {w.stride()}", "a weight with its own memory")
         same = {n for m, n in holders.get(_memory(w), {}).items() if m != id(layer.holder)}
         same |= {n for n, m in layers.items() if _memory(m.weight) == _memory(w)}
@@ -45,4 +51,4 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
 
 def _memory(t: Tensor) -> int:
     """A number that is the same for tensors that lie in the same memory."""
-    return t.untyped_storage().data_ptr() or id(t)
+    return local(t).untyped_storage().data_ptr() or id(t)

@@ -194,7 +194,7 @@ def delta_update_(
         if backend == "triton":
             triton_delta_update.delta_update_(*args, key)  # prepares the launch once for each key
         else:
-            _list_update(backend)(*args)
+            _list_update(backend)(*args, [], [])
     return weight if single else lists[0]
 
 
@@ -219,18 +219,26 @@ def prepare_delta_update(
     rounding: str,
     remainders: Sequence[Tensor],
     seed: int,
+    positions: Sequence[int],
+    first_rows: Sequence[int],
 ) -> "triton_delta_update.DeltaUpdate | _DeltaUpdateList":
     """`delta_update_` of tensors that stay where they are, prepared once for many steps.
 
     It checks nothing, and ``backend`` must be there. The adapters are of one dtype.
 
+    Args:
+        positions, first_rows: the place of each weight in a longer list, and the number of its
+            first row, if it is a part of a weight. The random bits of "stochastic" are those that
+            the whole list of whole weights gets.
+
     Returns:
         An object with the methods of `kernels.delta_update.DeltaUpdate`.
     """
     lists = weights, lora_As, lora_Bs, delta_As, delta_Bs
+    where = list(positions), list(first_rows)
     if backend == "triton":
-        return triton_delta_update.DeltaUpdate(*lists, scales, rounding, remainders, seed)
-    return _DeltaUpdateList(backend, lists, scales, rounding, remainders, seed)
+        return triton_delta_update.DeltaUpdate(*lists, scales, rounding, remainders, seed, *where)
+    return _DeltaUpdateList(backend, lists, scales, rounding, remainders, seed, where)
 
 
 class _DeltaUpdateList:
@@ -244,12 +252,15 @@ class _DeltaUpdateList:
         rounding: str,
         remainders: Sequence[Tensor],
         seed: int,
+        where: tuple[list[int], list[int]],
     ):
-        self.backend, self.lists, self.scales = backend, lists, scales
+        self.backend, self.lists, self.scales, self.where = backend, lists, scales, where
         self.options = rounding, remainders, seed
 
     def rescale(self, scales: Sequence[float]) -> None:
         self.scales = scales
 
     def __call__(self, step: Tensor, apply: Tensor | None) -> None:
-        _list_update(self.backend)(*self.lists, self.scales, *self.options, step, apply)
+        _list_update(self.backend)(
+            *self.lists, self.scales, *self.options, step, apply, *self.where
+        )  # fmt: skip

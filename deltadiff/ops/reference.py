@@ -126,11 +126,13 @@ def delta_update_ref_(
     seed: int = 0,
     step: int | Tensor = 0,
     index: int = 0,
+    first_row: int = 0,
 ) -> Tensor:
     """W += scale (dB A' + B dA) in place (Delta-LoRA, Algorithm 1; equal to scale (B'A' - BA)).
 
     ``lora_A`` and ``lora_B`` are A' and B', the values *after* the optimizer step. ``delta_A`` is
-    A' - A and ``delta_B`` is B' - B, so that B = B' - dB.
+    A' - A and ``delta_B`` is B' - B, so that B = B' - dB. The random bits are those of the rows
+    from ``first_row`` on of a larger weight.
     """
     dtype = wide_dtype(weight.dtype)
     a, b, da, db = (t.detach().to(dtype) for t in (lora_A, lora_B, delta_A, delta_B))
@@ -145,7 +147,8 @@ def delta_update_ref_(
             weight.copy_(high)
             low.copy_(rest)
         elif rounding == "stochastic":
-            bits = random_bits(weight.shape, seed, step, index, weight.device)
+            shape = torch.Size((first_row + weight.shape[0], weight.shape[1]))
+            bits = random_bits(shape, seed, step, index, weight.device)[first_row:]
             weight.copy_(round_stochastic(wide, bits, weight.dtype))
         else:
             weight.copy_(wide)
@@ -225,15 +228,22 @@ def delta_update_list_ref_(
     seed: int,
     step: int | Tensor,
     apply: Tensor | None,
+    positions: Sequence[int] = (),
+    first_rows: Sequence[int] = (),
 ) -> None:
-    """`delta_update_ref_` for a list; it changes nothing where the 0-dim ``apply`` is zero."""
+    """`delta_update_ref_` for a list; it changes nothing where the 0-dim ``apply`` is zero.
+
+    ``positions``, ``first_rows``: ``index`` and ``first_row`` of each; 0, 1, ... and 0 by default.
+    """
     tensors = (weights, lora_As, lora_Bs, delta_As, delta_Bs, scales)
     for index, (w, a, b, da, db, scale) in enumerate(zip(*tensors, strict=True)):
         low = remainders[index] if remainders else None
         with OnlyWhere(apply, w, low):
             delta_update_ref_(
                 w, a, b, da, db, scale=scale, rounding=rounding,
-                remainder=low, seed=seed, step=step, index=index,
+                remainder=low, seed=seed, step=step,
+                index=positions[index] if positions else index,
+                first_row=first_rows[index] if first_rows else 0,
             )  # fmt: skip
 
 

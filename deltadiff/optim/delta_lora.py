@@ -24,12 +24,14 @@ from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..layers.saturation import warn_saturated
 from ..layers.writable import check_writable
+from ..ranks import copy_values, local
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
 from .old_remainders import renew_remainder
 from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
 from .saved_state import SavedState
 from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight
+from .shards import to_launch
 from .update_start import UpdateStart
 from .update_state import allocate_factor, allocate_remainder
 from .weight_update import WeightUpdate
@@ -182,19 +184,23 @@ class DeltaLoRA(FusedAdamW):
 
     def _prepare_run(self, group: dict[str, Any], step: DeviceStep, place: slice) -> AdamWRun:
         params, (_, anchor_now) = step.params[place], step.start.flags_of(group)
-        deltas = [self._delta.get(p) for p in params]
-        anchors = [self.state[p].get("anchor") for p in params]
-        copies, moved = step.copies[place], step.moved[place]
+        kept = (
+            [self._delta.get(p) for p in params],
+            [self.state[p].get("anchor") for p in params],
+            step.copies[place],
+        )
+        deltas, anchors, copies = ([t if t is None else to_launch(t) for t in ts] for ts in kept)
+        moved = step.moved[place] if any(copy is not None for copy in copies) else None
         return AdamWRun(
-            group, params, self.state, step.steps[place], deltas, anchors, anchor_now, copies,
-            moved if any(copy is not None for copy in copies) else None,
+            group, step.tensors[place], self._moments(step, place), step.steps[place],
+            deltas, anchors, anchor_now, copies, moved,
         )  # fmt: skip
 
     # ---------------------------------------------------------------------- step
 
     def _look(self) -> bool:
-        same = all([update.check_layers() for update in self.weight_updates])
-        return super()._look() and same
+        same = super()._look()  # it puts sharded parameters back, which the layers then hold
+        return all([update.check_layers() for update in self.weight_updates]) and same
 
     def _bind(self, restored: dict[Tensor, SavedUpdate] | None = None) -> None:
         """Give the layers their `PendingDelta`; ``restored``: see `WeightUpdate.bind`."""
@@ -385,8 +391,8 @@ class DeltaLoRA(FusedAdamW):
             self._build()
         for layer in saved.layers.values():
             weight = saved.weights.get(layer.lora_B)
-            if weight is not None and weight.data_ptr() != layer.weight.data_ptr():
-                layer.weight.copy_(weight)
+            if weight is not None and local(weight).data_ptr() != local(layer.weight).data_ptr():
+                copy_values(layer.weight, weight)
         super()._take_state(saved)
         self._bound_iteration(saved.number("iteration"))
         for update in self.weight_updates:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -17,7 +18,9 @@ from ..kernels.runtime.async_copy import copy_async
 from ..ops.adamw_step import prepare_adamw_step
 from ..ops.dispatch import choose_path
 from ..ops.step_counters import advance_counters
+from ..ranks import is_sharded, local
 from .address_tracker import ALIGNED, GRADS, track_addresses
+from .shards import to_launch
 from .update_start import UpdateStart
 
 
@@ -26,8 +29,8 @@ class AdamWRun:
 
     Args:
         group: the param group; its values may change between steps.
-        params: the parameters.
-        state: the optimizer's, which holds the moments.
+        params: what the launches get of the parameters, see `DeviceStep.tensors`.
+        moments: the two of each.
         steps: (parameters,) float32, the steps done by each.
         deltas, anchors, anchor_now, copies, moved: as for `adamw_step_`.
     """
@@ -36,7 +39,7 @@ class AdamWRun:
         self,
         group: dict[str, Any],
         params: list[Tensor],
-        state: dict[Tensor, dict[str, Tensor]],
+        moments: tuple[list[Tensor], list[Tensor]],
         steps: Tensor,
         deltas: list[Tensor | None] | None = None,
         anchors: list[Tensor | None] | None = None,
@@ -52,9 +55,7 @@ class AdamWRun:
         self.sent_options: tuple[float, ...] | None = None
         backend = choose_path(params[0].device, params[0].dtype).backend
         self.launch = prepare_adamw_step(
-            backend, params,
-            [state[p]["exp_avg"] for p in params], [state[p]["exp_avg_sq"] for p in params],
-            deltas or none, anchors or none, copies or none,
+            backend, params, *moments, deltas or none, anchors or none, copies or none,
         )  # fmt: skip
 
     def lr_changed(self) -> bool:
@@ -93,6 +94,7 @@ class DeviceStep:
     Attributes:
         iteration: t, its own copy, raised by one in each step that is not skipped.
         params: the parameters; ``places`` says which belong to which group's launch.
+        tensors: what the launches get of them: of a sharded one an alias of its local part.
         steps: (parameters,) float32, the steps done by each.
         runs: the AdamW launches.
         start: of the weight updates; there are none unless `DeltaLoRA` has some.
@@ -115,6 +117,9 @@ class DeviceStep:
         for (i, _), params in kinds.items():
             self.places.append((i, slice(len(self.params), len(self.params) + len(params))))
             self.params += params
+        self.tensors = [to_launch(p) if is_sharded(p) else p for p in self.params]
+        pairs = zip(self.params, self.tensors, strict=True)
+        self._sharded = [(p, alias) for p, alias in pairs if alias is not p]
         self.steps = torch.zeros(len(self.params), dtype=torch.float32, device=device)
         self.backend = choose_path(device, torch.float32).backend
         self.runs: list[AdamWRun] = []
@@ -129,7 +134,8 @@ class DeviceStep:
 
     def watch(self) -> None:
         """Notice from now on when a parameter or weight moves."""
-        self.tracker = track_addresses(self.params, self.weights, self.copies)
+        copies = [copy if copy is None else to_launch(copy) for copy in self.copies]
+        self.tracker = track_addresses(self.tensors, [*map(local, self.weights)], copies)
 
     def set_iteration(self, t: int) -> None:
         self.iteration.fill_(t)
@@ -137,6 +143,8 @@ class DeviceStep:
 
     def look(self) -> int:
         """Look at all addresses; the bits of `AddressTracker.look`."""
+        for p, alias in self._sharded:
+            alias.grad = None if p.grad is None else to_launch(p.grad)
         self.seen = self.tracker.look()
         return self.seen
 
@@ -176,6 +184,19 @@ class DeviceStep:
         self._launches = []
 
 
+def agreed(steps: Collection[DeviceStep], flags: list[Tensor]) -> list[Tensor]:
+    """The flags, and where parameters are sharded those of the other processes, too."""
+    for step in steps:
+        meshes = {p.device_mesh for p in step.params if is_sharded(p)}
+        if meshes:
+            most = torch.stack([f.to(step.device).view(()) for f in flags]).amax().float()
+            for mesh in meshes:
+                for dim in range(mesh.ndim):
+                    dist.all_reduce(most, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+            return [most]
+    return flags
+
+
 def found_infs(
     steps: Collection[DeviceStep], flag: Tensor | None, skip_nonfinite: bool
 ) -> dict[torch.device, Tensor]:
@@ -193,6 +214,7 @@ def found_infs(
                 flags.append((~largest.isfinite()).float())
     if not flags:
         return {}
+    flags = agreed(steps, flags)
     return {
         step.device: torch.stack(
             [f.to(step.device, non_blocking=True).view(()) for f in flags]

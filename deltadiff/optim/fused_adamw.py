@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..checks import wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.gpu import is_capturing
+from ..ranks import is_sharded
 from .address_tracker import ANY, MOVED, WRITTEN
 from .device_step import AdamWRun, DeviceStep, found_infs
 from .param_groups import (
@@ -35,6 +36,7 @@ from .param_groups import (
     trainable,
 )
 from .resumable import Resumable
+from .shards import ShardedPlaces, check_order, to_launch
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -127,7 +129,11 @@ class FusedAdamW(Resumable):
 
     def _build(self) -> None:
         """Allocate the state, and prepare the launches for where the tensors lie now."""
+        params = [*group_indices(self.param_groups)]
+        check_order(self._modules, params)
         self._check_tensors()
+        sharded = any(map(is_sharded, params))
+        self._places = ShardedPlaces(self._modules, params) if sharded else None
         for p in self.state.keys() - group_indices(self.param_groups).keys():
             del self.state[p]  # somebody took it out of the groups
         self._bound = False
@@ -167,7 +173,7 @@ class FusedAdamW(Resumable):
                 state[name] = state[name].to(p.device, wide)  # where the parameter was moved
         else:
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros(p.shape, dtype=wide, device=p.device)
+                state[name] = torch.zeros_like(p.detach(), dtype=wide)  # sharded as p is
         state["step"] = step  # a view into the steps of its device
 
     def _prepare(self) -> None:
@@ -180,7 +186,13 @@ class FusedAdamW(Resumable):
             self._runs += step.runs
 
     def _prepare_run(self, group: dict[str, Any], step: DeviceStep, place: slice) -> AdamWRun:
-        return AdamWRun(group, step.params[place], self.state, step.steps[place])
+        return AdamWRun(group, step.tensors[place], self._moments(step, place), step.steps[place])
+
+    def _moments(self, step: DeviceStep, place: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """The moments of some parameters, as launches get them."""
+        states = [self.state[p] for p in step.params[place]]
+        first, second = ([to_launch(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
+        return first, second
 
     # ---------------------------------------------------------------------- step
 
@@ -223,6 +235,7 @@ class FusedAdamW(Resumable):
         if not self._bound:
             self._bind()
         if not any(step.seen & ANY for step in self._devices.values()):
+            check_order(self._modules, [*group_indices(self.param_groups)])
             return
         if settings is not None:
             if capturing:
@@ -271,6 +284,8 @@ class FusedAdamW(Resumable):
 
     def _look(self) -> bool:
         """Look at gradients and parameters; whether the launches still point to them."""
+        if self._places is not None:
+            self._places.restore()
         same = True
         for step in self._devices.values():
             same &= not step.look() & MOVED

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..checks import DTYPES, check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..layers.lora_layers import LoraLayer, lora_layers
+from ..ranks import local
+from .shards import check_shards
 
 # What an optimizer takes: a model, or parameters, modules and param groups in any mixture.
 ModelOrParams = nn.Module | Iterable[Tensor | nn.Module | dict[str, Any]]
@@ -82,10 +84,11 @@ def check_lr(lr: object, params: list[Tensor]) -> None:
 
 def check_parameter(p: Tensor) -> None:
     """Raise unless the kernels can write a parameter as it is."""
-    if p.numel() == 0 or hasattr(p, "device_mesh"):
+    check_shards("model_or_params", p)
+    if p.numel() == 0:
         given = f"{type(p).__name__} of shape {tuple(p.shape)}"
-        raise ArgumentTypeError("model_or_params", given, "whole tensors (no DTensor, no shard)")
-    if p.dtype not in DTYPES or not p.is_contiguous():
+        raise ArgumentTypeError("model_or_params", given, "tensors that are not empty")
+    if p.dtype not in DTYPES or not local(p).is_contiguous():
         given = f"a {p.dtype} tensor with strides {p.stride()}"
         accepted = "contiguous tensors of " + " or ".join(map(str, DTYPES))
         raise ArgumentTypeError("model_or_params", given, accepted)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..layers.lora_layers import LoraLayer
+from ..ranks import copy_values, is_sharded, why_no_shard
 
 if TYPE_CHECKING:
     from .saved_update import SavedUpdate
@@ -198,7 +199,7 @@ def check_entry(i: object, found: dict[str, Any], own: dict[str, Tensor]) -> Non
         if name == "step" and isinstance(t, (int, float)) and not isinstance(t, bool):
             found[name] = t = torch.tensor(float(t))
         fits &= isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta
-        fits = fits and not hasattr(t, "device_mesh")
+        fits = fits and why_no_shard(t) is None
         fits = fits and (t.shape == expected.shape or (name == "step" and t.numel() == 1))
         fits = fits and t.is_floating_point() == expected.is_floating_point()
         fits = fits and not t.is_complex() and t.dtype != torch.bool
@@ -213,4 +214,4 @@ def check_entry(i: object, found: dict[str, Any], own: dict[str, Tensor]) -> Non
 def take_entry(found: dict[str, Any], own: dict[str, Tensor]) -> None:
     """Copy the tensors of a checked entry into the optimizer's own."""
     for name, t in found.items():
-        own[name].copy_(t.reshape(own[name].shape))
+        copy_values(own[name], t if is_sharded(t) else t.reshape(own[name].shape))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import REMAINDER_DTYPES
 from ..layers.lora_layers import LoraLayer
+from ..ranks import local
 
 
 def allocate_factor(p: Tensor, state: dict[str, Any], deltas: dict[Tensor, Tensor] | None) -> None:
@@ -24,7 +25,7 @@ def allocate_factor(p: Tensor, state: dict[str, Any], deltas: dict[Tensor, Tenso
         return
     like, delta = state["exp_avg"], deltas.get(p)
     if delta is None or delta.device != like.device or delta.dtype != like.dtype:
-        deltas[p] = torch.zeros_like(like)
+        deltas[p] = torch.zeros_like(local(like))
 
 
 def allocate_remainder(layer: LoraLayer, state: dict[str, Any], keeps: bool) -> None:

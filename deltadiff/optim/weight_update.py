@@ -16,8 +16,10 @@ from ..layers.low_rank_sum import check_known
 from ..layers.pending_delta import MAX_PAST_UPDATES, LowRankFactors, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
+from ..ranks import first_row, is_sharded, local
 from .rounding_loss import LayerUpdate, RoundingLoss
 from .saved_update import SavedUpdate, write_update
+from .shards import WholePairs
 
 
 class WeightUpdate:
@@ -64,6 +66,7 @@ class WeightUpdate:
         self.rank_scales: dict[int, Tensor] = {}
         self.rank_scales_after: dict[int, Tensor] = {}
         self._launches: list = []
+        self._wholes: WholePairs | None = None
         self._launched = False
         self._loss = RoundingLoss() if self.rounding == "nearest" else None
         self._prepare()
@@ -72,13 +75,22 @@ class WeightUpdate:
         """Gather the tensors of the launches: one for each dtype of adapters, so usually one."""
         # `check_layers` reads these in every step; asking the modules takes ten times as long.
         self._places = [place for m in self.layers.values() for place in m.places()]
+        sharded = [m for m in self.layers.values() if is_sharded(m.lora_A)]
+        self._gathers_anchors = bool(sharded) and not self.inplace
         if not self.inplace:
             return
+        if sharded:
+            deltas = [self.delta[m.lora_A] for m in sharded]
+            self._wholes = WholePairs([m.lora_A for m in sharded], deltas)
+        position = {m: i for i, m in enumerate(self.layers.values())}
         for dtype in dict.fromkeys(m.lora_A.dtype for m in self.layers.values()):
             layers = [m for m in self.layers.values() if m.lora_A.dtype == dtype]
+            layers = [m for m in layers if local(m.weight).numel()]  # a process may hold no row
+            if not layers:
+                continue
             low = []
             if self.rounding == "remainder":
-                low = [self.state[m.lora_B]["remainder"] for m in layers]
+                low = [local(self.state[m.lora_B]["remainder"]) for m in layers]
             updates = [self._update_of(m) for m in layers]
             launch = prepare_delta_update(
                 self.backend,
@@ -91,13 +103,20 @@ class WeightUpdate:
                 self.rounding,
                 low,
                 self.seed,
+                [position[m] for m in layers],
+                [first_row(m.weight) for m in layers],
             )
             self._launches.append((launch, layers))
 
     def _update_of(self, layer: LoraLayer) -> LayerUpdate:
         a, b = layer.lora_A, layer.lora_B
+        whole_a, whole_delta = a, self.delta[a]
+        if self._wholes is not None and is_sharded(a):
+            whole_a, whole_delta = self._wholes.of(a)
         scale = self.ratio * self.scaling_of(layer)
-        return LayerUpdate(layer.matrix, a, b, self.delta[a], self.delta[b], scale)
+        return LayerUpdate(
+            local(layer.matrix), whole_a, local(b), whole_delta, self.delta[b], scale
+        )  # fmt: skip
 
     def scaling_of(self, layer: LoraLayer) -> float:
         """s of the layer when this run began, see `PendingDelta.scaling`."""
@@ -128,6 +147,10 @@ class WeightUpdate:
         ``t_least``, ``t_most``: bounds of t that the host knows. Returns whether weights may have
         been written.
         """
+        if self._gathers_anchors and t_least <= self.start_step + 1 <= t_most:
+            for layer in self.layers.values():  # this step writes the anchors, or may do so
+                if layer.delta is not None:
+                    layer.delta.forget_anchors()
         if not self.inplace or (not self.ratio and not capturing):
             return False
         early = t_most <= self.start_step and not capturing  # a graph is replayed later
@@ -138,8 +161,11 @@ class WeightUpdate:
         apply = None if known else self.started  # Triton gets one form, so that it compiles once
         if found_inf is not None:
             apply = self.started * (found_inf.view(()) == 0)
+        if self._wholes is not None:
+            self._wholes()
         if self._loss is not None and not self._loss.told and not early and not capturing:
-            self._loss.measure(map(self._update_of, self.layers.values()))
+            mine = (m for _, layers in self._launches for m in layers)
+            self._loss.measure(map(self._update_of, mine))
         for launch, _ in self._launches:
             launch(t, apply)
         self._launched = True
@@ -252,12 +278,14 @@ class WeightUpdate:
 
     def _new_delta(self, layer: LoraLayer, scaling: float) -> PendingDelta:
         a, b = layer.lora_A, layer.lora_B
-        return PendingDelta(
+        delta = PendingDelta(
             self.state[a]["anchor"], self.state[b]["anchor"], self.state[a]["last"],
             self.state[b]["last"], self.ratio, scaling, self.rank_scales[layer.r],
             in_weight=self.inplace, remainder=self.state[b].get("remainder"),
             unseen=(self.unseen[a], self.unseen[b]),
         )  # fmt: skip
+        delta.follow_shards(a, b)
+        return delta
 
     def _join(self, layer: LoraLayer, started: bool) -> None:
         """Begin the update of a layer, or begin it again, with the pair as it is now."""
@@ -269,6 +297,7 @@ class WeightUpdate:
         if started:
             delta.anchor_A.copy_(a)
             delta.anchor_B.copy_(b)
+            delta.forget_anchors()
         if before is not None:
             self._take_over(layer, before, delta)
 
@@ -319,7 +348,8 @@ class WeightUpdate:
         b, delta = layer.lora_B, layer.delta
         if self.inplace:
             entries[b]["weight"] = layer.weight.detach()
-        if delta is None:
+        if delta is None:  # from before any step; checkpoints load what the state names here
+            entries[b] |= write_update(SavedUpdate(self.ratio, layer.scaling, []), self.inplace)
             return
         lost = not delta.known() and not delta.in_weight and delta.started()
         if self.owns(delta, b):

@@ -8,7 +8,7 @@ from torch import nn
 
 from ...errors import SwapError
 from ..targets.weight_readers import find_readers
-from .fused_linear import FusedLinear
+from .fused_linear import Deltas, FusedLinear
 from .rules import kind_of
 from .tuner_models import TUNER_MODELS
 
@@ -18,7 +18,7 @@ def fuse_(layers: Collection[lora.Linear], model: nn.Module, backend: str | None
     for layer in layers:
         if not isinstance(layer, FusedLinear):
             layer.__class__ = FusedLinear
-            layer.deltas = {}
+            layer.deltas = Deltas()
         layer.backend = backend
     for module in model.modules():
         if type(module) in TUNER_MODELS:

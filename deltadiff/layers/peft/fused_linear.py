@@ -24,6 +24,16 @@ from .rules import active_adapters
 from .update_guards import check_kept, warn_dropped, warn_saved
 
 
+class Deltas(dict[str, PendingDelta]):
+    """Updates by adapter, which are attributes too: see `delta_to_state` for the reason."""
+
+    def __getattr__(self, name: str) -> PendingDelta:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class FusedLinear(HoldsPairs, Linear):
     """PEFT's layer; `fuse.fuse_` makes it of a ``lora.Linear`` by changing its class.
 
@@ -36,7 +46,7 @@ class FusedLinear(HoldsPairs, Linear):
             only where Delta-LoRA updates W in place.
     """
 
-    deltas: dict[str, PendingDelta]
+    deltas: Deltas
     backend: str | None
     unmerged: Tensor
     keeps_active = False

@@ -1,0 +1,140 @@
+"""Sharded tensors in an optimizer: the part that this process holds, and what it needs of others.
+
+FSDP2 (`fully_shard`) shards W (out, in) and lora_B (out, r) by their rows, and lora_A (r, in) by
+its rank. AdamW needs no more than the local parts. The update of the local rows of W,
+
+    W += lambda s (dB A' + B dA)
+
+needs the whole A' and dA, and no part of W, B or dB that others hold. `WholePairs` gathers A' and
+dA of all layers at once: 2 r in numbers for a layer, in one collective a step.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from ..checks import wide_dtype
+from ..errors import ArgumentTypeError, SwapError
+from ..ranks import is_sharded, local, why_no_shard
+
+
+def check_shards(name: str, t: Tensor) -> None:
+    """Raise ArgumentTypeError where a tensor is neither whole nor split by rows."""
+    reason = why_no_shard(t)
+    if reason is not None:
+        accepted = "whole tensors, or those that `fully_shard` splits by their rows"
+        raise ArgumentTypeError(name, reason, accepted)
+
+
+def to_launch(t: Tensor) -> Tensor:
+    """What a kernel gets of a tensor: the local part, or one number where that is empty."""
+    part = local(t.detach())
+    return part if part.numel() else part.new_zeros(1)
+
+
+class ShardedPlaces:
+    """Where sharded parameters stand in their modules, and whether they still do.
+
+    FSDP puts whole parameters in their places for a forward or backward pass. A step while they
+    stand there would be lost to the next forward pass, which would use them as they are.
+
+    Args:
+        modules: whose parameters the optimizer has.
+        params: the optimizer's.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], params: Sequence[Tensor]):
+        self._modules = modules
+        mine = {p for p in params if is_sharded(p)}
+        self._places = [
+            (m._parameters, name, p)
+            for module in modules
+            for m in module.modules()
+            for name, p in m._parameters.items()
+            if p is not None and p in mine
+        ]
+
+    def restore(self) -> None:
+        """Put the sharded parameters back where whole ones stand.
+
+        Raises:
+            SwapError: something else took their place.
+        """
+        if not self._moved():
+            return
+        for module in self._modules:
+            for m in module.modules():
+                if isinstance(m, FSDPModule):
+                    m.reshard()
+        for name in self._moved():
+            accepted = "the parameter that the optimizer was made for"
+            raise SwapError(name, "another parameter in its place", accepted)
+
+    def _moved(self) -> list[str]:
+        return [name for held, name, p in self._places if held.get(name) is not p]
+
+
+def check_order(modules: Sequence[nn.Module], params: Sequence[Tensor]) -> None:
+    """Raise SwapError where the modules were sharded after the optimizer took their parameters."""
+    if any(is_sharded(p) for p in params):
+        return
+    if any(is_sharded(p) and p.requires_grad for m in modules for p in m.parameters()):
+        given = "an optimizer that was made before `fully_shard`, so that it trains nothing"
+        raise SwapError("optimizer", given, "`swap_`, then `fully_shard`, then the optimizer")
+
+
+class WholePairs:
+    """The whole A' and dA of sharded pairs, in memory that stays where it is.
+
+    Args:
+        As: lora_A of each layer, (r, in), sharded by its rank over one and the same mesh.
+        deltas: the local rows of A' - A of each, in the dtype that A is summed in.
+
+    Attributes:
+        A, delta_A: (r, in) of each layer, in the dtypes of ``As`` and ``deltas``; as of the last
+            call.
+    """
+
+    def __init__(self, As: Sequence[Tensor], deltas: Sequence[Tensor]):
+        self._As, first = As, As[0]
+        dim = next(i for i, p in enumerate(first.placements) if p.is_shard())
+        self._size = first.device_mesh.size(dim)
+        self._group = first.device_mesh.get_group(dim)
+        wide, device = wide_dtype(first.dtype), deltas[0].device
+        self._sources = [t for a, delta in zip(As, deltas, strict=True) for t in (local(a), delta)]
+        # Every process sends as many rows as the first one has, which may be more than it has.
+        rows = [-(-a.shape[0] // self._size) for a in As]
+        sizes = [2 * n * a.shape[1] for n, a in zip(rows, As, strict=True)]
+        self._mine = torch.zeros(sum(sizes), dtype=wide, device=device)
+        self._all = self._mine.new_empty(self._size, sum(sizes))
+        self._slots: list[Tensor] = []
+        for part, n, a, delta in zip(self._mine.split(sizes), rows, As, deltas, strict=True):
+            self._slots += part.view(2, n, a.shape[1])[:, : len(delta)].unbind()
+        self.A = [torch.empty(a.shape, dtype=a.dtype, device=device) for a in As]
+        self.delta_A = [torch.zeros_like(a, dtype=wide) for a in self.A]
+        self._wholes: list[Tensor] = []  # where each row comes from, and where it goes
+        self._parts: list[Tensor] = []
+        for received, n, a, delta in zip(
+            self._all.split(sizes, dim=1), rows, self.A, self.delta_A, strict=True
+        ):
+            for i, sent in enumerate(received):
+                first_row, pair = i * n, sent.view(2, n, a.shape[1])
+                count = max(0, min(n, a.shape[0] - first_row))
+                if count:
+                    self._parts += pair[:, :count].unbind()
+                    self._wholes += [t[first_row : first_row + count] for t in (a, delta)]
+
+    def of(self, lora_A: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole A' and dA of a layer."""
+        i = next(i for i, a in enumerate(self._As) if a is lora_A)
+        return self.A[i], self.delta_A[i]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Gather A' and dA as they are now."""
+        torch._foreach_copy_(self._slots, self._sources)
+        dist.all_gather_into_tensor(self._all.view(-1), self._mine, group=self._group)
+        torch._foreach_copy_(self._wholes, self._parts)

@@ -1,0 +1,66 @@
+"""torch.distributed.checkpoint: a run that is saved on n processes goes on bit by bit on m."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from fsdp_runs import make_model, shard, train, values
+from ranks import run_ranks
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from deltadiff import DeltaLoRA
+
+F32, BF16 = torch.float32, torch.bfloat16
+METHODS = {
+    "LoRA": (F32, {"update_ratio": 0.0}),
+    "factored": (F32, {"w_update": "factored"}),
+    "in place": (F32, {}),
+    "remainder": (BF16, {"rounding": "remainder"}),
+    "stochastic": (BF16, {"rounding": "stochastic", "seed": 3}),
+}
+
+
+def new_run(method):
+    dtype, how = METHODS[method]
+    model = make_model(dtype)
+    if dist.get_world_size() > 1:
+        model = shard(model)
+    return model, DeltaLoRA(model, lr=5e-3, **how)
+
+
+def go_on(model, optimizer, rank):
+    """Three more steps, in which every process sees all of each batch."""
+    for t in range(10, 13):
+        ids = torch.randint(96, (2, 8), generator=torch.Generator().manual_seed(t))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return values(model)
+
+
+def save(rank, method, folder):
+    model, optimizer = new_run(method)
+    train(model, optimizer, rank, dist.get_world_size(), steps=4)
+    state, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": state, "optimizer": of_optimizer}, checkpoint_id=folder)
+    return go_on(model, optimizer, rank)
+
+
+def load(rank, method, folder):
+    model, optimizer = new_run(method)
+    train(model, optimizer, rank, dist.get_world_size(), steps=2)  # the state has all its entries
+    state, of_optimizer = get_state_dict(model, optimizer)
+    found = {"model": state, "optimizer": of_optimizer}
+    dcp.load(found, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
+    )
+    return go_on(model, optimizer, rank)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (1, 2)], ids=str)
+def test_saved_on_n_loaded_on_m(method, sizes, tmp_path):
+    saved, loaded = sizes
+    expected = run_ranks(save, method, str(tmp_path), size=saved)
+    assert run_ranks(load, method, str(tmp_path), size=loaded) == [expected[0]] * loaded

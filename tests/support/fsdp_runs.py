@@ -1,0 +1,46 @@
+"""A small Llama with LoRA, sharded by FSDP2 or whole, and training runs on parts of batches."""
+
+import torch
+import transformers
+from torch.distributed.fsdp import fully_shard
+
+from deltadiff import swap_
+from deltadiff.ranks import whole
+
+F32 = torch.float32
+STEPS = 6
+
+
+def make_model(dtype=F32, r=8):
+    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, use_cache=False)
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    swap_(model, r=r, lora_alpha=2 * r, seed=1)
+    return model
+
+
+def shard(model, **options):
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def parts_of(step, parts):
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randint(96, (12, 8), generator=generator).chunk(parts)
+
+
+def train(model, optimizer, rank=None, size=2, steps=STEPS):
+    """With a rank, on its part of each batch; else on all parts, one after the other."""
+    for t in range(steps):
+        parts = parts_of(t, size)
+        for ids in parts if rank is None else [parts[rank]]:
+            loss = model(input_ids=ids, labels=ids).loss
+            (loss / size if rank is None else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def values(model):
+    return [whole(p).float().flatten().tolist() for p in model.parameters()]
