@@ -93,6 +93,11 @@ class Ranks:
             flat /= self.size
             torch._foreach_copy_(mine, _unflatten_dense_tensors(flat, mine))
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
     def copy_first_(self, tensors: Sequence[Tensor]) -> None:
         """Put the values of the first process into the tensors of all, in place."""
         if self.size == 1:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..ranks import local
 from .linear import is_conv1d
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ class LayerState(nn.Linear):
 
     def _pair_is_in(self, destination: dict) -> bool:
         """Whether another layer has saved this layer's pair there."""
-        place = self.lora_A.data_ptr()
+        place = local(self.lora_A).data_ptr()
         return any(
-            value.data_ptr() == place for name, value in destination.items() if name.endswith(PAIR)
+            local(value).data_ptr() == place
+            for name, value in destination.items()
+            if name.endswith(PAIR)
         )
 
     def _load_from_state_dict(

@@ -44,3 +44,30 @@ def train(model, optimizer, rank=None, size=2, steps=STEPS):
 
 def values(model):
     return [whole(p).float().flatten().tolist() for p in model.parameters()]
+
+
+def make_peft_model(dtype=F32, r=8):
+    """The same layers with PEFT's pairs, swapped."""
+    import peft
+
+    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, use_cache=False)
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    lora = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
+    model = peft.get_peft_model(model, lora)
+    swap_(model)
+    return model
+
+
+def shard_peft(model, alone=False, **options):
+    """By blocks; with ``alone``, each lora_A and lora_B is a unit of its own, as PEFT's policy has
+    them.
+    """
+    if alone:
+        for name, module in model.named_modules():
+            if name.endswith((".lora_A.default", ".lora_B.default")):
+                fully_shard(module, **options)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)

@@ -29,6 +29,7 @@ from ...files import (
     write_bytes,
     write_text,
 )
+from ...ranks import Ranks, copy_values, is_sharded, whole
 from ..linear import is_peft_model
 from ..lora_linear import LoraLinear, own_layers
 from ..low_rank_sum import check_known
@@ -61,6 +62,8 @@ from .format import (
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Write the low-rank pairs, what Delta-LoRA has added, and other trainable parameters.
+
+    Of a model that FSDP shards, all processes call this, and the first one writes.
 
     A pair that several layers share is written once. DiffoRA's selection and gates are saved too,
     and so are the buffers beside a trained parameter, such as the running mean of a batch norm.
@@ -98,7 +101,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     entries = {name: _describe(name, m, owners[name], tensors) for name, m in layers.items()}
     extra, tied = trained_beside(model, layers)
     tensors |= {f"{name}.saved": held.logical for name, held in extra.items()}
-    blob = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    sharded = any(map(is_sharded, tensors.values()))
+    blob = save({name: whole(t).cpu().contiguous() for name, t in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     weights = adapter_format.weights_name(digest)
     config: dict[str, object] = {
@@ -117,10 +121,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     config["checksum"] = sha256_of_json(config)
     if note := rounding_note({name: [layer] for name, layer in layers.items()}):
         warn(note, stacklevel=2)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / weights, blob)
-    write_text(path, json.dumps(config, indent=1))
-    _remove_earlier(folder, weights)
+    ranks = Ranks() if sharded else None
+    if ranks is None or ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / weights, blob)
+        write_text(path, json.dumps(config, indent=1))
+        _remove_earlier(folder, weights)
+    if ranks is not None:
+        ranks.wait()  # after this call the file is there for all
     return path
 
 
@@ -189,7 +197,7 @@ def load_adapter(
         _fill(layer, config["layers"][name], name, tensors)
     with torch.no_grad():
         for name in config["saved"]:
-            held[name].logical.copy_(tensors[f"{name}.saved"])
+            copy_values(held[name].logical, tensors[f"{name}.saved"])
             if isinstance(held[name].tensor, nn.Parameter):
                 held[name].tensor.requires_grad_(True)
     return swap_report(model)
@@ -282,8 +290,8 @@ def _check_layers(layers: dict[str, LoraLinear], saved: dict[str, dict]) -> None
 def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor]) -> None:
     """Give a layer the tensors and numbers of its entry."""
     owner = pair_owner(name, entry)
-    layer.lora_A.copy_(tensors[f"{owner}.lora_A"])
-    layer.lora_B.copy_(tensors[f"{owner}.lora_B"])
+    copy_values(layer.lora_A, tensors[f"{owner}.lora_A"])
+    copy_values(layer.lora_B, tensors[f"{owner}.lora_B"])
     layer.scaling = float(entry["scaling"])  # an int of JSON may be too long for a kernel
     layer.lora_alpha = entry.get("lora_alpha", layer.scaling * layer.r)  # older files have none
     layer.delta = None
@@ -296,8 +304,8 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
     anchor_A = torch.zeros_like(layer.lora_A.detach())
     anchor_B = torch.zeros_like(layer.lora_B.detach())
     if started:
-        anchor_A.copy_(tensors[f"{name}.anchor_A"])
-        anchor_B.copy_(tensors[f"{name}.anchor_B"])
+        copy_values(anchor_A, tensors[f"{name}.anchor_A"])
+        copy_values(anchor_B, tensors[f"{name}.anchor_B"])
     scale = PendingDelta.make_rank_scale(ratio, layer.r, layer.lora_A, started)
     folded = [
         LowRankFactors(
@@ -317,6 +325,7 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
         in_weight=False,
         past_updates=folded,
     )
+    layer.delta.follow_shards(layer.lora_A, layer.lora_B)
 
 
 def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:
