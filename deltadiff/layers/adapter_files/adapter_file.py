@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ...checks import wide_dtype
 from ...errors import ArgumentError, ArgumentTypeError, SwapError
 from ...files import (
     as_folder,
@@ -297,13 +298,16 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
         anchor_A.copy_(tensors[f"{name}.anchor_A"])
         anchor_B.copy_(tensors[f"{name}.anchor_B"])
     scale = PendingDelta.make_rank_scale(ratio, layer.r, layer.lora_A, started)
+    wide = wide_dtype(layer.lora_A.dtype)  # whatever a file has, the two factors are multiplied
+
+    def factor(letter: str, i: int) -> Tensor:
+        t = tensors[f"{name}.folded_{letter}.{i}"].to(device)
+        return t.to(torch.promote_types(t.dtype, wide) if t.itemsize > 1 else wide)
+
     folded = [
-        LowRankFactors(
-            tensors[f"{name}.folded_B.{i}"].to(device), tensors[f"{name}.folded_A.{i}"].to(device),
-            in_weight=False,
-        )
+        LowRankFactors(factor("B", i), factor("A", i), in_weight=False)
         for i in range(entry["folded"])
-    ]  # fmt: skip
+    ]
     layer.delta = PendingDelta(
         anchor_A,
         anchor_B,
