@@ -1,4 +1,4 @@
-"""Whatever a forged search.pt holds, a search goes on from it, or is refused and stays as it was."""
+"""Whatever a forged search.pt holds, a search goes on from it, or is refused unchanged."""
 
 import io
 import random

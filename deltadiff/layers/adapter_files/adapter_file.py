@@ -298,16 +298,16 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
         anchor_A.copy_(tensors[f"{name}.anchor_A"])
         anchor_B.copy_(tensors[f"{name}.anchor_B"])
     scale = PendingDelta.make_rank_scale(ratio, layer.r, layer.lora_A, started)
-    wide = wide_dtype(layer.lora_A.dtype)  # whatever a file has, the two factors are multiplied
 
-    def factor(letter: str, i: int) -> Tensor:
-        t = tensors[f"{name}.folded_{letter}.{i}"].to(device)
-        return t.to(torch.promote_types(t.dtype, wide) if t.itemsize > 1 else wide)
+    def past_update(i: int) -> LowRankFactors:
+        """The factors of a past update in one dtype, whatever the file has: they are multiplied."""
+        b, a = (tensors[f"{name}.folded_{letter}.{i}"].to(device) for letter in "BA")
+        dtype = (
+            torch.float64 if torch.float64 in (b.dtype, a.dtype) else wide_dtype(layer.lora_A.dtype)
+        )
+        return LowRankFactors(b.to(dtype), a.to(dtype), in_weight=False)
 
-    folded = [
-        LowRankFactors(factor("B", i), factor("A", i), in_weight=False)
-        for i in range(entry["folded"])
-    ]
+    folded = [past_update(i) for i in range(entry["folded"])]
     layer.delta = PendingDelta(
         anchor_A,
         anchor_B,
