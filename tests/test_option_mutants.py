@@ -90,6 +90,7 @@ def test_options(command, seed, words, tmp_path, monkeypatch, tally, one_thread,
     monkeypatch.setattr(bench.model, "model_records", lambda *_: [])
     monkeypatch.setattr(verify, "run_checks", lambda *_: ([], True))
     monkeypatch.setattr(theory, "SETTINGS", ())
+    monkeypatch.setattr(theory, "plot_courses", lambda *_: None)
     known, mutants = options(command), Mutants()
     for _ in range(CASES.get(command, 15)):
         argv = mutate(command, words[command], known, random_)

@@ -88,7 +88,7 @@ class GateMatrix(JsonFile):
         rows: Rows = [[None] * len(column) for _ in candidates.layers]
         for row, gates in zip(rows, table, strict=True):
             for t, value in gates.items():
-                row[column[t]] = float(value)
+                row[column[t]] = float(value) if abs(value) <= 1 else value  # refused below
         return cls(candidates, tuple(map(tuple, rows)))
 
 

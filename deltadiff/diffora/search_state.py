@@ -1,6 +1,7 @@
 """`check_state`: whether a search can take a state, which may come from a file of any content."""
 
 from itertools import zip_longest
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
 _OF_GROUP = ("lr", "betas", "eps", "weight_decay", "params", "fused")
 
 
-def check_state(state: object, own: dict) -> None:
+def check_state(state: Any, own: dict) -> None:
     """Check a state of `Search.state_dict`.
 
     Args:
@@ -47,9 +48,9 @@ def _check(name: str, given: object, holds: object, accepted: str) -> None:
         raise ArgumentError(name, f"{given!r:.60}", accepted)
 
 
-def _check_candidates(there: object, here: dict) -> None:
-    lists = there if isinstance(there, dict) else {}
-    layers, modules = lists.get("layers"), lists.get("modules")
+def _check_candidates(there: Any, here: dict) -> None:
+    lists: dict[str, Any] = there if isinstance(there, dict) else {}
+    layers, modules = lists.get("layers", ()), lists.get("modules", ())
     fits = isinstance(layers, (list, tuple)) and isinstance(modules, (list, tuple))
     _check("candidates", there, fits and len(layers) == len(modules), "layers and modules")
     rows = [row for row in modules if isinstance(row, (list, tuple))]
@@ -64,7 +65,7 @@ def _check_candidates(there: object, here: dict) -> None:
             raise ArgumentError("candidates", theirs or "none", accepted)
 
 
-def _check_tensor(name: str, there: object, here: Tensor | None) -> None:
+def _check_tensor(name: str, there: Any, here: Tensor | None) -> None:
     given, accepted = (
         f"shape {tuple(t.shape)}{'' if t.is_floating_point() else f' of {t.dtype}'}"
         if isinstance(t, Tensor)
@@ -75,7 +76,7 @@ def _check_tensor(name: str, there: object, here: Tensor | None) -> None:
         raise ArgumentError(name, given, f"{accepted}, as in this search")
 
 
-def _check_groups(name: str, state: object, own: dict) -> None:
+def _check_groups(name: str, state: Any, own: dict) -> None:
     """Check the hyperparameters of an optimizer, which other versions of torch may not all have."""
     groups = state.get("param_groups") if isinstance(state, dict) else None
     fits = isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict)
@@ -98,7 +99,7 @@ def _check_adam(state: dict, logits: Tensor) -> None:
             _check_tensor(f"{name} of gate_optimizer", moments[name], here)
 
 
-def _is_like(there: object, here: object, most: float = 1e30) -> bool:
+def _is_like(there: Any, here: Any, most: float = 1e30) -> bool:
     """Whether a value can stand in the place of another one in a group of parameters."""
     if isinstance(here, (list, tuple)):
         fits = isinstance(there, (list, tuple)) and len(there) == len(here)

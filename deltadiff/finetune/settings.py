@@ -177,7 +177,7 @@ class Settings:
             "search_rounds": 1, "inner_steps": 1, "share_r": 0, "start_step": 0,
             "evaluate_every": 0,
         }  # fmt: skip
-        self._check_texts()
+        self._check_values()
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value < 2**31:
@@ -208,10 +208,12 @@ class Settings:
         if self.regression and not is_column(self.label_column):
             raise ArgumentError("regression", "no label column", "--label-column with numbers")
 
-    def _check_texts(self) -> None:
-        """Check that every text is one that files and their names can hold."""
+    def _check_values(self) -> None:
+        """Check that numbers are finite, and that files and their names can hold the texts."""
         for f in fields(self):
             value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ArgumentError(f.name, value, "a finite number")
             if isinstance(value, str):
                 try:
                     value.encode()

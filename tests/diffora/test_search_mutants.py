@@ -1,5 +1,6 @@
-"""Whatever search.pt holds, a search goes on from it, or is refused and stays as it was."""
+"""Whatever a forged search.pt holds, a search goes on from it, or is refused unchanged."""
 
+import io
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from small_searches import assert_same, batch, snapshot, squares, stack
 
 from deltadiff.diffora import Search, search, split
 from deltadiff.errors import ArgumentError
+from deltadiff.files import read_sealed, write_sealed
 
 CASES = 20  # for each seed
 HOW = {"rounds": 2, "inner_steps": 2, "batch_size": 2, "save_every": 1}
@@ -38,15 +40,15 @@ def test_states_of_a_search(seed, tmp_path, tally):
     mutants = Mutants()
     path = tmp_path / "search.pt"
     run(tmp_path, progress=lambda *_: None)
-    right = path.read_bytes()
-    state = torch.load(path, weights_only=True)
+    right = read_sealed(path)
+    state = torch.load(io.BytesIO(right), weights_only=True)
     for number in range(CASES):
         path.unlink(missing_ok=True)
         how = random_.choices(("state", "bytes", "spoil"), (12, 4, 1))[0]
         if how == "state":
             torch.save(mutate_state(state, random_), path)
         else:
-            path.write_bytes(damage(right, random_))
+            write_sealed(path, damage(right, random_))
         what = spoil(path, random_) if how == "spoil" else how
         mutants.attempt(
             f"case {number}: {what}",

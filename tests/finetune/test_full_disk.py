@@ -31,7 +31,10 @@ def test_full_disks(seed, trained, tmp_path, tally, one_thread):
     mutants = Mutants()
     finetune, merge = trained
     for number in range(CASES):
-        output, limit = tmp_path / str(number), int(2 ** random_.uniform(5, 18))
+        output, limit = (
+            tmp_path / str(number),
+            int(2 ** random_.uniform(11, 18)),
+        )  # the log has to fit
         words = [*merge, str(output)]
         if random_.random() < 0.7:
             words = [*finetune, "--method", random_.choice(METHODS), "--output", str(output)]

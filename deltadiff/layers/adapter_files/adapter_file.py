@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ...checks import wide_dtype
 from ...errors import ArgumentError, ArgumentTypeError, SwapError
 from ...files import (
     as_folder,
@@ -307,13 +308,16 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
         copy_values(anchor_A, tensors[f"{name}.anchor_A"])
         copy_values(anchor_B, tensors[f"{name}.anchor_B"])
     scale = PendingDelta.make_rank_scale(ratio, layer.r, layer.lora_A, started)
-    folded = [
-        LowRankFactors(
-            tensors[f"{name}.folded_B.{i}"].to(device), tensors[f"{name}.folded_A.{i}"].to(device),
-            in_weight=False,
+
+    def past_update(i: int) -> LowRankFactors:
+        """The factors of a past update in one dtype, whatever the file has: they are multiplied."""
+        b, a = (tensors[f"{name}.folded_{letter}.{i}"].to(device) for letter in "BA")
+        dtype = (
+            torch.float64 if torch.float64 in (b.dtype, a.dtype) else wide_dtype(layer.lora_A.dtype)
         )
-        for i in range(entry["folded"])
-    ]  # fmt: skip
+        return LowRankFactors(b.to(dtype), a.to(dtype), in_weight=False)
+
+    folded = [past_update(i) for i in range(entry["folded"])]
     layer.delta = PendingDelta(
         anchor_A,
         anchor_B,
