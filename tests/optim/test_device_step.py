@@ -237,7 +237,7 @@ def test_replays_are_steps(w_update, warm_up, tensor_lr):
                     p.grad = kept
                 optimizer.step()
         results.append(everything(model, optimizer))
-        assert optimizer.state_dict()["state"]["delta_lora"]["iteration"] == 10
+        assert optimizer.state_dict()["param_groups"][0]["deltadiff.iteration"] == 10
     assert_equal(*results)
 
 

@@ -164,7 +164,7 @@ def _run(args: dict, call: Call, path: str) -> None:
         adamw_step_(**args, **call.options, backend=path)
         return
     state = [args[key] for key in WRITTEN]
-    step = prepare_adamw_step(path, *state)
+    step = prepare_adamw_step(path, *state, [None] * len(args["params"]))
     options = call.options
     step.set_options(options["lr"], *options["betas"], options["eps"], options["weight_decay"])
     # As the optimizer does it: the kernel reads addresses, the other backends `grad`.
@@ -176,7 +176,7 @@ def _run(args: dict, call: Call, path: str) -> None:
     anchor_now, aligned = args["anchor_now"], not any(address % 16 for address in addresses)
     if anchor_now is not None and anchor_now.dtype == torch.bool:
         anchor_now = anchor_now.to(torch.int32)  # as the optimizer has it
-    step(column, aligned, args["steps"], anchor_now, args["grad_scale"], args["found_inf"])
+    step(column, aligned, args["steps"], anchor_now, args["grad_scale"], args["found_inf"], None)
 
 
 def _arguments(case: Case, call: Call, dtype: torch.dtype, memory: Memory) -> dict:

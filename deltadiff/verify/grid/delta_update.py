@@ -114,9 +114,11 @@ def _run(args: dict, call: Call, path: str, apply: Tensor | None) -> None:
         delta_update_(**args, rounding=call.rounding, apply=apply, backend=path)
         return
     lists = [args[key] for key in ("weight", *FACTORS)]
+    count = len(args["weight"])
     update = prepare_delta_update(
-        path, *lists, args["scale"], call.rounding, args["remainder"] or [], args["seed"]
-    )
+        path, *lists, args["scale"], call.rounding, args["remainder"] or [], args["seed"],
+        range(count), [0] * count,
+    )  # fmt: skip
     if apply is not None and apply.dtype == torch.bool and apply.is_cuda:
         apply = apply.view(torch.int8)  # as the optimizer gives it
     update(args["step"], apply)
