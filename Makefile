@@ -49,7 +49,7 @@ test: setup
 	@OMP_NUM_THREADS=1 exec .venv/bin/pytest -n 2 --dist worksteal
 
 check: setup
-	@OMP_NUM_THREADS=1 exec .venv/bin/pytest -n 2 --dist worksteal --check -m check
+	@OMP_NUM_THREADS=1 exec .venv/bin/pytest -n 2 --dist worksteal --check -m "check or long"
 
 sanitize: setup
 	@exec .venv/bin/python benchmarks/sanitizers.py cpu

@@ -8,7 +8,8 @@ A test with ``@pytest.mark.check(short=2, long=100)`` takes ``seed`` and runs fo
 the short form begins with seed 0. The long form (``make check``, that is ``pytest --check -m
 check``) begins with a new seed, which the head of the report and the name of a failed test show;
 ``--seed`` gives it again. With ``--record``, a run without a failure writes what its tests counted
-with the fixture ``tally`` to benchmarks/results.
+with the fixture ``tally`` to benchmarks/results. A test or a case marked ``long`` is of the long
+form alone.
 """
 
 import os
@@ -97,7 +98,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("seed", range(options.seed, options.seed + count))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long") and not config.option.check:
+            item.add_marker(pytest.mark.skip(reason="of the long form"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsdp_runs import make_model, shard, train, values
-from ranks import run_ranks
+from ranks import run_ranks, short_form
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from deltadiff import DeltaLoRA
@@ -58,9 +58,12 @@ def load(rank, method, folder):
     return go_on(model, optimizer, rank)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (1, 2)], ids=str)
-def test_saved_on_n_loaded_on_m(method, sizes, tmp_path):
-    saved, loaded = sizes
+CASES = [(method, sizes) for method in METHODS for sizes in ((2, 2), (2, 1), (1, 2))]
+SHORT = ("remainder", (2, 1)), ("factored", (1, 2))
+
+
+@pytest.mark.parametrize("case", short_form(CASES, *SHORT), ids=str)
+def test_saved_on_n_loaded_on_m(case, tmp_path):
+    method, (saved, loaded) = case
     expected = run_ranks(save, method, str(tmp_path), size=saved)
     assert run_ranks(load, method, str(tmp_path), size=loaded) == [expected[0]] * loaded

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from delta_lora_runs import batch, make_model, make_peft_model
-from ranks import run_ranks
+from ranks import run_ranks, short_form
 from torch.nn.parallel import DistributedDataParallel
 
 from deltadiff import DeltaLoRA
@@ -79,19 +79,19 @@ def train_alone(make, method, options, parts=2):
 
 
 @pytest.mark.filterwarnings("ignore:.*rounding")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", short_form(METHODS, "in place, remainder"))
 def test_two_processes_are_one_bit_by_bit(method):
     first, second = run_ranks(train_in_group, make_model, method, "plain")
     assert first == second == train_alone(make_model, method, "plain")
 
 
-@pytest.mark.parametrize("options", list(OPTIONS)[1:])
+@pytest.mark.parametrize("options", short_form(list(OPTIONS)[1:], "bucket views"))
 def test_options_of_ddp(options):
     first, second = run_ranks(train_in_group, make_model, "in place", options)
     assert first == second == train_alone(make_model, "in place", options)
 
 
-@pytest.mark.parametrize("method", ["LoRA", "factored"])
+@pytest.mark.parametrize("method", short_form(["LoRA", "factored"], "factored"))
 def test_layers_of_peft(method):
     first, second = run_ranks(train_in_group, make_peft_model, method, "plain")
     assert first == second == train_alone(make_peft_model, method, "plain")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fsdp_runs import make_model, parts_of, shard, train, values
-from ranks import run_ranks
+from ranks import run_ranks, short_form
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from deltadiff import DeltaLoRA, swap_, unswap_
@@ -42,7 +42,7 @@ def train_alone(method, size=2, r=8):
 
 
 @pytest.mark.filterwarnings("ignore:.*rounding")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", short_form(METHODS, "stochastic", "factored, K = 2"))
 def test_two_processes_are_one_bit_by_bit(method):
     first, second = run_ranks(train_sharded, method, {})
     assert first == second == train_alone(method)
@@ -157,7 +157,7 @@ def test_checkpointing_clipping_and_resharding():
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("size", short_form([3, 4], 3))
 def test_the_sum_holds_for_other_numbers_of_processes(size):
     results = run_ranks(sum_inside_the_run, {}, size=size)
     assert all(values_ == results[0][1] for _, values_ in results)

@@ -9,15 +9,24 @@ import multiprocessing
 import runpy
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 
+import pytest
 import torch
 import torch.distributed as dist
 
 TIMEOUT = 120.0  # seconds, of a whole run
 IMPORTED = ["torch", "torch.distributed.fsdp", "transformers", "peft", "deltadiff"]
+
+
+def short_form(cases: Iterable, *short: object) -> list:
+    """Parameters of a test: of all ``cases``, those that are not ``short`` are of the long form.
+
+    Several processes and their model take seconds, so `make test` has one case of each kind.
+    """
+    return [case if case in short else pytest.param(case, marks=pytest.mark.long) for case in cases]
 
 
 def run_ranks(function: Callable, *args, size: int = 2, backend: str = "gloo") -> list:
