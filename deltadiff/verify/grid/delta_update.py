@@ -63,7 +63,7 @@ def draw_call(draw: Draw, dtypes: tuple[torch.dtype, torch.dtype]) -> Call:
     mixed = kind.chance(0.3) and half and not prepared  # adapters of two dtypes in one list
     count = size.choice((1, 1, 2, 3, 5, 11, 20))
     shapes = [draw_shape(size, draw, divisor, ranks, i, count) for i in range(count)]
-    if sum(n * k for n, k, _ in shapes) < FEW:
+    if any(n * k < FEW for n, k, _ in shapes):
         shapes.append((8, 8, ranks[0]))
     adapters = [size.choice((dtypes[0], torch.float32)) if mixed else dtypes[1] for _ in shapes]
     odd = size.choice(("weight", *FACTORS)) if size.chance(0.12) else ""
