@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ...checks import wide_dtype
+from ...checks import DTYPES, wide_dtype
 from ...errors import ArgumentError, ArgumentTypeError, SwapError
 from ...files import (
     as_folder,
@@ -337,4 +337,5 @@ def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:
         layer.gate.copy_(gate)
         return
     gate = gate.to(layer.lora_A.device)
+    gate = gate if gate.dtype in DTYPES else gate.to(wide_dtype(layer.lora_A.dtype))
     layer.gate = nn.Parameter(gate) if trained else gate
