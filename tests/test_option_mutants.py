@@ -89,6 +89,8 @@ def test_options(command, seed, words, tmp_path, monkeypatch, tally, one_thread,
     monkeypatch.setattr(bench, "compare", lambda *_: [])
     monkeypatch.setattr(bench.model, "model_records", lambda *_: [])
     monkeypatch.setattr(verify, "run_checks", lambda *_: ([], True))
+    monkeypatch.setattr(verify, "run_grid", lambda *_: [])
+    monkeypatch.setattr(verify, "run_number", lambda *_: [])
     monkeypatch.setattr(theory, "SETTINGS", ())
     monkeypatch.setattr(theory, "plot_courses", lambda *_: None)
     known, mutants = options(command), Mutants()

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..optim.saved_state import PREFIX
 from .candidates import Candidates
 
 _OF_ADAM = ("step", "exp_avg", "exp_avg_sq")
@@ -83,6 +84,8 @@ def _check_groups(name: str, state: Any, own: dict) -> None:
     _check(name, state, fits, "the state of an optimizer with one group")
     assert isinstance(groups, list)
     for key, here in own["param_groups"][0].items():
+        if key.startswith(PREFIX):
+            continue  # of the run, which the optimizer checks itself
         there = groups[0].get(key, None if key in _OF_GROUP else here)
         _check(f"{key} of {name}", there, _is_like(there, here), f"such as {here!r}")
 

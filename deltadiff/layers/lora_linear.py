@@ -115,13 +115,14 @@ class LoraLinear(HoldsPairs, LayerState):
         gate = [self.gate] if isinstance(self.gate, nn.Parameter) else []
         return [self.lora_A, self.lora_B, *gate]
 
-    def release_base(self) -> None:
-        """Let the base layer hold no parameter, unless it has to multiply by them or save them.
+    def share_with_base(self) -> None:
+        """Let the base layer hold the parameters that this layer holds now.
 
-        Sharding then frees the whole weight, which nothing but the model holds.
+        Sharding gives the layers of a model other ones. The base layer, which is not among them,
+        would keep the whole weight in memory.
         """
-        if self._has_plain_base() and not self.quantised:
-            self.base_layer._parameters.update(weight=None, bias=None)
+        for name in ("weight", "bias"):
+            self.base_layer._parameters[name] = self._parameters.get(name)
 
     @property
     def holder(self) -> nn.Module:

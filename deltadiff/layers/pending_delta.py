@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..checks import wide_dtype
 from ..kernels.runtime.gpu import is_capturing
@@ -277,11 +278,12 @@ class PendingDelta:
         """
         if isinstance(scaling, Tensor) or scaling != self.scaling or scaling == 0:
             return self._stack_apart(lora_A, lora_B, scaling)
-        if not torch.compiler.is_compiling() and self.moved(lora_A, lora_B):
+        # Where derivatives of another kind are taken, `_Stack` would have the first alone.
+        apart = transformed() or (not torch.compiler.is_compiling() and self.moved(lora_A, lora_B))
+        if apart:
             return self._stack_apart(lora_A, lora_B, scaling)
         scale = self.rank_scale
-        stack = _stack_transformed if transformed() else _Stack.apply
-        a, b = stack(lora_A, lora_B, *self._whole_anchors(), scale)
+        a, b = _Stack.apply(lora_A, lora_B, *self._whole_anchors(), scale)
         added = self.unwritten_past()
         if added:
             b = torch.cat([b, *(p.B.to(b.dtype) / scaling for p in added)], dim=1)
@@ -314,7 +316,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 class _Stack(torch.autograd.Function):
     """[A; A_k] and [B, B_k], with the gradients of A and B as Algorithm 1 has them.
 
-    W is a constant to autograd, so the backward pass divides the factor 1 + lambda out again.
+    W is a constant to autograd, so the backward pass divides the factor 1 + lambda out again. That
+    is right for first derivatives alone; torch.func has the second ones too.
     """
 
     @staticmethod
@@ -331,6 +334,7 @@ class _Stack(torch.autograd.Function):
         return torch.cat([lora_A, anchor_A]), torch.cat([lora_B, anchor_B], dim=1)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_A: Tensor, grad_B: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None]:
@@ -338,16 +342,3 @@ class _Stack(torch.autograd.Function):
         grad_A = grad_A[: ctx.r] / rank_scale[0].to(grad_A.dtype)
         grad_B = grad_B[:, : ctx.r] / rank_scale[0].to(grad_B.dtype)
         return grad_A, grad_B, None, None, None
-
-
-def _stack_transformed(
-    lora_A: Tensor, lora_B: Tensor, anchor_A: Tensor, anchor_B: Tensor, rank_scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`_Stack` in PyTorch's operations, which transforms of torch.func can follow."""
-
-    def divided(p: Tensor) -> Tensor:
-        """``p``, bit by bit, with its derivatives divided by 1 + lambda."""
-        return p.detach() + (p - p.detach()) / rank_scale[0].to(p.dtype)
-
-    a, b = divided(lora_A), divided(lora_B)
-    return torch.cat([a, anchor_A]), torch.cat([b, anchor_B], dim=1)

@@ -136,8 +136,6 @@ def swap_(
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
     _replace(model, layers.items())
-    for layer in layers.values():
-        layer.release_base()
     report = swap_report(model)
     if not small:
         return report

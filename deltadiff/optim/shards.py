@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..checks import wide_dtype
 from ..errors import ArgumentTypeError, SwapError
+from ..layers.lora_linear import LoraLinear
 from ..ranks import is_sharded, local, why_no_shard
 
 
@@ -48,6 +49,9 @@ class ShardedPlaces:
 
     def __init__(self, modules: Sequence[nn.Module], params: Sequence[Tensor]):
         self._modules = modules
+        for layer in (m for module in modules for m in module.modules()):
+            if isinstance(layer, LoraLinear):
+                layer.share_with_base()
         mine = {p for p in params if is_sharded(p)}
         self._places = [
             (m._parameters, name, p)
