@@ -5,15 +5,20 @@ makes them of parameters: split by rows over the processes.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+if TYPE_CHECKING:
+    from typing import TypeGuard
 
-def is_sharded(t: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
     """Whether ``t`` is a DTensor, of which this process may hold a part alone."""
     return hasattr(t, "device_mesh")
 
@@ -26,7 +31,8 @@ def local(t: Any) -> Any:
 @torch.no_grad()
 def whole(t: Tensor) -> Tensor:
     """All of a tensor, detached. Of a sharded one it is a copy, which all processes ask for."""
-    return t.detach().full_tensor() if is_sharded(t) else t.detach()
+    t = t.detach()
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def first_row(t: Tensor) -> int:

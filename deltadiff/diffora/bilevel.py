@@ -216,7 +216,7 @@ class Search:
         if self.ranks.size > 1:
             for p in params:  # a module that this part of the batch did not use
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.ranks.average_([loss, *(p.grad for p in params)])
+            self.ranks.average_([loss, *(p.grad for p in params if p.grad is not None)])
         self.log.judge(loss, [p.grad for p in params if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..checks import wide_dtype
+from ..errors import SwapError
 from ..kernels.runtime.gpu import is_capturing
 from ..ops.transforms import transformed
 from ..ranks import is_sharded, local, whole
@@ -334,10 +334,12 @@ class _Stack(torch.autograd.Function):
         return torch.cat([lora_A, anchor_A]), torch.cat([lora_B, anchor_B], dim=1)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_A: Tensor, grad_B: Tensor
     ) -> tuple[Tensor, Tensor, None, None, None]:
+        if torch.is_grad_enabled():
+            given = "a backward pass of a factored update that shall be differentiated again"
+            raise SwapError("create_graph", given, "torch.func, or w_update='inplace'")
         (rank_scale,) = ctx.saved_tensors
         grad_A = grad_A[: ctx.r] / rank_scale[0].to(grad_A.dtype)
         grad_B = grad_B[:, : ctx.r] / rank_scale[0].to(grad_B.dtype)

@@ -10,6 +10,7 @@ dA of all layers at once: 2 r in numbers for a layer, in one collective a step.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from ..checks import wide_dtype
 from ..errors import ArgumentTypeError, SwapError
 from ..layers.lora_linear import LoraLinear
 from ..ranks import is_sharded, local, why_no_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def check_shards(name: str, t: Tensor) -> None:
@@ -102,7 +106,7 @@ class WholePairs:
             call.
     """
 
-    def __init__(self, As: Sequence[Tensor], deltas: Sequence[Tensor]):
+    def __init__(self, As: "Sequence[DTensor]", deltas: Sequence[Tensor]):
         self._As, first = As, As[0]
         dim = next(i for i, p in enumerate(first.placements) if p.is_shard())
         self._size = first.device_mesh.size(dim)
@@ -121,15 +125,15 @@ class WholePairs:
         self.delta_A = [torch.zeros_like(a, dtype=wide) for a in self.A]
         self._wholes: list[Tensor] = []  # where each row comes from, and where it goes
         self._parts: list[Tensor] = []
-        for received, n, a, delta in zip(
+        for received, n, whole_a, delta in zip(
             self._all.split(sizes, dim=1), rows, self.A, self.delta_A, strict=True
         ):
             for i, sent in enumerate(received):
-                first_row, pair = i * n, sent.view(2, n, a.shape[1])
-                count = max(0, min(n, a.shape[0] - first_row))
+                first_row, pair = i * n, sent.view(2, n, whole_a.shape[1])
+                count = max(0, min(n, whole_a.shape[0] - first_row))
                 if count:
                     self._parts += pair[:, :count].unbind()
-                    self._wholes += [t[first_row : first_row + count] for t in (a, delta)]
+                    self._wholes += [t[first_row : first_row + count] for t in (whole_a, delta)]
 
     def of(self, lora_A: Tensor) -> tuple[Tensor, Tensor]:
         """The whole A' and dA of a layer."""

@@ -75,13 +75,12 @@ class WeightUpdate:
         """Gather the tensors of the launches: one for each dtype of adapters, so usually one."""
         # `check_layers` reads these in every step; asking the modules takes ten times as long.
         self._places = [place for m in self.layers.values() for place in m.places()]
-        sharded = [m for m in self.layers.values() if is_sharded(m.lora_A)]
+        sharded = [a for a in (m.lora_A for m in self.layers.values()) if is_sharded(a)]
         self._gathers_anchors = bool(sharded) and not self.inplace
         if not self.inplace:
             return
         if sharded:
-            deltas = [self.delta[m.lora_A] for m in sharded]
-            self._wholes = WholePairs([m.lora_A for m in sharded], deltas)
+            self._wholes = WholePairs(sharded, [self.delta[a] for a in sharded])
         position = {m: i for i, m in enumerate(self.layers.values())}
         for dtype in dict.fromkeys(m.lora_A.dtype for m in self.layers.values()):
             layers = [m for m in self.layers.values() if m.lora_A.dtype == dtype]
@@ -110,7 +109,8 @@ class WeightUpdate:
 
     def _update_of(self, layer: LoraLayer) -> LayerUpdate:
         a, b = layer.lora_A, layer.lora_B
-        whole_a, whole_delta = a, self.delta[a]
+        whole_a: Tensor = a
+        whole_delta = self.delta[a]
         if self._wholes is not None and is_sharded(a):
             whole_a, whole_delta = self._wholes.of(a)
         scale = self.ratio * self.scaling_of(layer)
