@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import SwapError
 from ..ops.dispatch import Dispatch, choose_path
+from ..ranks import is_sharded
 from .base_format import base_format
 from .delta_state import (
     check_loadable,
@@ -220,3 +221,11 @@ def own_layers(model: nn.Module, call: str, instead: str) -> dict[str, LoraLinea
             raise SwapError(call, f"{name}, a layer of PEFT", f"for PEFT's layers, {instead}")
         layers[name] = layer
     return layers
+
+
+def check_unsharded(layers: dict[str, LoraLinear], call: str) -> None:
+    """Raise SwapError where a layer is sharded, for a call that puts other layers in its place."""
+    for name, layer in layers.items():
+        if is_sharded(layer.weight) or is_sharded(layer.lora_A):
+            accepted = "a whole model: `save_adapter` here, then `load_adapter` on the base"
+            raise SwapError(call, f"{name}, which FSDP has sharded", accepted)

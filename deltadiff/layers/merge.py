@@ -11,7 +11,7 @@ from ..checks import dtype_name, wide_dtype
 from ..ops.reference import join_remainder
 from ..text import align_columns
 from .lora_layers import LoraLayer
-from .lora_linear import LoraLinear, own_layers
+from .lora_linear import LoraLinear, check_unsharded, own_layers
 from .model_notes import drop_notes
 from .pending_delta import LowRankFactors
 from .saturation import saturated_message
@@ -69,6 +69,7 @@ def merge_(model: nn.Module) -> MergeReport:
             shared); nothing was changed.
     """
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
+    check_unsharded(layers, "merge_")
     check_writable(layers, [model])
     rows, past = [], dict[str, int]()
     for name, layer in layers.items():

@@ -15,7 +15,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 from .base_format import base_format, check_backend
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
-from .lora_linear import LoraLinear, own_layers
+from .lora_linear import LoraLinear, check_unsharded, own_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
 from .report import SwapReport, swap_report
 from .swap_peft import swap_peft_
@@ -151,7 +151,7 @@ def unswap_(model: nn.Module) -> nn.Module:
 
     Raises:
         SwapError: the model has no swapped layer; or a layer of PEFT holds an update of Delta-LoRA,
-            of which PEFT knows nothing. Nothing was changed.
+            of which PEFT knows nothing; or the model is sharded. Nothing was changed.
     """
     layers = swapped_layers(model)
     if any(layer.in_peft for layer in layers.values()):
@@ -160,6 +160,7 @@ def unswap_(model: nn.Module) -> nn.Module:
         unfuse_(model)
         return model
     own = own_layers(model, "unswap_", "")
+    check_unsharded(own, "unswap_")
     take_out(model, {layer: layer.base_layer for layer in own.values()})
     restore_required_grad(model)
     drop_notes(model)

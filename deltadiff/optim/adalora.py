@@ -109,6 +109,7 @@ class AdaLoRA(FusedAdamW):
     """
 
     _methods = ("AdaLoRA",)
+    _takes_shards = False  # it compares whole singular vectors
     _copied = (*FusedAdamW._copied, "schedule", "beta1", "beta2", "orth_reg_weight")
 
     def __init__(

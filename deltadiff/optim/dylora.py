@@ -68,6 +68,7 @@ class DyLoRA(FusedAdamW):
     """
 
     _methods = ("DyLoRA",)
+    _takes_shards = False  # its ranks are rows of A, which sharding spreads
     _copied = (
         *FusedAdamW._copied, "r_min", "r_max", "frozen", "scale", "distribution", "rank",
         "_generator",

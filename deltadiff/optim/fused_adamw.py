@@ -73,6 +73,8 @@ class FusedAdamW(Resumable):
     found_inf: Tensor
     grad_scale: Tensor
 
+    _takes_shards = True  # whether parameters may be sharded
+
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
     _method_defaults: dict[str, Any] = {}  # of the values that it adds to param groups
@@ -133,6 +135,9 @@ class FusedAdamW(Resumable):
         check_order(self._modules, params)
         self._check_tensors()
         sharded = any(map(is_sharded, params))
+        if sharded and not self._takes_shards:
+            accepted = "whole ones, or `DeltaLoRA` for sharded ones"
+            raise ArgumentTypeError("model_or_params", "sharded parameters", accepted)
         self._places = ShardedPlaces(self._modules, params) if sharded else None
         for p in self.state.keys() - group_indices(self.param_groups).keys():
             del self.state[p]  # somebody took it out of the groups

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..checks import wide_dtype
 from ..errors import ArgumentTypeError, SwapError
@@ -73,6 +72,8 @@ class ShardedPlaces:
         """
         if not self._moved():
             return
+        from torch.distributed.fsdp import FSDPModule  # takes a while to import
+
         for module in self._modules:
             for m in module.modules():
                 if isinstance(m, FSDPModule):
