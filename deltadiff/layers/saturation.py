@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from ..ops.reference import past_range
+from ..ranks import local
 from .lora_layers import LoraLayer
 
 
@@ -21,7 +22,8 @@ def warn_saturated(layers: Mapping[str, LoraLayer]) -> None:
         if delta is None or delta.remainder is None or layer.weight.dtype != torch.float16:
             continue
         if not delta.told_saturated:
-            count = int(past_range(layer.matrix.detach(), delta.remainder).sum())
+            w, low = local(layer.matrix.detach()), local(delta.remainder)
+            count = int(past_range(w, low).sum())
             if count:
                 found[name] = count
                 delta.told_saturated = True
