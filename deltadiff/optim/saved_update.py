@@ -139,7 +139,7 @@ def add_older_updates(saved: SavedState, updates: list, w_update: str | None) ->
                 kept = past if past is None else [LowRankFactors(b, a, bool(w)) for b, a, w in past]
                 run = SavedUpdate(float(ratio), update.scaling_of(layer), kept)
                 entry |= write_update(run, update.inplace)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, ArgumentError):
             raise
         given = f"an older state that is garbled ({type(error).__name__}: {error})"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..checks import DTYPES, HALF_DTYPES, NO_ROUNDING
 from ..errors import ArgumentError, SwapError
@@ -290,6 +291,8 @@ class WeightUpdate:
     def _join(self, layer: LoraLayer, started: bool) -> None:
         """Begin the update of a layer, or begin it again, with the pair as it is now."""
         before, a, b = layer.delta, layer.lora_A, layer.lora_B
+        if before is not None:  # another optimizer's, which notices by this that it has to join
+            increment_version([local(a), local(b)])
         delta = layer.delta = self._new_delta(layer, layer.scaling)
         delta.take_pair(a, b)
         for flag in delta.unseen:

@@ -10,6 +10,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, load_adapter, save_adapter, swap_
 from deltadiff.errors import ArgumentError, SwapError
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.layers.low_rank_sum import low_rank_sum
 from deltadiff.optim.delta_lora import DeltaLoRA as Optimizer
 
@@ -286,3 +287,20 @@ def test_a_state_loads_into_a_run_with_other_settings(w_update, changes):
     train(model, optimizer, 4, start=4)
     train(other, second, 4, start=4)
     assert torch.equal(output(model), output(other))
+
+
+def test_a_step_without_gradients_takes_an_update_over_and_gives_it_back():
+    model = make_model()
+    first = DeltaLoRA(model, lr=1e-2, update_ratio=0.5)
+    second = DeltaLoRA(model, lr=1e-2, update_ratio=0.25)
+    before = {name: m.weight.detach().clone() for name, m in lora_layers(model).items()}
+    train(model, first, 3)
+    for p in model.parameters():
+        p.grad = None
+    second.step()
+    train(model, first, 3, start=3)
+    for name, layer in lora_layers(model).items():
+        b, a = low_rank_sum(name, [layer])
+        pair = layer.scaling * (layer.lora_B @ layer.lora_A)
+        found = before[name] + b.double() @ a.double() - pair
+        torch.testing.assert_close(found, layer.weight, rtol=1e-5, atol=1e-6)
