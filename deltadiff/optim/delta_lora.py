@@ -278,7 +278,7 @@ class DeltaLoRA(FusedAdamW):
         super()._check_settings()
         for update in self.weight_updates:
             start = update.group["start_step"]
-            if start != update.start_step and self._t_most:
+            if start != update.start_step and self._t_most and update.begun():
                 given, accepted = f"{start} after {update.start_step}", "one value for a whole run"
                 raise ArgumentError("start_step", given, accepted)
             if update.ratio != update.group["update_ratio"]:

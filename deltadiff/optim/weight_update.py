@@ -321,6 +321,10 @@ class WeightUpdate:
                 accepted = "`merge_` and `swap_` before the next run, or w_update='inplace' in it"
                 raise SwapError(name, given, accepted)
 
+    def begun(self) -> bool:
+        """Whether a step of this run has given a layer its update."""
+        return any(self.owns(m.delta, m.lora_B) for m in self.layers.values())
+
     def owns(self, delta: PendingDelta | None, lora_B: Tensor) -> bool:
         """Whether ``delta`` was made by this optimizer, not by an earlier run or from a file."""
         return delta is not None and delta.anchor_B is self.state[lora_B]["anchor"]
