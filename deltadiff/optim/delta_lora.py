@@ -272,7 +272,7 @@ class DeltaLoRA(FusedAdamW):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_number("update_ratio", group["update_ratio"], 0)
-        check_int("start_step", group["start_step"], 0)
+        check_int("start_step", group["start_step"], 0, bits=63)
 
     def _check_settings(self) -> None:
         super()._check_settings()
