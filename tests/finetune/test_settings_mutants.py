@@ -40,8 +40,18 @@ def small(tmp_path_factory) -> str:
 
 
 @pytest.mark.check(short=1, long=25)
-def test_runs_with_odd_settings(seed, bert, small, tmp_path, tally, one_thread, no_training):  # noqa: F811
+def test_runs_with_odd_settings(
+    seed,
+    bert,
+    small,
+    tmp_path,
+    tally,
+    one_thread,
+    monkeypatch,
+    no_training,  # noqa: F811
+):
     """Values of the right types, which mean something or not."""
+    monkeypatch.chdir(tmp_path)  # data may be ".", and a whole repository takes long to read
     random_ = random.Random(seed)
     mutants = Mutants()
     given = {"model": bert, "data": small, "label_column": "label", "device": "cpu", "steps": 2}
