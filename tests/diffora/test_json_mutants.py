@@ -4,7 +4,7 @@ import random
 
 import pytest
 from gate_matrices import gate_matrix
-from mutants import Mutants, mutate_json_file, spoil
+from mutants import Mutants, write_json_mutant
 
 from deltadiff.diffora import GateMatrix, Selection
 
@@ -22,10 +22,7 @@ def test_json_files(kind, seed, tmp_path, tally):
     right = path.read_bytes()
     for number in range(CASES):
         path = tmp_path / f"{number}.json"
-        path.write_bytes(mutate_json_file(right, random_))
-        what = repr(path.read_bytes()[:300])
-        if random_.random() < 0.05:
-            what = spoil(path, random_)
+        what = write_json_mutant(path, right, random_)
         if mutants.attempt(f"case {number}: {what}", lambda p=path: kind.load(p)):
             kind.load(path).save(tmp_path / "again.json")
             assert kind.load(tmp_path / "again.json") == kind.load(path)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 from command_mutants import attempt, no_training  # noqa: F401
-from mutants import Mutants, mutate_json, mutate_json_file, spoil
+from mutants import Mutants, mutate_json, write_json_mutant
 
 from deltadiff.finetune.settings import make_settings, read_settings
 
@@ -23,10 +23,7 @@ def test_settings_are_read_or_refused(seed, tmp_path, tally):
     for number in range(CASES):
         path = tmp_path / str(number) / "settings.json"
         path.parent.mkdir()
-        path.write_bytes(mutate_json_file(right, random_))
-        what = repr(path.read_bytes()[:200])
-        if random_.random() < 0.05:
-            what = spoil(path, random_)
+        what = write_json_mutant(path, right, random_)
         mutants.attempt(f"case {number}: {what}", lambda p=path.parent: read_settings(p).check())
     mutants.conclude(tally, "settings.json")
 

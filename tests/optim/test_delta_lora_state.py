@@ -83,18 +83,6 @@ def test_a_state_from_before_the_first_step_takes_back_what_was_done():
     assert torch.equal(output(model), before)
 
 
-@pytest.mark.parametrize("w_update", W_UPDATES)
-def test_lambda_may_change_before_the_first_step(w_update):
-    found = []
-    for first in (1.0, 0.3):
-        model = make_model()
-        optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=first, w_update=w_update)
-        optimizer.param_groups[0]["update_ratio"] = 0.3
-        train(model, optimizer, 4)
-        found.append(output(model))
-    assert torch.equal(*found)
-
-
 def test_remainder_is_saved_with_the_state():
     model = make_model(torch.bfloat16)
     optimizer = DeltaLoRA(model, lr=1e-4, update_ratio=0.1)

@@ -247,15 +247,23 @@ def test_lambda_does_not_rise_where_a_layer_has_dropout():
 
 
 @pytest.mark.parametrize("w_update", W_UPDATES)
-def test_start_step_may_change_before_the_first_step_alone(w_update):
+@pytest.mark.parametrize(("name", "values"), [("update_ratio", (1.0, 0.3)), ("start_step", (0, 2))])
+def test_a_group_value_may_change_before_the_first_step(name, values, w_update):
     results = []
-    for first in (0, 2):
+    for first in values:
         model = make_model()
-        optimizer = DeltaLoRA(model, lr=1e-2, start_step=first, w_update=w_update)
-        optimizer.param_groups[0]["start_step"] = 2
+        optimizer = DeltaLoRA(model, lr=1e-2, w_update=w_update, **{name: first})
+        optimizer.param_groups[0][name] = values[-1]
         train(model, optimizer, 5)
         results.append(output(model))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("w_update", W_UPDATES)
+def test_start_step_does_not_change_once_the_update_has_begun(w_update):
+    model = make_model()
+    optimizer = DeltaLoRA(model, lr=1e-2, start_step=2, w_update=w_update)
+    train(model, optimizer, 5)
     optimizer.param_groups[0]["start_step"] = 0
     with pytest.raises(ArgumentError, match="start_step: got 0 after 2"):
         train(model, optimizer, 1)

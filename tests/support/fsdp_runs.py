@@ -11,11 +11,15 @@ F32 = torch.float32
 STEPS = 6
 
 
-def make_model(dtype=F32, r=8):
+def make_base(dtype):
     sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, use_cache=False)
-    model = transformers.LlamaForCausalLM(config).to(dtype)
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def make_model(dtype=F32, r=8):
+    model = make_base(dtype)
     swap_(model, r=r, lora_alpha=2 * r, seed=1)
     return model
 
@@ -50,12 +54,8 @@ def make_peft_model(dtype=F32, r=8):
     """The same layers with PEFT's pairs, swapped."""
     import peft
 
-    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, use_cache=False)
-    model = transformers.LlamaForCausalLM(config).to(dtype)
     lora = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
-    model = peft.get_peft_model(model, lora)
+    model = peft.get_peft_model(make_base(dtype), lora)
     swap_(model)
     return model
 

@@ -196,6 +196,13 @@ def mutate_json_file(blob: bytes, random_: random.Random) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def write_json_mutant(path: Path, right: bytes, random_: random.Random) -> str:
+    """Write `mutate_json_file` of ``right``, or rarely `spoil` the file; returns what is there."""
+    path.write_bytes(mutate_json_file(right, random_))
+    what = repr(path.read_bytes()[:300])
+    return spoil(path, random_) if random_.random() < 0.05 else what
+
+
 def mutate_safetensors(blob: bytes, random_: random.Random) -> bytes:
     """The bytes of a safetensors file: damaged, or with a header that tells something else."""
     if random_.random() < 0.3:

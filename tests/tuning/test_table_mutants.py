@@ -5,7 +5,7 @@ import random
 
 import pytest
 from launch_tables import HOPPER, NAME
-from mutants import Mutants, mutate_json_file, spoil
+from mutants import Mutants, write_json_mutant
 
 from deltadiff.kernels.runtime.tuned import Launch
 from deltadiff.tuning.table import read, write
@@ -24,9 +24,6 @@ def test_tables(seed, tmp_path, tally):
     assert json.loads(right)
     for number in range(CASES):
         path = tmp_path / f"{number}.json"
-        path.write_bytes(mutate_json_file(right, random_))
-        what = repr(path.read_bytes()[:300])
-        if random_.random() < 0.05:
-            what = spoil(path, random_)
+        what = write_json_mutant(path, right, random_)
         mutants.attempt(f"case {number}: {what}", lambda p=path: read(p))
     mutants.conclude(tally, "tuned tables")
