@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_runs import make_model, parts_of, shard, train, values
+from fsdp_runs import METHODS, make_model, parts_of, shard, train, values
 from ranks import run_ranks, short_form
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -14,16 +14,6 @@ from deltadiff.optim.dylora import DyLoRA
 from deltadiff.ranks import is_sharded, local, whole
 
 F32, BF16 = torch.float32, torch.bfloat16
-METHODS = {
-    "LoRA": (F32, {"update_ratio": 0.0}),
-    "factored": (F32, {"w_update": "factored"}),
-    "factored, K = 2": (F32, {"w_update": "factored", "start_step": 2}),
-    "in place": (F32, {}),
-    "in place, K = 2": (F32, {"start_step": 2}),
-    "remainder": (BF16, {"rounding": "remainder"}),
-    "stochastic": (BF16, {"rounding": "stochastic", "seed": 3}),
-    "nearest": (BF16, {"rounding": "nearest"}),
-}
 
 
 def train_sharded(rank, method, options, r=8):

@@ -7,8 +7,19 @@ from torch.distributed.fsdp import fully_shard
 from deltadiff import swap_
 from deltadiff.ranks import whole
 
-F32 = torch.float32
+F32, BF16 = torch.float32, torch.bfloat16
 STEPS = 6
+# The dtype of the model, and the arguments of DeltaLoRA.
+METHODS = {
+    "LoRA": (F32, {"update_ratio": 0.0}),
+    "factored": (F32, {"w_update": "factored"}),
+    "factored, K = 2": (F32, {"w_update": "factored", "start_step": 2}),
+    "in place": (F32, {}),
+    "in place, K = 2": (F32, {"start_step": 2}),
+    "remainder": (BF16, {"rounding": "remainder"}),
+    "stochastic": (BF16, {"rounding": "stochastic", "seed": 3}),
+    "nearest": (BF16, {"rounding": "nearest"}),
+}
 
 
 def make_base(dtype):
