@@ -280,6 +280,14 @@ def read_sealed_json(path: Path, accepted: str) -> dict:
         return value
 
 
+def check_format(path: Path, contents: Mapping, form: str, version: int) -> None:
+    """Raise CheckpointError where the contents of a file are of another format or version."""
+    found, number = contents["format"], contents["version"]
+    if (found, number) != (form, version):
+        given = f"format {found!r}, version {number!r}"
+        raise CheckpointError(str(path), given, f"format {form!r}, version {version}")
+
+
 def write_sealed(path: Path, blob: bytes) -> None:
     """Write a file, as `write_bytes` does, with a first line that holds its SHA-256."""
     digest = hashlib.sha256(blob).hexdigest().encode()

@@ -17,6 +17,7 @@ import torch
 
 from ..errors import CheckpointError, reason
 from ..files import (
+    check_format,
     read_sealed_json,
     reading,
     sha256_of_file,
@@ -174,9 +175,7 @@ def open_latest(output: Path) -> Checkpoint | None:
     accepted = f"a checkpoint as it was saved; remove {folder} to go on from {instead}"
     contents = read_sealed_json(path, accepted)
     with reading(path, accepted):
-        if (contents["format"], contents["version"]) != (FORMAT, VERSION):
-            given = f"format {contents['format']!r}, version {contents['version']!r}"
-            raise CheckpointError(str(path), given, f"format {FORMAT!r}, version {VERSION}")
+        check_format(path, contents, FORMAT, VERSION)
         for name, digest in contents["files"].items():
             if sha256_of_file(folder / name) != digest:
                 given = "another SHA-256 (damaged or changed)"

@@ -14,8 +14,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import ArgumentError, CheckpointError
-from ..files import read_sealed_json, reading, sha256_of_file, write_json, write_sealed_json
+from ..errors import ArgumentError
+from ..files import (
+    check_format,
+    read_sealed_json,
+    reading,
+    sha256_of_file,
+    write_json,
+    write_sealed_json,
+)
 from .data.reading import find_text
 from .models import find_model
 from .settings import Settings
@@ -70,9 +77,7 @@ def _check_same(output: Path, now: dict, argument: str, instead: str) -> None:
     path, accepted = output / INPUTS_FILE, "what a run leaves when it begins"
     saved = read_sealed_json(path, accepted)
     with reading(path, accepted):
-        if (saved["format"], saved["version"]) != (FORMAT, VERSION):
-            given = f"format {saved['format']!r}, version {saved['version']!r}"
-            raise CheckpointError(str(path), given, f"format {FORMAT!r}, version {VERSION}")
+        check_format(path, saved, FORMAT, VERSION)
         found = _differences(saved, now)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
