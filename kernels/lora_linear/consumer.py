@@ -71,7 +71,9 @@ def _publish(acc, pid_m, problem, results, sync_ptr, schedule, dtype: gl.constex
         else:
             gate = gl.load(problem.gate_ptr + offs_r, mask=offs_r < R, other=0.0)
             acc *= gate.to(gl.float32)[None, :]
-    u = (acc * gl.cast(problem.scaling, gl.float32)).to(dtype)
+    acc *= gl.cast(problem.scaling, gl.float32)
+    # Beyond R are zeros of P times V and g, which are NaN where those are infinite.
+    u = gl.where(offs_r[None, :] < R, acc, 0.0).to(dtype)
     pitch = (R + 7) // 8 * 8
     gl.store(u_ptr + offs_m * pitch + offs_r[None, :], u, mask=mask_m & (offs_r[None, :] < pitch))
     # The fence and the barrier let TMA see the stores of all threads before the flag is up.

@@ -3,8 +3,9 @@
     Y = V Q^T + bias + s g U P^T,    U = V D^T        (Q = W, D = A, P = B; or their transposes)
 
 Each program multiplies its rows by D itself, beside its columns of Q: this saves a launch and the
-wait for it. K is split into parts so that the whole GPU reads; since everything is linear in V,
-each part adds its own low-rank term. The parts are added in a fixed order.
+wait for it. K is split into parts so that the whole GPU reads. A second kernel then adds the parts
+up, in a fixed order, and the low-rank term to their sum: parts of U may differ in sign where U does
+not, so an infinite gate times each of them would give NaN.
 """
 
 import torch
@@ -18,6 +19,28 @@ from .portable_config import PROGRAMS
 from .tiles import index_type
 
 
+@triton.jit
+def _finished(
+    acc, u, p_ptr, gate_ptr, bias_ptr, scaling, offs_n, mask_n, R,
+    stride_pn, stride_pr, stride_gate, stride_bias, dtype: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """acc + bias + (s g U) P^T; the pointers of P and bias point to the tile's first column."""
+    offs_r = tl.arange(0, RANK).to(offs_n.dtype)
+    mask_r = offs_r < R
+    factor = tl.full((RANK,), 1.0, tl.float32) * tl.cast(scaling, tl.float32)
+    if gate_ptr is not None:
+        factor *= tl.load(gate_ptr + offs_r * stride_gate, mask=mask_r, other=0.0).to(tl.float32)
+    # Beyond R are zeros of D times V and g, which are NaN where those are infinite.
+    u = tl.where(mask_r[None, :], u * factor[None, :], 0.0).to(dtype)
+    p_ptrs = p_ptr + offs_n[None, :] * stride_pn + offs_r[:, None] * stride_pr
+    p = tl.load(p_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
+    acc = tl.dot(u, p.to(dtype), acc)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])  # Triton does specialise on K_PER_SPLIT % 16 == 0
 def _lora_linear_few_kernel(
     v_ptr, q_ptr, d_ptr, p_ptr, gate_ptr, bias_ptr, y_ptr, u_ptr,
@@ -27,7 +50,10 @@ def _lora_linear_few_kernel(
     EVEN_K: tl.constexpr, INDEX: tl.constexpr, BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Y (split, M, N) and U (split, M, R) float32: what each part of K contributes."""
+    """Y (M, N) and U (M, R) float32.
+
+    Without P: (split, M, N) and (split, M, R) float32, V Q^T and V D^T over the parts of K.
+    """
     pid_n, pid_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m0, n0 = pid_m.to(tl.int64) * BLOCK_SIZE_M, pid_n.to(tl.int64) * BLOCK_SIZE_N
     offs_m = tl.arange(0, BLOCK_SIZE_M).to(INDEX)
@@ -64,39 +90,56 @@ def _lora_linear_few_kernel(
     if pid_n == 0:
         u_ptrs = u_ptr + rows[:, None] * R + offs_r[None, :]
         tl.store(u_ptrs, u, mask=mask_m[:, None] & mask_r[None, :])
-    factor = tl.full((RANK,), 1.0, tl.float32) * tl.cast(scaling, tl.float32)
-    if gate_ptr is not None:
-        factor *= tl.load(gate_ptr + offs_r * stride_gate, mask=mask_r, other=0.0).to(tl.float32)
-    p_ptrs = p_ptr + n0 * stride_pn + offs_n[None, :] * stride_pn + offs_r[:, None] * stride_pr
-    p = tl.load(p_ptrs, mask=mask_n[None, :] & mask_r[:, None], other=0.0)
-    dtype: tl.constexpr = v_ptr.dtype.element_ty
-    acc = tl.dot((u * factor[None, :]).to(dtype), p.to(dtype), acc)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + (n0 + offs_n) * stride_bias, mask=mask_n, other=0.0)
-        acc += tl.where(split == 0, bias.to(tl.float32), 0.0)[None, :]
+    if p_ptr is not None:
+        if bias_ptr is not None:
+            bias_ptr += n0 * stride_bias
+        acc = _finished(
+            acc, u, p_ptr + n0 * stride_pn, gate_ptr, bias_ptr, scaling, offs_n, mask_n, R,
+            stride_pn, stride_pr, stride_gate, stride_bias, v_ptr.dtype.element_ty, RANK,
+        )  # fmt: skip
     y_ptrs = y_ptr + rows[:, None] * N + (n0 + offs_n)[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "y_numel", "u_numel", "y_blocks"])
+@triton.jit
+def _sum_of_parts(ptrs, mask, distance, splits):
+    """The sum of the parts of a tile; ``distance``: elements from one part to the next."""
+    total = tl.zeros(ptrs.shape, tl.float32)
+    for first in range(0, splits, 4):
+        for i in tl.static_range(4):  # loaded together, added one after the other
+            part = tl.load(ptrs + (first + i) * distance, mask=mask & (first + i < splits), other=0)
+            total += part
+    return total
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
 def _few_sum_kernel(
-    y_parts_ptr, y_ptr, y_numel, u_parts_ptr, u_ptr, u_numel, splits, y_blocks,
-    BLOCK_SIZE: tl.constexpr,
+    y_parts_ptr, u_parts_ptr, p_ptr, gate_ptr, bias_ptr, y_ptr, u_ptr,
+    scaling, M, N, R, splits, stride_pn, stride_pr, stride_gate, stride_bias,
+    INDEX: tl.constexpr, BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_N: tl.constexpr,
+    RANK: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of Y in the first ``y_blocks`` programs, those of U in the others."""
-    pid = tl.program_id(0)
-    if pid < y_blocks:
-        offs = pid.to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        total = tl.zeros((BLOCK_SIZE,), tl.float32)
-        for i in range(splits):
-            total += tl.load(y_parts_ptr + i * y_numel + offs, mask=offs < y_numel, other=0.0)
-        tl.store(y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=offs < y_numel)
-    else:
-        offs = (pid - y_blocks).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        total = tl.zeros((BLOCK_SIZE,), tl.float32)
-        for i in range(splits):
-            total += tl.load(u_parts_ptr + i * u_numel + offs, mask=offs < u_numel, other=0.0)
-        tl.store(u_ptr + offs, total, mask=offs < u_numel)
+    """Y (M, N) and U (M, R) float32 from the parts that the kernel above left."""
+    m0 = tl.program_id(1).to(tl.int64) * BLOCK_SIZE_M
+    n0 = tl.program_id(0).to(tl.int64) * BLOCK_SIZE_N
+    offs_m, offs_n = tl.arange(0, BLOCK_SIZE_M), tl.arange(0, BLOCK_SIZE_N).to(INDEX)
+    offs_r = tl.arange(0, RANK)
+    rows, mask_n = (m0 + offs_m)[:, None], offs_n < N - n0
+    mask_m = rows < M
+    u_offs, u_mask = rows * R + offs_r[None, :], mask_m & (offs_r < R)[None, :]
+    y_offs, y_mask = rows * N + (n0 + offs_n)[None, :], mask_m & mask_n[None, :]
+    u = _sum_of_parts(u_parts_ptr + u_offs, u_mask, M.to(tl.int64) * R, splits)
+    acc = _sum_of_parts(y_parts_ptr + y_offs, y_mask, M.to(tl.int64) * N, splits)
+    if n0 == 0:
+        tl.store(u_ptr + u_offs, u, mask=u_mask)
+    if bias_ptr is not None:
+        bias_ptr += n0 * stride_bias
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    acc = _finished(
+        acc, u, p_ptr + n0 * stride_pn, gate_ptr, bias_ptr, scaling, offs_n, mask_n, R,
+        stride_pn, stride_pr, stride_gate, stride_bias, dtype, RANK,
+    )  # fmt: skip
+    tl.store(y_ptr + y_offs, acc.to(dtype), mask=y_mask)
 
 
 # --------------------------------------------------------------- launch configuration
@@ -158,7 +201,7 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
 def _few_linear(v, q, d, p, scaling, gate, bias, u):
     """Y (M, N) = V Q^T + bias + s g U P^T in V's dtype; writes U (M, R) = V D^T to ``u``."""
     (m, k), n, r = v.shape, q.shape[0], p.shape[1]
-    y, parts, u_parts = v.new_empty((m, n)), None, None
+    y = v.new_empty((m, n))
     if not m:
         return y
     index, shared = index_type(r, v, q, d, p), shared_kib(v.device)
@@ -168,20 +211,28 @@ def _few_linear(v, q, d, p, scaling, gate, bias, u):
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
     d = d.to(v.dtype)  # not in the kernel's loop: Triton 3.6 then read outside of shared memory
-    if splits > 1:
-        parts = v.new_empty((splits, m, n), dtype=torch.float32)
-        u_parts = v.new_empty((splits, m, r), dtype=torch.float32)
-    grid = (triton.cdiv(n, config["BLOCK_SIZE_N"]), triton.cdiv(m, config["BLOCK_SIZE_M"]), splits)
-    _lora_linear_few_kernel[grid](
-        v, q, d, p, gate, bias, y if parts is None else parts, u if parts is None else u_parts,
-        scaling, m, n, k, r, k_per_split,
-        *v.stride(), *q.stride(), *d.stride(), *p.stride(),
+    grid = triton.cdiv(n, config["BLOCK_SIZE_N"]), triton.cdiv(m, config["BLOCK_SIZE_M"])
+    last = p, gate, bias  # what the low-rank term needs, and the bias
+    strides = (
+        *p.stride(),
         gate.stride(0) if gate is not None and gate.numel() > 1 else 0,
-        0 if bias is None else bias.stride(0), k % block_k == 0, index, **config,
-    )  # fmt: skip
-    if parts is not None:
-        y_blocks, u_blocks = triton.cdiv(m * n, 1024), triton.cdiv(m * r, 1024)
-        _few_sum_kernel[(y_blocks + u_blocks,)](
-            parts, y, m * n, u_parts, u, m * r, splits, y_blocks, BLOCK_SIZE=1024
+        0 if bias is None else bias.stride(0),
+    )
+    ours, results = last, (y, u)
+    if splits > 1:
+        ours = None, None, None
+        results = (
+            v.new_empty((splits, m, n), dtype=torch.float32),
+            v.new_empty((splits, m, r), dtype=torch.float32),
         )
+    _lora_linear_few_kernel[(*grid, splits)](
+        v, q, d, *ours, *results, scaling, m, n, k, r, k_per_split,
+        *v.stride(), *q.stride(), *d.stride(), *strides, k % block_k == 0, index, **config,
+    )  # fmt: skip
+    if splits > 1:
+        rows, columns = 16, config["BLOCK_SIZE_N"]  # the fewest rows that a product can have
+        _few_sum_kernel[(triton.cdiv(n, columns), triton.cdiv(m, rows))](
+            *results, *last, y, u, scaling, m, n, r, splits, *strides,
+            index, rows, columns, config["RANK"],
+        )  # fmt: skip
     return y

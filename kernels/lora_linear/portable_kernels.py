@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..runtime.philox import kept_by_dropout
-from .tiles import add_branch, add_product, scaled_rank_tile
+from .tiles import add_branch, add_dot, add_product, scaled_rank_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -28,7 +28,7 @@ def _lora_linear_down_kernel(
     acc = add_product(
         tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_R), tl.float32),
         v_ptr + m0 * stride_vm, p_ptr + r0 * stride_pr, stride_vm, stride_vk, stride_pr, stride_pk,
-        offs_m, offs_r, mask_m, mask_r, k0, tl.minimum(K, k0 + K_PER_SPLIT), K,
+        offs_m, offs_r, mask_m, mask_r, k0, tl.minimum(K, k0 + K_PER_SPLIT), M, K,
         seed_ptr, dropout, m0 + offs_m, EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
     )  # fmt: skip
     u_ptr += (split.to(tl.int64) * M + m0) * R + r0
@@ -68,7 +68,7 @@ def _lora_linear_fwd_kernel(
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
     if seed_ptr is not None:  # the mask is for the low-rank term alone, so that term comes first
         acc = add_branch(
-            acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
+            acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, M, R,
             stride_pn, stride_pr, dtype, PRECISION, INDEX, BLOCK_SIZE_R,
         )  # fmt: skip
         keep = kept_by_dropout(
@@ -78,12 +78,12 @@ def _lora_linear_fwd_kernel(
     acc = add_product(
         acc,
         v_ptr + m0 * stride_vm, q_ptr + n0 * stride_qn, stride_vm, stride_vk, stride_qn, stride_qk,
-        offs_m, offs_n, mask_m, mask_n, tl.cast(0, tl.int64), K, K,
+        offs_m, offs_n, mask_m, mask_n, tl.cast(0, tl.int64), K, M, K,
         None, None, None, EVEN_K, PRECISION, INDEX, BLOCK_SIZE_K,
     )  # fmt: skip
     if seed_ptr is None:
         acc = add_branch(
-            acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
+            acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, M, R,
             stride_pn, stride_pr, dtype, PRECISION, INDEX, BLOCK_SIZE_R,
         )  # fmt: skip
     if bias_ptr is not None:
@@ -128,7 +128,7 @@ def _lora_linear_wgrad_kernel(
         u = scaled_rank_tile(
             u_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_r, mask_m, R, v.dtype
         )  # fmt: skip
-        acc = tl.dot(tl.trans(v), u, acc, input_precision=PRECISION)
+        acc = add_dot(acc, tl.trans(v), u, M, PRECISION)
         v_ptr += BLOCK_SIZE_M * stride_vm
         u_ptr += BLOCK_SIZE_M * R
     dp_ptr += split.to(tl.int64) * C * R + c0 * stride_dpc

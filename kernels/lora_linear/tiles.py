@@ -8,8 +8,6 @@ import triton.language as tl
 
 from ..runtime.philox import kept_by_dropout
 
-SECTION = tl.constexpr(256)  # columns that a float32 product sums at a time
-
 
 def index_type(r: int, *tensors):
     """The type of offsets within a tile: 32 bits if they suffice for these strides.
@@ -24,29 +22,49 @@ def index_type(r: int, *tensors):
 def scaled_rank_tile(
     u_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_r, mask_m, R, dtype: tl.constexpr
 ):  # fmt: skip
-    """s g U for a tile of rows and ranks, rounded once, to the dtype of the product."""
+    """s g U for a tile of rows and ranks, rounded once, to the dtype of the product.
+
+    It is 0 beyond M and R, also where g is infinite.
+    """
     mask_r = offs_r < R
-    u = tl.load(
-        u_ptr + offs_m[:, None] * R + offs_r[None, :],
-        mask=mask_m[:, None] & mask_r[None, :],
-        other=0.0,
-    )
+    mask = mask_m[:, None] & mask_r[None, :]
+    u = tl.load(u_ptr + offs_m[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
     factor = tl.full(offs_r.shape, 1.0, tl.float32) * tl.cast(scaling, tl.float32)
     if gate_ptr is not None:
         factor *= tl.load(gate_ptr + offs_r * stride_gate, mask=mask_r, other=0.0).to(tl.float32)
-    return (u * factor[None, :]).to(dtype)
+    return tl.where(mask, u * factor[None, :], 0.0).to(dtype)
 
 
 @triton.jit
-def _add_section(
-    acc, v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k, start, end, K, stride_vk, stride_qk,
-    seed, dropout, rows,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+def add_dot(acc, a, b, M, PRECISION: tl.constexpr):
+    """acc + a b; a product of float32 numbers is summed by itself and then added to acc.
+
+    The error of a sum grows with its length, and nothing else rounds such a product. Triton would
+    go on from acc all the same if it knew that the sum starts at 0, so the 0 comes from M > 0.
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        zero = tl.full(acc.shape, 0.0, tl.float32) + tl.minimum(M, 0).to(tl.float32)
+        acc += tl.dot(a, b, zero, input_precision=PRECISION)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def add_product(
+    acc, v_ptr, q_ptr, stride_vm, stride_vk, stride_qn, stride_qk, offs_m, offs_n, mask_m, mask_n,
+    start, end, M, K, seed_ptr, dropout, rows,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
 ):  # fmt: skip
     """acc + V Q^T over columns start to end; the pointers point to column 0 of the tile's rows.
 
-    If ``seed`` is not None, dropout is applied to V; ``rows`` (int64) are the numbers of its rows.
+    If there is a seed, dropout is applied to V; ``rows`` (int64) are the numbers of its rows.
     """
+    offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
+    v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
+    q_offs = offs_n[None, :] * stride_qn + offs_k[:, None] * stride_qk
+    seed = None if seed_ptr is None else tl.load(seed_ptr)
     v_ptr += start * stride_vk
     q_ptr += start * stride_qk
     for k in range(start, end, BLOCK_SIZE_K):
@@ -60,47 +78,15 @@ def _add_section(
         if seed is not None:
             keep = kept_by_dropout(seed, dropout, rows, k, K, BLOCK_SIZE_K)
             v = tl.where(keep, v, 0.0)
-        acc = tl.dot(v, q.to(v.dtype), acc, input_precision=PRECISION)
+        acc = add_dot(acc, v, q.to(v.dtype), M, PRECISION)
         v_ptr += BLOCK_SIZE_K * stride_vk
         q_ptr += BLOCK_SIZE_K * stride_qk
     return acc
 
 
 @triton.jit
-def add_product(
-    acc, v_ptr, q_ptr, stride_vm, stride_vk, stride_qn, stride_qk, offs_m, offs_n, mask_m, mask_n,
-    start, end, K, seed_ptr, dropout, rows,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_SIZE_K: tl.constexpr,
-):  # fmt: skip
-    """acc + V Q^T over columns start to end, float32; with dropout of V as in `_add_section`.
-
-    Products of float32 operands are summed in sections, and the sections are added up. The error of
-    a sum grows with its length, and nothing else rounds here.
-    """
-    offs_k = tl.arange(0, BLOCK_SIZE_K).to(INDEX)
-    v_offs = offs_m[:, None] * stride_vm + offs_k[None, :] * stride_vk
-    q_offs = offs_n[None, :] * stride_qn + offs_k[:, None] * stride_qk
-    seed = None if seed_ptr is None else tl.load(seed_ptr)
-    if v_ptr.dtype.element_ty == tl.float32:
-        for first in range(start, end, SECTION):
-            acc += _add_section(
-                tl.zeros_like(acc), v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k,
-                first, tl.minimum(first + SECTION, end), K, stride_vk, stride_qk,
-                seed, dropout, rows, EVEN_K, PRECISION, BLOCK_SIZE_K,
-            )  # fmt: skip
-    else:
-        acc = _add_section(
-            acc, v_ptr, q_ptr, v_offs, q_offs, mask_m, mask_n, offs_k,
-            start, end, K, stride_vk, stride_qk,
-            seed, dropout, rows, EVEN_K, PRECISION, BLOCK_SIZE_K,
-        )  # fmt: skip
-    return acc
-
-
-@triton.jit
 def add_branch(
-    acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, R,
+    acc, u_ptr, p_ptr, gate_ptr, stride_gate, scaling, offs_m, offs_n, mask_m, mask_n, M, R,
     stride_pn, stride_pr,
     dtype: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, BLOCK_SIZE_R: tl.constexpr,
 ):  # fmt: skip
@@ -113,5 +99,5 @@ def add_branch(
         )  # fmt: skip
         p_offs = offs_n[None, :] * stride_pn + offs_r[:, None] * stride_pr
         p = tl.load(p_ptr + p_offs, mask=mask_n[None, :] & (offs_r < R)[:, None], other=0.0)
-        acc = tl.dot(u, p.to(dtype), acc, input_precision=PRECISION)
+        acc = add_dot(acc, u, p.to(dtype), M, PRECISION)
     return acc

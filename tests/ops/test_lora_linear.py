@@ -64,6 +64,24 @@ def test_a_zero_gate_leaves_the_base_layer(path, dtype, randn):
     assert torch.equal(gated, without)
 
 
+@pytest.mark.parametrize("odd", ["x", "lora_A", "lora_B", "gate", "scalar gate", "dy"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_infinities_are_where_eager_has_them(path, dtype, tokens, odd, randint):
+    """Kernels pad tiles with zeros, and split sums: neither may turn an infinity into NaN."""
+
+    def exact(*shape, scale=1.0, **where):  # no sum has a sign that rounding decides
+        return randint(*shape, **where)
+
+    gate = () if odd == "scalar gate" else (3,)
+    given = inputs(exact, tokens, 1024, 24, 3, dtype, path.device, gate=gate)
+    names = ("x", "weight", "lora_A", "lora_B", "gate", "bias", "dy")
+    given[names.index(odd.split()[-1])].view(-1)[0] = torch.inf
+    found = outputs(lora_linear, *given, scaling=0.5, backend=path.backend)
+    for name, expected in outputs(lora_linear_ref, *given, scaling=0.5).items():
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(found[name]), kind(expected)), name
+
+
 @pytest.mark.parametrize(
     "what", ["x", "x_columns", "weight", "adapters", "dy", "dy_expanded", "gate"]
 )

@@ -60,8 +60,8 @@ def slightly_off(real, x, **options):
 
 
 HARMS = [
-    (outside, "as finite as eager"), (scribbles, "memory beside"),
-    (swallows, "as finite as eager"), (slightly_off, "y: error"),
+    (outside, "where eager PyTorch has"), (scribbles, "memory beside"),
+    (swallows, "where eager PyTorch has"), (slightly_off, "y: error"),
 ]  # fmt: skip
 
 

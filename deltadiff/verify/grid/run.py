@@ -124,6 +124,8 @@ def _run_case(group: Group, i: int, device: torch.device, seed: int) -> tuple[st
     case = Case(group.op, group.dtype, f"{group.first + i}", group.path, device, seed)
     case.why_not = ""  # `why_not` has been asked
     rows = list(case.guard(GRID[group.op], draw, group.path, group.dtypes))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the other workers have no memory but that of the same GPU
     return case.shape, rows
 
 
