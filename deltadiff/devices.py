@@ -36,11 +36,15 @@ def environment(device: torch.device) -> dict:
 
 
 def commit() -> str | None:
-    """The git commit of the running source, with "+" if files differ from it; None without git."""
+    """The git commit of the running source, with "+" if files differ from it; None without git.
+
+    Results that were measured before do not count: they change nothing of what runs.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
+    status = ["status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results"]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        state = subprocess.run([*git, *status], capture_output=True, text=True)
     except OSError:
         return None
     return head.stdout.strip() + ("+" if state.stdout else "") if head.returncode == 0 else None

@@ -33,6 +33,17 @@ class ModelShape:
 
 
 LLAMA_7B = ModelShape("Llama-2-7B", _LLAMA)
+LLAMA_8B = ModelShape(
+    "Llama-3.1-8B",
+    {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
+)
+LLAMA_70B = ModelShape(
+    "Llama-3.1-70B",
+    {
+        **LLAMA_8B.config, "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64,
+    },
+)  # fmt: skip
 LLAMA_1B = ModelShape(
     "Llama 1B",
     {

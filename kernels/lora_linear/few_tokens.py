@@ -230,7 +230,7 @@ def _few_linear(v, q, d, p, scaling, gate, bias, u):
         *v.stride(), *q.stride(), *d.stride(), *strides, k % block_k == 0, index, **config,
     )  # fmt: skip
     if splits > 1:
-        rows, columns = 16, config["BLOCK_SIZE_N"]  # the fewest rows that a product can have
+        rows, columns = 16, 64  # few, so that there are many programs, which read at once
         _few_sum_kernel[(triton.cdiv(n, columns), triton.cdiv(m, rows))](
             *results, *last, y, u, scaling, m, n, r, splits, *strides,
             index, rows, columns, config["RANK"],

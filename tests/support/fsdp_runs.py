@@ -51,6 +51,7 @@ def train(model, optimizer, rank=None, size=2, steps=STEPS):
     for t in range(steps):
         parts = parts_of(t, size)
         for ids in parts if rank is None else [parts[rank]]:
+            ids = ids.to(next(model.parameters()).device)
             loss = model(input_ids=ids, labels=ids).loss
             (loss / size if rank is None else loss).backward()
         optimizer.step()

@@ -1,0 +1,188 @@
+"""Training steps on several GPUs under DDP and FSDP2, beside one GPU: time, tokens/s and memory.
+
+torchrun --nproc-per-node 2 benchmarks/scaling.py [--output FOLDER] [--models NAME ...]
+
+Each process has its own batch, and a step is as slow as its slowest process. "one GPU" is the same
+step of a process by itself; all processes take it at once, so that what they share (the host, its
+memory, the power) is the same. The records go to FOLDER/scaling-<gpu>.json (default: results).
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from deltadiff import DeltaLoRA, swap_
+from deltadiff.bench.clocks import sample, synchronize
+from deltadiff.bench.models import LLAMA_8B, LLAMA_70B, LLAMA_SMALL, ModelShape, build_model
+from deltadiff.bench.records import OUT_OF_MEMORY, write
+from deltadiff.devices import free_memory
+
+RESULTS = Path(__file__).parent / "results"
+WAYS = ("one GPU", "DDP", "FSDP2")
+R, STEPS, WARM_UP = 16, 5, 2
+
+
+class Run(NamedTuple):
+    """What is trained: a model, how, and on which batch of each process."""
+
+    shape: ModelShape
+    method: str
+    options: dict  # of DeltaLoRA
+    batch: int
+    sequence: int
+    checkpointing: bool
+
+
+LORA = ("LoRA", {"update_ratio": 0.0})
+RUNS = [
+    Run(LLAMA_8B, *LORA, 4, 1024, False),
+    Run(LLAMA_8B, "Delta-LoRA in place, remainder", {"rounding": "remainder"}, 4, 1024, False),
+    # Its weights alone take more than one GPU has.
+    Run(LLAMA_70B, *LORA, 4, 1024, True),
+    Run(LLAMA_70B, "Delta-LoRA in place, stochastic", {"rounding": "stochastic"}, 4, 1024, True),
+    Run(LLAMA_SMALL, *LORA, 2, 32, False),  # for a CPU
+    Run(LLAMA_SMALL, "Delta-LoRA in place, remainder", {"rounding": "remainder"}, 2, 32, False),
+]
+
+
+def main(argv: list[str]) -> int:
+    on_gpu = torch.cuda.is_available()
+    names = [run.shape.name for run in RUNS if (run.shape is LLAMA_SMALL) != on_gpu]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--models", nargs="+", default=names, choices=[r.shape.name for r in RUNS])
+    args = parser.parse_args(argv)
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun --nproc-per-node N")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    records = []
+    for run in RUNS:
+        if run.shape.name in args.models:
+            for r in measure(run, device):
+                records.append(r)
+                if dist.get_rank() == 0:  # after every one: an interrupted run keeps what it has
+                    write(records, args.output, device)
+                    print(in_words(r), flush=True)
+    dist.destroy_process_group()
+    return int(any(r["note"] not in (None, OUT_OF_MEMORY) for r in records))
+
+
+def in_words(r: dict) -> str:
+    head = f"{r['model']}, {r['method']}, {r['way']}, {r['gpus']} GPUs: "
+    if r["note"]:
+        return head + r["note"]
+    text = f"{r['p50_ms']:.1f} ms, {r['tokens_per_s']:,.0f} tokens/s"
+    return head + text + ("" if r["peak_mib"] is None else f", {r['peak_mib'] / 1024:.1f} GiB")
+
+
+# ------------------------------------------------------------------ the records of a run
+
+
+def measure(run: Run, device: torch.device) -> Iterator[dict]:
+    """The records of a run, one for each way."""
+    size, fits = dist.get_world_size(), True
+    for way in WAYS:
+        seconds, peak, sizes, note = None, None, {}, None
+        if way == "DDP" and not fits:
+            note = OUT_OF_MEMORY  # what one process cannot hold, it cannot hold beside others
+        else:
+            try:
+                seconds, peak, sizes = timed(run, way, device)
+            except torch.OutOfMemoryError:
+                note = OUT_OF_MEMORY
+            free_memory(device)
+        if way == "one GPU":
+            fits = note is None
+        gpus = 1 if way == "one GPU" else size
+        tokens = gpus * run.batch * run.sequence
+        yield {
+            "op": "scaling", "model": run.shape.name, "method": run.method, "way": way,
+            "gpus": gpus, "batch": run.batch, "sequence": run.sequence, "r": R,
+            "checkpointing": run.checkpointing, **sizes,
+            "p50_ms": seconds and round(seconds * 1e3, 3),
+            "tokens_per_s": seconds and round(tokens / seconds, 1),
+            "peak_mib": peak and round(peak, 1), "note": note,
+        }  # fmt: skip
+
+
+def timed(run: Run, way: str, device: torch.device) -> tuple[float, float | None, dict]:
+    """The seconds of a step, the MiB at its peak, and the bytes of W and of the adapters."""
+    model = built(run, way, device)
+    sizes = {
+        "frozen_bytes": sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        "adapter_bytes": sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        "lora_A_bytes": sum(p.nbytes for n, p in model.named_parameters() if "lora_A" in n),
+    }
+    optimizer = DeltaLoRA(model, lr=1e-4, **run.options)
+    called = model
+    if way == "DDP":
+        called = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None
+        )
+    torch.manual_seed(dist.get_rank())
+    ids = torch.randint(model.config.vocab_size, (run.batch, run.sequence), device=device)
+
+    def step() -> None:
+        called(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(WARM_UP):
+        step()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(STEPS):
+        dist.barrier()
+        took = torch.tensor(sample(step, 1, device, flush=False), device=device)
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        seconds.append(took.item())
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+    return statistics.median(seconds), peak, sizes
+
+
+def built(run: Run, way: str, device: torch.device) -> nn.Module:
+    """The model with its adapters and random weights.
+
+    It is made a block at a time, each sharded before the next is made, for all of it may be more
+    than one GPU holds.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = build_model(run.shape, dtype, torch.device("meta"))
+    for layer in model.model.layers:
+        swap_(filled(layer, device), r=R, lora_alpha=2 * R)
+        if way == "FSDP2":
+            fully_shard(layer)
+    with device:  # its buffers are computed when it is made
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+        filled(module, device)
+    if run.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return fully_shard(model) if way == "FSDP2" else model
+
+
+@torch.no_grad()
+def filled(module: nn.Module, device: torch.device) -> nn.Module:
+    """A module that was on the meta device, on ``device``, with random numbers, norms of 1."""
+    for p in module.to_empty(device=device).parameters():
+        p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
