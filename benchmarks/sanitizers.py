@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))  # the suite, the rows
 
@@ -27,11 +28,32 @@ FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-
 ALL = ("--print-limit", "1000000")  # reports; the default stops at 100
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 HAZARDS = re.compile(r"RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) errors?, (\d+) warning")
-HAZARD = re.compile(
-    r"Potential (?P<kind>\w+) hazard detected.*\n"
-    r"=+ +Write Thread \((?P<writer>\d+),.*? at (?P<kernel>\w+)\+\w+ in (?P<write>\S+)\n"
-    r"=+ +Read Thread \((?P<reader>\d+),.*? in (?P<read>\S+)\n"
-)
+REPORT = re.compile(r"^=+ +\w+: (?=Potential \w+ hazard detected)", re.MULTILINE)
+KIND = re.compile(r"Potential (\w+) hazard")
+ACCESS = re.compile(r"=+ +(Write|Read) Thread \((\d+),.*? at (\w+)\+\w+ in (\S+)")
+
+
+class Hazard(NamedTuple):
+    """A report of racecheck: RAW or WAR, in which kernel, and the thread and place of both."""
+
+    kind: str
+    kernel: str
+    writer: int
+    write: str
+    reader: int
+    read: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.kernel}: written at {self.write}, read at {self.read}"
+
+
+def hazard_of(report: str) -> Hazard | str:
+    """The hazard of a report; the report itself, if it is none between a read and a write."""
+    kind, accesses = KIND.search(report), {how: rest for how, *rest in ACCESS.findall(report)}
+    if kind is None or accesses.keys() != {"Write", "Read"}:
+        return report[:600]
+    (writer, kernel, write), (reader, _, read) = accesses["Write"], accesses["Read"]
+    return Hazard(kind[1], kernel, int(writer), write, int(reader), read)
 
 
 def main(device: str) -> int:
@@ -66,28 +88,32 @@ def row_of(tool: str, path: str, output: str, found: int, explained: int = 0) ->
 # ------------------------------------------------------------------ reports that are no findings
 
 
-def explains(hazard: re.Match) -> bool:
+def explains(hazard: Hazard | str) -> bool:
     """Whether a hazard that racecheck reports is one of two that are none.
 
     Both are in the sm_90 kernel, whose threads hand over a few bytes of shared memory:
 
     - the number of a work item. All lanes of the loading warp store it, then one arrives at a
-      barrier on which the readers wait. racecheck takes the arrival for that lane's alone, but
-      `bar.warp.sync` stands before it, so it comes after the stores of all;
+      barrier on which the readers wait; one of the readers arrives at another before it is stored
+      anew. racecheck takes an arrival for that lane's alone, but a synchronisation of the warp, or
+      of the readers, stands before it, so it comes after the stores, or the loads, of all;
     - what the warps run, which Triton's `warp_specialize` sends from the warps that multiply to the
-      others. Its store comes before, and its loads after, a barrier of all threads of the block.
+      others. A barrier of all threads of the block stands between the store and its loads, and
+      another one before the next store.
 
-    tests/kernels/test_hopper_order.py proves both orders from the compiled code.
+    tests/kernels/test_hopper_order.py proves all of these orders from the compiled code.
     """
-    if hazard["kind"] != "RAW" or "lora_linear_hopper_kernel" not in hazard["kernel"]:
+    if isinstance(hazard, str) or hazard.kind not in ("RAW", "WAR"):
         return False
-    write, read = source(hazard["write"]), source(hazard["read"])
+    if "lora_linear_hopper_kernel" not in hazard.kernel:
+        return False
+    write, read = source(hazard.write), source(hazard.read)
     if any("pipe.work.index(i).store(" in line for line in write):
         loads = "pipe.work.index(", ".load(one)"
         waits = ("mbarrier.wait(self.ready.index(i)",)  # in `Pipeline.wait_ready`
         return any(all(word in line for word in words) for words in (loads, waits) for line in read)
     multiplies = range(8 * 32)  # hopper.NUM_WARPS warps
-    sends = int(hazard["writer"]) in multiplies and int(hazard["reader"]) not in multiplies
+    sends = hazard.writer in multiplies and hazard.reader not in multiplies
     hands_over = ("def _lora_linear_hopper_kernel", "gl.warp_specialize([")
     return sends and all(
         any(word in line for word in hands_over for line in at) for at in (write, read)
@@ -125,13 +151,9 @@ def on_gpu() -> Iterator[dict]:
     _, output = run(["compute-sanitizer", *options, *suite], **apart)
     summary = HAZARDS.search(output)
     reported = sum(map(int, summary.groups())) if summary else 1
-    hazards = list(HAZARD.finditer(output))
-    others = Counter(
-        " ".join(hazard[name] for name in ("kind", "kernel", "write", "read"))
-        for hazard in hazards
-        if not explains(hazard)
-    )
-    for text, count in others.most_common():
+    hazards = [hazard_of(report) for report in REPORT.split(output)[1:]]
+    others = Counter(str(hazard) for hazard in hazards if not explains(hazard))
+    for text, count in others.most_common(20):
         print(f"{count} x {text}")
     explained = len(hazards) - others.total()
     yield row_of("racecheck", "triton-cuda", output, reported - explained, explained)

@@ -29,6 +29,7 @@ from ..ops.dispatch import choose_path
 from ..text import align_columns
 
 FORWARD, GRADIENT = 2, 3  # the accepted multiples of eager PyTorch's error
+NO_MEASURE = "eager PyTorch is too far off to judge by"
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,7 @@ class Case:
         limit, worst = factor * eager_error + floor, worst / (factor * eager_worst + floor) / 2
         figures = {"error": error, "eager": eager_error, "limit": limit, "worst": worst}
         if not limit < 0.1:
-            return Row(
-                **names, **figures, ok=False, note="eager PyTorch is too far off to judge by"
-            )
+            return Row(**names, **figures, ok=False, note=NO_MEASURE)
         return Row(**names, **figures, ok=error <= limit and worst <= 1)
 
     def equal(self, output: str, ours: Sequence[Tensor], expected: Sequence[Tensor]) -> Row:

@@ -37,7 +37,7 @@ DOWN = LaunchConfig(
 def fwd_config(M: int, N: int, R: int, itemsize: int, precision: str, shared: int) -> dict:
     """Blocks, warps and stages; ``shared`` is the KiB of shared memory that a block can have."""
     if itemsize == 4 and precision == "ieee":
-        blocks = (32, 64, 16, 8, 3) if M <= 32 else (64, 64, 16, 4, 3)
+        blocks = (32, 64, 16, 8, 3) if M <= 32 else (64, 64, 32, 4, 3)
     elif itemsize == 4:
         blocks = (32 if M <= 32 else 64, 64, 32, 4, 3)
     elif M <= 64:

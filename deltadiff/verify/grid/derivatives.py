@@ -9,20 +9,33 @@ from torch import Tensor
 from ...errors import ArgumentError
 from ...ops import reference
 from ...ops.lora_linear import lora_linear
-from ..tolerance import GRADIENT, Case, Row
+from ..tolerance import GRADIENT, NO_MEASURE, Case, Row
 from .compare import compare
 from .draws import Draw
-from .lora_linear import draw_call, numbers_of
+from .lora_linear import Call, draw_call, numbers_of
 
 FACTORS = ("x", "lora_A", "lora_B")
+DRAWS = 3  # of numbers, for eager PyTorch says nothing where all terms of a derivative cancel
 Function = Callable[[dict[str, Tensor]], Tensor]
+Derivative = Callable[[Function, dict[str, Tensor]], list]
 
 
 def derivative_rows(case: Case, draw: Draw, path: str, dtypes: tuple) -> Iterator[Row]:
     """The rows of one case, which takes no notice of how the inputs lie in memory."""
     call = draw_call(draw, path, dtypes, case.device)
     case.shape += f" {call}"
-    values = numbers_of(case, call, dtypes)
+    for name, derivative in DERIVATIVES.items():
+        for _ in range(DRAWS):
+            row = _compared(case, name, derivative, call, numbers_of(case, call, dtypes))
+            if row.note != NO_MEASURE:
+                break
+        yield row
+
+
+def _compared(
+    case: Case, name: str, derivative: Derivative, call: Call, values: dict[str, Tensor]
+) -> Row:
+    """The row of one derivative at these numbers."""
     options = {"scaling": call.scaling, "dropout": call.dropout, "seed": 3}
 
     def function(of: Callable, **more) -> Function:
@@ -30,17 +43,14 @@ def derivative_rows(case: Case, draw: Draw, path: str, dtypes: tuple) -> Iterato
 
     doubles = {name: t.double() for name, t in values.items()}
     eager = function(reference.lora_linear_ref)
-    for name, derivative in DERIVATIVES.items():
-        try:
-            ours = derivative(function(lora_linear, backend=call.asked), values)
-        except Exception as error:
-            yield Row(**case.names, output=name, ok=_is_clear(error), note=_in_words(error))
-            continue
-        if any(t is None for t in ours):
-            yield Row(**case.names, output=name, ok=False, note="silently no derivative")
-            continue
-        expected = [derivative(eager, inputs) for inputs in (values, doubles)]
-        yield compare(case, name, ours, *expected, factor=GRADIENT)
+    try:
+        ours = derivative(function(lora_linear, backend=call.asked), values)
+    except Exception as error:
+        return Row(**case.names, output=name, ok=_is_clear(error), note=_in_words(error))
+    if any(t is None for t in ours):
+        return Row(**case.names, output=name, ok=False, note="silently no derivative")
+    expected = [derivative(eager, inputs) for inputs in (values, doubles)]
+    return compare(case, name, ours, *expected, factor=GRADIENT)
 
 
 def _without_dy(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
