@@ -9,11 +9,12 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels" / "lora_linear"
-REPORT = """\
-========= Error: Potential {kind} hazard detected at __shared__ 0x2e540 in block (22,0,0) :
-=========     Write Thread ({writer},0,0) at {kernel}+0x17c0 in {write}
-=========     Read Thread ({reader},0,0) at {kernel}+0x3090 in {read}
-"""
+HEAD = (
+    "========= Error: Potential {kind} hazard detected at __shared__ 0x2e540 :\n"
+)
+WRITE = "=========     Write Thread ({writer},0,0) at {kernel}+0x17c0 in {write}\n"
+READ = "=========     Read Thread ({reader},0,0) at {kernel}+0x3090 in {read}\n"
+VALUE = "=========     Current Value : 0\n========= \n"
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +43,18 @@ EXPLAINED = [
 
 
 @pytest.mark.parametrize("report", EXPLAINED, ids=["work item", "what warps run"])
-def test_what_is_explained_is_exactly_that(sanitizers, report):
-    def explained(**other):
-        fields = {"kind": "RAW", "kernel": "_lora_linear_hopper_kernel", **report, **other}
-        (hazard,) = sanitizers.HAZARD.finditer(REPORT.format(**fields))
-        return sanitizers.explains(hazard)
+@pytest.mark.parametrize("kind, accesses", [("RAW", WRITE + READ), ("WAR", READ + WRITE)])
+def test_what_is_explained_is_exactly_that(sanitizers, report, kind, accesses):
+    def explained(accesses=accesses, **other):
+        fields = {"kind": kind, "kernel": "_lora_linear_hopper_kernel", **report, **other}
+        text = "calls: 94\n" + 2 * (HEAD + accesses + VALUE).format(**fields)
+        first, second = map(sanitizers.hazard_of, sanitizers.REPORT.split(text)[1:])
+        assert sanitizers.explains(first) == sanitizers.explains(second)
+        return sanitizers.explains(first)
 
     assert explained()
-    assert not explained(kind="WAR")
+    assert not explained(kind="WAW")
+    assert not explained(WRITE + WRITE) and not explained("")
     assert not explained(kernel="delta_update_kernel")
     assert not explained(write=place("producer.py", "it += 1"))
     assert not explained(read=place("consumer.py", "y_buf.store("))

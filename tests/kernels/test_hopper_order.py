@@ -56,7 +56,10 @@ def kernels():
 
 
 def test_what_warps_run_is_handed_over_across_a_barrier_of_all(kernels):
-    """`warp_specialize`: its bytes are stored before, and loaded after, such a barrier."""
+    """`warp_specialize`: its bytes are stored before, and loaded after, such a barrier.
+
+    All threads meet at another one after the loads, which comes before the next store.
+    """
     for steps in kernels:
         loads = [i for i, step in enumerate(steps) if step.startswith("ld.shared.b8")]
         assert loads
@@ -68,6 +71,7 @@ def test_what_warps_run_is_handed_over_across_a_barrier_of_all(kernels):
         ]  # fmt: skip
         assert len(stores) == 2  # it starts the warps, and ends them
         assert {steps[i - 1] for i in loads} == {steps[i + 1] for i in stores} == {ALL_THREADS}
+        assert {steps[i + 1] for i in loads} == {steps[stores[0] + 2]} == {ALL_THREADS}
 
 
 def test_each_arrival_stands_behind_a_synchronisation(kernels):
