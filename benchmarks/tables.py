@@ -164,6 +164,67 @@ def search_table(records: Records) -> str:
     return markdown_table([*header, *(f"MiB: {VARIANT_NAMES[name]}" for name in names)], *rows)
 
 
+NETWORK = 50e9  # bytes a second that a GPU sends to other nodes: 400 Gb/s for each
+IN_A_NODE = 8  # GPUs
+
+
+def scaling_table(records: Records) -> str:
+    """A line for each way to train on several GPUs, beside as many GPUs alone."""
+    rows = []
+    for (_, model, method), found in grouped(records, "gpu", "model", "method").items():
+        for r in sorted(found, key=lambda r: r["gpus"]):
+            size = f"{r['batch']} x {r['sequence']}" + ", checkpointing" * r["checkpointing"]
+            cells = [r["gpu"], model, method, size, r["way"], str(r["gpus"])]
+            if r["note"]:
+                rows.append([*cells, r["note"], "", "", ""])
+                continue
+            share = number(_share_of_linear(r["p50_ms"], found), ".3f")
+            rows.append([*cells, f"{r['p50_ms']:.0f}", f"{r['tokens_per_s']:,.0f}", share])
+            rows[-1].append(gib(r, ".1f"))
+    header = ["machine", "model", "method", "batch of a GPU", "by", "GPUs", "ms a step", "tokens/s"]
+    return markdown_table([*header, "of so many times one GPU", "peak GiB of a GPU"], *rows)
+
+
+def expected_table(records: Records) -> str:
+    """What more GPUs should give, by the formula in benchmarks/README.md."""
+    rows = []
+    for (_, model, method), found in grouped(records, "gpu", "model", "method").items():
+        ways = {r["way"]: r for r in found if r["p50_ms"]}
+        if ways.keys() != {"one GPU", "DDP", "FSDP2"}:
+            continue
+        alone, sharded = ways["one GPU"], ways["FSDP2"]
+        link = _sent(sharded, sharded["gpus"]) / (sharded["p50_ms"] - alone["p50_ms"]) * 1e3
+        for way in ("DDP", "FSDP2"):
+            r = ways[way]
+            cells = [model, method, way, f"{_sent(r, r['gpus']) / 1e9:.2f}"]
+            for n in (IN_A_NODE, 64):
+                rate = link if n <= IN_A_NODE else min(link, NETWORK)
+                more = _sent(r, n) / rate - _sent(r, r["gpus"]) / link
+                share = _share_of_linear(r["p50_ms"] + more * 1e3, found)
+                cells += [f"{_sent(r, n) / 1e9:.2f}", number(share, ".2f")]
+            rows.append([*cells, f"{link / 1e9:.0f}"])
+    header = ["model", "method", "by", "GB sent, 2 GPUs", "GB sent, 8 GPUs", "expected, 8 GPUs"]
+    header += ["GB sent, 64 GPUs", "expected, 64 GPUs", "GB/s in a node"]
+    return markdown_table(header, *rows)
+
+
+def _share_of_linear(ms: float, found: Records) -> float | None:
+    """The throughput of a GPU whose step takes so long, over that of one GPU alone."""
+    alone = next((r["p50_ms"] for r in found if r["way"] == "one GPU"), None)
+    return alone and alone / ms
+
+
+def _sent(r: dict, n: int) -> float:
+    """The bytes that each of n GPUs sends in a step."""
+    part, pairs = (n - 1) / n, r["adapter_bytes"]
+    if r["way"] == "DDP":  # an all-reduce of the gradients
+        return 2 * part * pairs
+    # All parameters are gathered for the forward and for the backward pass, the gradients are
+    # scattered, and an update of W in place gathers A' and what A moved by.
+    update = 2 * r["lora_A_bytes"] if "in place" in r["method"] else 0
+    return part * (2 * (r["frozen_bytes"] + pairs) + pairs + update)
+
+
 def compare_tables(records: Records) -> str:
     """A table for each comparison under its caption, a table for each of its sweeps, figures."""
     parts = []
@@ -287,6 +348,8 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),
         "model": (partial(by_machine, table=model_table), measured("model")),
         "search": (partial(by_machine, table=search_table), measured("search")),
+        "scaling": (scaling_table, lambda r: r["op"] == "scaling"),
+        "scaling expected": (expected_table, lambda r: r["op"] == "scaling"),
         "peft calls": (peft_calls_table, lambda r: r["op"] == "peft_call"),
         "families": (families_table, lambda r: r["op"] == "families"),
         "compare": (compare_tables, lambda r: r["op"] == "compare"),

@@ -9,9 +9,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels" / "lora_linear"
-HEAD = (
-    "========= Error: Potential {kind} hazard detected at __shared__ 0x2e540 :\n"
-)
+HEAD = "========= Error: Potential {kind} hazard detected at __shared__ 0x2e540 :\n"
 WRITE = "=========     Write Thread ({writer},0,0) at {kernel}+0x17c0 in {write}\n"
 READ = "=========     Read Thread ({reader},0,0) at {kernel}+0x3090 in {read}\n"
 VALUE = "=========     Current Value : 0\n========= \n"
