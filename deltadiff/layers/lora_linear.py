@@ -82,7 +82,8 @@ class LoraLinear(HoldsPairs, LayerState):
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear_shape(base_layer)
         self.transposed, self.share_group = is_conv1d(base_layer), None
-        self.weight, self.bias = base_layer.weight, base_layer.bias
+        self.weight = base_layer.weight
+        self.register_parameter("bias", base_layer.bias)
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
@@ -117,11 +118,23 @@ class LoraLinear(HoldsPairs, LayerState):
         return [self.lora_A, self.lora_B, *gate]
 
     def share_with_base(self) -> None:
-        """Let the base layer hold the parameters that this layer holds now.
+        """Let the base layer hold the parameters that this layer holds.
 
         Sharding gives the layers of a model other ones. The base layer, which is not among them,
-        would keep the whole weight in memory.
+        would keep the whole weight in memory, so a plain one looks for its parameters here.
         """
+        if self._has_plain_base():
+            vars(self.base_layer)["_parameters"] = self._parameters
+        else:
+            self._give_back()
+
+    def leave_base(self) -> None:
+        """Give the base layer parameters of its own, which are those of this layer."""
+        if self._has_plain_base():
+            vars(self.base_layer)["_parameters"] = dict.fromkeys(("weight", "bias"))
+        self._give_back()
+
+    def _give_back(self) -> None:
         for name in ("weight", "bias"):
             self.base_layer._parameters[name] = self._parameters.get(name)
 

@@ -136,6 +136,8 @@ def swap_(
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
     _replace(model, layers.items())
+    for layer in layers.values():
+        layer.share_with_base()
     report = swap_report(model)
     if not small:
         return report
@@ -170,8 +172,7 @@ def unswap_(model: nn.Module) -> nn.Module:
 def take_out(model: nn.Module, replacements: dict[LoraLinear, nn.Module]) -> None:
     """Put eager layers in the place of swapped ones, with the swapped ones' weights and biases."""
     for layer, eager in replacements.items():
-        for name in ("weight", "bias"):
-            setattr(layer.base_layer, name, getattr(layer, name))
+        layer.leave_base()
         eager.train(layer.training)
         layer.swapped_in = False
     _replace(model, replacements.items())
