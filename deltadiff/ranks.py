@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from .errors import ArgumentError
+
 if TYPE_CHECKING:
     from typing import TypeGuard
 
@@ -35,6 +37,24 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if is_sharded(t) else t
 
 
+def view_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of a matrix as rows of another dtype, in the same memory if its rows lie densely.
+
+    Of a sharded matrix, it is sharded alike.
+    """
+    part = local(t).contiguous()
+    part = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
+    viewed = part.view(dtype)
+    if not is_sharded(t):
+        return viewed
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((t.shape[0], t.shape[1] * t.dtype.itemsize // dtype.itemsize))
+    return DTensor.from_local(
+        viewed, t.device_mesh, t.placements, run_check=False, shape=shape, stride=(shape[1], 1)
+    )
+
+
 def first_row(t: Tensor) -> int:
     """The number of the first row of ``local(t)`` in all of ``t``."""
     if not is_sharded(t):
@@ -54,6 +74,41 @@ def copy_values(target: Tensor, source: Tensor) -> None:
         mine.copy_(source[first : first + len(mine)])
     else:
         target.copy_(source if is_sharded(target) else whole(source))
+
+
+def like_shards(t: Tensor, other: Tensor) -> Tensor:
+    """``t``, or its part where ``other``, of the same shape, is sharded and ``t`` is not."""
+    if is_sharded(t) or not is_sharded(other):
+        return t
+    part = torch.empty_like(other.detach(), dtype=t.dtype)
+    copy_values(part, t)
+    return part
+
+
+def of_the_first(found: dict[str, Tensor], sharded: "DTensor") -> dict[str, Tensor]:
+    """``found`` of the first process, where the processes of a sharded tensor have unlike ones.
+
+    All of them call this. torch.distributed's ``broadcast_from_rank0`` leaves entries of a state
+    that are no parameters with the first process alone.
+
+    Raises:
+        ArgumentError: another process has more than the first one.
+    """
+    mesh = sharded.device_mesh
+    for dim in reversed(range(mesh.ndim)):
+        group = mesh.get_group(dim)
+        counts = torch.tensor([len(found), -len(found)], device=mesh.device_type)
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=group)
+        most, least = counts.tolist()
+        if most == -least:
+            continue
+        sent = [{name: whole(t).cpu() for name, t in found.items()}]
+        dist.broadcast_object_list(sent, dist.get_global_rank(group, 0), group=group)
+        found = sent[0]
+        if len(found) < most:
+            given = "an update of Delta-LoRA that the first process does not have"
+            raise ArgumentError("state_dict", given, "the same state in all processes")
+    return found
 
 
 def why_no_shard(t: Tensor) -> str | None:

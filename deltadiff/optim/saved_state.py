@@ -28,7 +28,7 @@ from ..ranks import copy_values, is_sharded, why_no_shard
 if TYPE_CHECKING:
     from .saved_update import SavedUpdate
 
-FORMAT = 2  # 1: the run lay in "state"
+FORMAT = 3  # 1: the run lay in "state"; 2: a remainder was int16, now it is its bytes
 PREFIX = "deltadiff."  # of what belongs to the run
 OLDER_RUNS = ("delta_lora", "adalora", "dylora")
 

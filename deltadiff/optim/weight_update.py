@@ -356,7 +356,8 @@ class WeightUpdate:
         if self.inplace:
             entries[b]["weight"] = layer.weight.detach()
         if delta is None:  # from before any step; checkpoints load what the state names here
-            entries[b] |= write_update(SavedUpdate(self.ratio, layer.scaling, []), self.inplace)
+            begins = SavedUpdate(self.ratio, layer.scaling, [])
+            entries[b] |= write_update(begins, self.inplace, layer)
             return
         lost = not delta.known() and not delta.in_weight and delta.started()
         if self.owns(delta, b):
@@ -367,7 +368,8 @@ class WeightUpdate:
         else:  # another run's: this one would take it over in its next step
             saved = SavedUpdate(self.ratio, layer.scaling, delta.all_updates())
             for p in (layer.lora_A, b):
-                entries[p] |= dict.fromkeys(("anchor", "last"), p.detach().clone())
+                # One for each, because torch.distributed loads checkpoints into these tensors.
+                entries[p] |= {name: p.detach().clone() for name in ("anchor", "last")}
             if delta.remainder is not None and "remainder" in entries[b]:
                 entries[b]["remainder"] = delta.remainder
-        entries[b] |= write_update(saved, self.inplace)
+        entries[b] |= write_update(saved, self.inplace, layer)
