@@ -1,15 +1,17 @@
 """Processes that train one model together, and tensors of which each of them holds a part.
 
 `Ranks` are the processes of a group. A *sharded* tensor is a DTensor, as FSDP2 (`fully_shard`)
-makes them of parameters: split by rows over the processes.
+makes them of parameters: split by rows over the processes. A *unit* is a module on which
+`fully_shard` was called.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .errors import ArgumentError
@@ -18,6 +20,31 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
     from torch.distributed.tensor import DTensor
+
+
+FSDP = "torch.distributed.fsdp"
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this very module."""
+    fsdp = sys.modules.get(FSDP)  # where nobody imported it, there is no such module
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def plain_kind(module: nn.Module) -> type:
+    """The class of a module, without the one that `fully_shard` puts before it."""
+    return type(module).__mro__[2] if is_unit(module) else type(module)
+
+
+def reshard(model: nn.Module) -> bool:
+    """Put sharded parameters where FSDP left whole ones; whether FSDP shards the model at all.
+
+    What is written to a whole one is lost to the next forward pass.
+    """
+    units: list[Any] = [m for m in model.modules() if is_unit(m)]
+    for unit in units:
+        unit.reshard()
+    return bool(units)
 
 
 def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":

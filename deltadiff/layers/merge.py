@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import dtype_name, wide_dtype
 from ..ops.reference import join_remainder
+from ..ranks import whole
 from ..text import align_columns
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, check_unsharded, own_layers
@@ -111,11 +112,14 @@ def _merge_layer(layer: LoraLinear) -> tuple[float, int]:
 
 
 def branch_products(layer: LoraLayer) -> list[LowRankFactors]:
-    """The products that the forward pass adds to W, as factors in float32 (or float64)."""
+    """The products that the forward pass adds to W, as factors in float32 (or float64).
+
+    The factors are whole, also those of a sharded layer, for which all processes call this.
+    """
     wide = wide_dtype(layer.lora_A.dtype)
 
     def widen(t: Tensor) -> Tensor:
-        return t.detach().to(wide)
+        return whole(t).to(wide)
 
     b = layer.scaling * widen(layer.lora_B)
     b = b if layer.gate is None else b * widen(layer.gate)

@@ -104,7 +104,8 @@ def read_update(
         past = _split_factors(past, ranks, refuse)
     kept = []
     for i in range(int(count)):
-        b, a = past.pop(f"past_B.{i}", None), past.pop(f"past_A.{i}", None)
+        b: Any = past.pop(f"past_B.{i}", None)
+        a: Any = past.pop(f"past_A.{i}", None)
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else None for t in (b, a)]
         rank = shapes[1][0] if shapes[1] else 0
         wanted = [(layer.out_features, rank), (rank, layer.in_features)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checks import wide_dtype
 from ..errors import ArgumentTypeError, SwapError
 from ..layers.lora_linear import LoraLinear
-from ..ranks import is_sharded, local, why_no_shard
+from ..ranks import is_sharded, local, reshard, why_no_shard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -72,12 +72,8 @@ class ShardedPlaces:
         """
         if not self._moved():
             return
-        from torch.distributed.fsdp import FSDPModule  # takes a while to import
-
         for module in self._modules:
-            for m in module.modules():
-                if isinstance(m, FSDPModule):
-                    m.reshard()
+            reshard(module)
         for name in self._moved():
             accepted = "the parameter that the optimizer was made for"
             raise SwapError(name, "another parameter in its place", accepted)

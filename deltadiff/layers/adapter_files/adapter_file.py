@@ -30,7 +30,7 @@ from ...files import (
     write_bytes,
     write_text,
 )
-from ...ranks import Ranks, copy_values, is_sharded, whole
+from ...ranks import Ranks, copy_values, reshard, whole
 from ..linear import is_peft_model
 from ..lora_linear import LoraLinear, own_layers
 from ..low_rank_sum import check_known
@@ -96,13 +96,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise ArgumentError("folder", given, "another folder")
     instead = "`model.save_pretrained`, or `export_peft` after Delta-LoRA"
     layers = by_plain_name(own_layers(model, "save_adapter", instead).items())
+    sharded = reshard(model)
     warn_saturated(layers)
     tensors: dict[str, Tensor] = {}
     owners = _owners(layers)
     entries = {name: _describe(name, m, owners[name], tensors) for name, m in layers.items()}
     extra, tied = trained_beside(model, layers)
     tensors |= {f"{name}.saved": held.logical for name, held in extra.items()}
-    sharded = any(map(is_sharded, tensors.values()))
     blob = save({name: whole(t).cpu().contiguous() for name, t in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     weights = adapter_format.weights_name(digest)

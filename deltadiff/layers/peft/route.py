@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import HALF_DTYPES
+from ...ranks import is_unit
 from ..linear import is_conv1d
 from .rules import HOOKS, active_adapters, why_not_now, why_peft
-from .units import dtype_in_passes, is_unit
+from .units import dtype_in_passes
 
 if TYPE_CHECKING:
     from .fused_linear import FusedLinear

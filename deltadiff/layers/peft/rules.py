@@ -8,7 +8,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ...checks import HALF_DTYPES
 from ...ops.transforms import TRANSFORMED, transformed
-from ...ranks import is_sharded
+from ...ranks import is_sharded, is_unit, plain_kind
 from ..base_format import base_format
 from ..linear import is_conv1d
 from ..targets.eligible import has_same_product
@@ -17,8 +17,6 @@ from .units import (
     dtype_given_out,
     dtype_in_passes,
     is_own_hook,
-    is_unit,
-    plain_kind,
 )
 
 if TYPE_CHECKING:

@@ -6,32 +6,18 @@ afterwards; another hook on the output gathers it again for the backward pass. `
 no module, so `run_inside` lets it run as the forward pass of these modules, one inside of another.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...ranks import is_sharded, why_no_shard
-
-_FSDP = "torch.distributed.fsdp"
-
-
-def is_unit(module: nn.Module) -> bool:
-    """Whether `fully_shard` was called on this very module."""
-    fsdp = sys.modules.get(_FSDP)  # where nobody imported it, there is no such module
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
-def plain_kind(module: nn.Module) -> type:
-    """The class of a module, without the one that `fully_shard` puts before it."""
-    return type(module).__mro__[2] if is_unit(module) else type(module)
+from ...ranks import FSDP, is_sharded, is_unit, why_no_shard
 
 
 def is_own_hook(module: nn.Module, hook: object) -> bool:
     """Whether FSDP put this hook on the module, so that `run_inside` calls it."""
-    return is_unit(module) and getattr(hook, "__module__", "").startswith(_FSDP)
+    return is_unit(module) and getattr(hook, "__module__", "").startswith(FSDP)
 
 
 def becomes_whole(module: Any) -> bool:
