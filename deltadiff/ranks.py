@@ -103,6 +103,13 @@ def copy_values(target: Tensor, source: Tensor) -> None:
         target.copy_(source if is_sharded(target) else whole(source))
 
 
+def add_up(sums: Tensor, sharded: Tensor) -> None:
+    """Add up in place what each process found out about its part of a sharded tensor."""
+    if is_sharded(sharded):
+        dim = next(i for i, p in enumerate(sharded.placements) if p.is_shard())
+        dist.all_reduce(sums, group=sharded.device_mesh.get_group(dim))
+
+
 def like_shards(t: Tensor, other: Tensor) -> Tensor:
     """``t``, or its part where ``other``, of the same shape, is sharded and ``t`` is not."""
     if is_sharded(t) or not is_sharded(other):
