@@ -71,14 +71,35 @@ def view_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """
     part = local(t).contiguous()
     part = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
-    viewed = part.view(dtype)
-    if not is_sharded(t):
-        return viewed
-    from torch.distributed.tensor import DTensor
+    shape = t.shape[0], t.shape[1] * t.dtype.itemsize // dtype.itemsize
+    return _sharded(part.view(dtype), t, shape) if is_sharded(t) else part.view(dtype)
 
-    shape = torch.Size((t.shape[0], t.shape[1] * t.dtype.itemsize // dtype.itemsize))
+
+def shard_like(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor of which ``part`` is what this process holds, sharded as ``like`` of its shape."""
+    return _sharded(part, like, like.shape) if is_sharded(like) else part
+
+
+def whole_stack(parts: Tensor, like: Tensor) -> Tensor:
+    """(n, *shape) of what this process holds of n tensors that are sharded as ``like``.
+
+    Differentiable, as seen from one process: each gets the gradient of its own part. All processes
+    call it.
+    """
+    if not is_sharded(like):
+        return parts
+    return _sharded(parts, like, (len(parts), *like.shape), dim=1).full_tensor()
+
+
+def _sharded(part: Tensor, like: "DTensor", shape: Sequence[int], dim: int = 0) -> "DTensor":
+    """``part`` as that of a contiguous tensor, split along ``dim`` as another one is by rows."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements = [Shard(dim) if p.is_shard() else p for p in like.placements]
+    whole_shape = torch.Size(shape)
+    stride = torch.empty(whole_shape, device="meta").stride()
     return DTensor.from_local(
-        viewed, t.device_mesh, t.placements, run_check=False, shape=shape, stride=(shape[1], 1)
+        part, like.device_mesh, placements, run_check=False, shape=whole_shape, stride=stride
     )
 
 
@@ -97,10 +118,28 @@ def first_row(t: Tensor) -> int:
 def copy_values(target: Tensor, source: Tensor) -> None:
     """Copy ``source`` into ``target``, of the same shape; each may be sharded or whole."""
     if is_sharded(target) and not is_sharded(source):
-        mine, first = local(target), first_row(target)
-        mine.copy_(source[first : first + len(mine)])
+        local(target).copy_(own_rows(source, target))
     else:
         target.copy_(source if is_sharded(target) else whole(source))
+
+
+def check_alike(argument: str, value: object, sharded: Tensor) -> None:
+    """Raise ArgumentError unless all processes of a sharded tensor have one value; all call it."""
+    if not is_sharded(sharded):
+        return
+    mesh = sharded.device_mesh
+    for dim in range(mesh.ndim):
+        found: list[object] = [None] * mesh.size(dim)
+        dist.all_gather_object(found, value, group=mesh.get_group(dim))
+        if any(other != value for other in found):
+            given = f"{found} in the processes of one model"
+            raise ArgumentError(argument, given, "the same in all of them")
+
+
+def own_rows(t: Tensor, sharded: Tensor) -> Tensor:
+    """The rows of a whole tensor that stand beside those that this process holds of another."""
+    first = first_row(sharded)
+    return t[first : first + len(local(sharded))]
 
 
 def add_up(sums: Tensor, sharded: Tensor) -> None:
