@@ -73,6 +73,8 @@ class FusedAdamW(Resumable):
     found_inf: Tensor
     grad_scale: Tensor
 
+    _places: ShardedPlaces | None = None  # where sharded parameters stand
+
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
     _method_defaults: dict[str, Any] = {}  # of the values that it adds to param groups
@@ -97,7 +99,6 @@ class FusedAdamW(Resumable):
         self._devices: dict[torch.device, DeviceStep] = {}
         self._iteration: dict[torch.device, Tensor] = {}  # steps that were not skipped
         self._captured = False  # replays then count steps that the host does not see
-        self._places: ShardedPlaces | None = None  # of sharded parameters
         self._bound = self._built = False
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, defaults | self._method_defaults)
