@@ -105,20 +105,28 @@ def _sharded(part: Tensor, like: "DTensor", shape: Sequence[int], dim: int = 0) 
 
 def first_row(t: Tensor) -> int:
     """The number of the first row of ``local(t)`` in all of ``t``."""
+    dim, first = _place(t)
+    return first if dim == 0 else 0
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    """The dimension along which a tensor is split, and where ``local(t)`` begins in it."""
     if not is_sharded(t):
-        return 0
-    dim = next((i for i, p in enumerate(t.placements) if p.is_shard(0)), None)
-    if dim is None:
-        return 0
-    rows = -(-t.shape[0] // t.device_mesh.size(dim))  # of every process but the last ones
-    return min(t.shape[0], rows * t.device_mesh.get_local_rank(dim))
+        return 0, 0
+    places: list[tuple[int, Any]] = [*enumerate(t.placements)]
+    mesh_dim, placement = next(((i, p) for i, p in places if p.is_shard()), (0, None))
+    if placement is None:
+        return 0, 0
+    size = t.shape[placement.dim]
+    most = -(-size // t.device_mesh.size(mesh_dim))  # what every process but the last ones has
+    return placement.dim, min(size, most * t.device_mesh.get_local_rank(mesh_dim))
 
 
 @torch.no_grad()
 def copy_values(target: Tensor, source: Tensor) -> None:
     """Copy ``source`` into ``target``, of the same shape; each may be sharded or whole."""
     if is_sharded(target) and not is_sharded(source):
-        local(target).copy_(own_rows(source, target))
+        local(target).copy_(own_part(source, target))
     else:
         target.copy_(source if is_sharded(target) else whole(source))
 
@@ -136,10 +144,10 @@ def check_alike(argument: str, value: object, sharded: Tensor) -> None:
             raise ArgumentError(argument, given, "the same in all of them")
 
 
-def own_rows(t: Tensor, sharded: Tensor) -> Tensor:
-    """The rows of a whole tensor that stand beside those that this process holds of another."""
-    first = first_row(sharded)
-    return t[first : first + len(local(sharded))]
+def own_part(t: Tensor, sharded: Tensor) -> Tensor:
+    """The part of a whole tensor beside that which this process holds of another one."""
+    dim, first = _place(sharded)
+    return t.narrow(dim, first, local(sharded).shape[dim])
 
 
 def add_up(sums: Tensor, sharded: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..checks import dtype_name, wide_dtype
 from ..errors import SwapError
 from ..ops.reference import join_remainder
-from ..ranks import add_up, first_row, is_unit, local, reshard, whole
+from ..ranks import add_up, is_unit, local, own_part, reshard, whole
 from ..text import align_columns
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
@@ -62,7 +62,7 @@ def merge_(model: nn.Module) -> MergeReport:
     range of a float16 weight becomes its largest value, and a warning says so. Afterwards the
     model is an ordinary eager model: no adapters, plain ``nn.Linear`` layers.
 
-    Of a model that FSDP shards, all processes call this. Each adds to its own rows of W, and the
+    Of a model that FSDP shards, all processes call this. Each adds to its own part of W, and the
     model stays sharded. Optimizers that hold its pairs are of no use any more.
 
     Returns:
@@ -101,18 +101,18 @@ def _merge_layer(layer: LoraLinear) -> tuple[float, int]:
     dtype: they get its largest value, not inf.
     """
     low = None if layer.delta is None else local(layer.delta.remainder)
-    matrix, first = local(layer.matrix), first_row(layer.weight)
+    matrix = local(layer.matrix)
     sums = torch.zeros(3, dtype=torch.float64, device=layer.weight.device)
     most = torch.finfo(layer.weight.dtype).max
-    products = branch_products(layer)
+    products = [_own_part(p, layer) for p in branch_products(layer)]
     rows = max(1, _BLOCK // layer.in_features)
     for start in range(0, len(matrix), rows):
-        block = slice(start, min(start + rows, len(matrix)))
+        block = slice(start, start + rows)
         w = matrix[block]
         wide = wide_dtype(w.dtype)
         exact = w.to(wide) if low is None else join_remainder(w, low[block])
         for p in products:
-            exact = exact + p.B[first + block.start : first + block.stop] @ p.A
+            exact = exact + p.B[block] @ p.A
         past = exact.to(w.dtype).isinf() & exact.isfinite()
         w.copy_(torch.where(past, exact.clamp(-most, most), exact))
         lost = (w.to(wide) - exact).square().sum()
@@ -120,6 +120,14 @@ def _merge_layer(layer: LoraLinear) -> tuple[float, int]:
     add_up(sums, layer.weight)
     lost, norm, saturated = sums.tolist()
     return math.sqrt(lost / norm) if norm else 0.0, int(saturated)
+
+
+def _own_part(product: LowRankFactors, layer: LoraLayer) -> LowRankFactors:
+    """The factors of what this process holds of W: some rows, or some columns of a Conv1D's."""
+    if layer.transposed:
+        a = own_part(product.A.T, layer.weight).T
+        return LowRankFactors(product.B, a, product.in_weight)
+    return LowRankFactors(own_part(product.B, layer.weight), product.A, product.in_weight)
 
 
 def branch_products(layer: LoraLayer) -> list[LowRankFactors]:

@@ -36,7 +36,7 @@ from ..layers.lora_linear import LoraLinear
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_
 from ..layers.targets.choose import Targets
-from ..ranks import local, own_rows, whole
+from ..ranks import local, own_part, whole
 from .adalora_budget import Schedule, largest
 from .adalora_importance import Triplets
 from .fused_adamw import FusedAdamW
@@ -227,7 +227,7 @@ class AdaLoRA(FusedAdamW):
         kept = largest(scores, self._kept.index_select(0, t.view(1)))
         gates = list(self._gates.values())
         masks = kept.to(gates[0].dtype).split([g.numel() for g in gates])
-        masks = [own_rows(k, g).to(g.device, g.dtype) for k, g in zip(masks, gates, strict=True)]
+        masks = [own_part(k, g).to(g.device, g.dtype) for k, g in zip(masks, gates, strict=True)]
         torch._foreach_mul_([local(g.detach()) for g in gates], masks)
 
     def _run_state(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from .update_state import (
     remainder_from_bytes,
     remainder_to_bytes,
 )
-from .weight_update import WeightUpdate
+from .weight_update import WeightUpdate, check_rounding
 
 W_UPDATES = ("inplace", "factored")
 # Param group, device and dtype of W, and lambda.
@@ -130,6 +130,7 @@ class DeltaLoRA(FusedAdamW):
         pairs = find_pairs(self._modules, groups, begun | {*kept})
         if self.w_update == "inplace":
             check_writable(pairs, self._modules)
+            check_rounding(pairs, self.rounding)
         return pairs
 
     def _check_tensors(self) -> None:

@@ -32,7 +32,7 @@ from ..kernels.runtime.gpu import is_capturing
 from ..layers.linear import refuse_peft
 from ..layers.lora_linear import LoraLinear, check_unsharded, own_layers
 from ..layers.report import SwapReport, swap_report
-from ..ranks import check_alike, local, own_rows
+from ..ranks import check_alike, local, own_part
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, layer_names
 from .saved_state import SavedState
@@ -158,7 +158,7 @@ class DyLoRA(FusedAdamW):
         self._stacks = []
         for (is_B, _, _, key), params in stacks.items():
             trained = self._masks[key][2]
-            trained = trained if is_B else own_rows(trained, params[0]).view(-1, 1)
+            trained = trained if is_B else own_part(trained, params[0]).view(-1, 1)
             self._stacks.append((params, trained))
         self._use_largest_rank()
         if self.rank:  # not the first call: the layers moved, and their masks are new
