@@ -115,7 +115,8 @@ def resume(rank, method, folder):
     return same, values(third)
 
 
-@pytest.mark.parametrize("method", short_form(METHODS, "AdaLoRA", "DyLoRA"))
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
 def test_states_and_adapters(method, tmp_path):
     (same, loaded), other = run_ranks(resume, method, str(tmp_path))
     model, optimizer = make(method, 6)
