@@ -1,6 +1,7 @@
 """torch.distributed.checkpoint: a run that is saved on n processes goes on bit by bit on m."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -23,23 +24,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 
 from deltadiff import DeltaLoRA
 
 SAVED = ("LoRA", "factored", "in place", "remainder", "stochastic")
 
 
-def new_run(method):
+def new_run(method, **options):
     dtype, how = METHODS[method]
     model = make_model(dtype)
     if dist.get_world_size() > 1:
-        model = shard(model)
+        model = shard(model, **options)
     return model, DeltaLoRA(model, lr=5e-3, **how)
 
 
-def new_peft_run(method):
+def new_peft_run(method, **options):
     dtype, how = METHODS[method]
-    model = shard_peft(make_peft_model(dtype), alone=True)
+    model = shard_peft(make_peft_model(dtype), alone=True, **options)
     return model, DeltaLoRA(model, lr=5e-3, **{"w_update": "inplace", **how})
 
 
@@ -89,12 +91,16 @@ FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 ON_ALL = StateDictOptions(full_state_dict=True)
 
 
-def whole_states(rank, method, in_peft):
+def whole_states(rank, method, in_peft, replicas=1):
     """A run that goes on, and new ones that go on from whole states, of the first process or all.
 
     Lambda changes on the way, so that the states hold a past update, which a new run does not.
     """
     start = new_peft_run if in_peft else new_run
+    if replicas > 1:
+        shape = replicas, dist.get_world_size() // replicas
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        start = functools.partial(start, mesh=mesh)
     model, optimizer = start(method)
     for ratio in (0.5, optimizer.param_groups[0]["update_ratio"] / 2):
         for group in optimizer.param_groups:
@@ -120,3 +126,11 @@ def whole_states(rank, method, in_peft):
 def test_whole_states_of_the_first_process_and_of_all(in_peft, method):
     first, second = run_ranks(whole_states, method, in_peft)
     assert first == second == first[:1] * 3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("in_peft", [False, True], ids=["own", "PEFT's"])
+@pytest.mark.parametrize("method", ["remainder", "factored"])
+def test_replicas_of_shards(method, in_peft):
+    results = run_ranks(whole_states, method, in_peft, 2, size=4)
+    assert all(result == results[0][:1] * 3 for result in results)
