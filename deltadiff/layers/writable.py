@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..ranks import is_sharded, local, why_no_shard
+from ..ranks import local, why_no_shard
 from .base_format import base_format
 from .lora_layers import LoraLayer
 
@@ -36,9 +36,6 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
             given = reason or f"{type(w).__name__} of shape {tuple(w.shape)}"
             accepted = "a whole weight, or one that `fully_shard` splits by its rows"
             raise ArgumentTypeError(argument, given, accepted)
-        if is_sharded(w) and layer.transposed:
-            given = "a Conv1D's weight (in, out) that is sharded along its inputs"
-            raise ArgumentTypeError(argument, given, "in place, a whole weight or an nn.Linear's")
         if 0 in local(w).stride():
             raise ArgumentError(argument, f"strides {w.stride()}", "a weight with its own memory")
         same = {n for m, n in holders.get(_memory(w), {}).items() if m != id(layer.holder)}
