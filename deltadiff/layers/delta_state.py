@@ -109,6 +109,23 @@ def check_loadable(own: PendingDelta | None, saved: PendingDelta | None) -> None
         raise SwapError("state_dict", given, "DeltaLoRA(w_update='factored'), or no optimizer yet")
 
 
+def lost_on_meta(delta: PendingDelta, lora_A: Tensor) -> bool:
+    """Whether the pair went to the meta device, so that the layer has no update any more.
+
+    Accelerate shards a model there and then loads the values that it had, but no update.
+
+    Raises:
+        SwapError: the update is a part of the model.
+    """
+    if not lora_A.is_meta or delta.last_A.is_meta:
+        return False
+    if delta.changes_model():
+        given = "meta, where the update of Delta-LoRA that this model holds would be lost"
+        accepted = "FSDP's cpu_ram_efficient_loading=False; or to load the update after sharding"
+        raise SwapError("device", given, accepted)
+    return True
+
+
 @torch.no_grad()
 def follow_module(delta: PendingDelta, lora_A: Tensor, lora_B: Tensor) -> None:
     """Move the tensors of a delta to the device of the pair; anchors and copies get its dtype too.

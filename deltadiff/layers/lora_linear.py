@@ -14,6 +14,7 @@ from .delta_state import (
     follow_module,
     follow_weight,
     load_delta,
+    lost_on_meta,
     take_saved_delta,
 )
 from .layer_state import PAIR, LayerState
@@ -183,6 +184,8 @@ class LoraLinear(HoldsPairs, LayerState):
     def _apply(self, fn: Any, recurse: bool = True) -> "LoraLinear":
         before = self.matrix.detach()
         super()._apply(fn, recurse)
+        if self.delta is not None and lost_on_meta(self.delta, self.lora_A):
+            self.delta = None
         if self.delta is not None:
             follow_weight(self.delta, before, self.matrix)
             follow_module(self.delta, self.lora_A, self.lora_B)

@@ -15,7 +15,7 @@ counts lie there. All kernels read them there, and a step can be captured in a C
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, TypeVar, overload
 
 import torch
@@ -36,7 +36,7 @@ from .param_groups import (
     trainable,
 )
 from .resumable import Resumable
-from .shards import ShardedPlaces, check_order, to_launch
+from .shards import ShardedPlaces, check_exchange, check_order, to_launch
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -133,6 +133,7 @@ class FusedAdamW(Resumable):
         """Allocate the state, and prepare the launches for where the tensors lie now."""
         params = [*group_indices(self.param_groups)]
         check_order(self._modules, params)
+        check_exchange(self.state.keys(), params, self._iteration.values())
         self._check_tensors()
         sharded = any(map(is_sharded, params))
         if sharded and not self._takes_shards:
@@ -157,7 +158,7 @@ class FusedAdamW(Resumable):
         self._prepare()
         self._settings: Sequence[tuple | None]  # as last sent to the device
         self._settings = [None] * len(self.param_groups)
-        self._count = sum(len(group["params"]) for group in self.param_groups)
+        self._held = [list(group["params"]) for group in self.param_groups]
         self._built = True
 
     def _check_tensors(self) -> None:
@@ -318,15 +319,22 @@ class FusedAdamW(Resumable):
         groups = self.param_groups
         settings = [self._settings_of(group) for group in groups]
         same = settings == self._settings and not any([run.lr_changed() for run in self._runs])
-        if same and sum([len(group["params"]) for group in groups]) == self._count:
+        if same and self._holds_params():
             return None
         self._check_settings()
         return settings
 
     def _outdated(self) -> bool:
         """Whether launches must be prepared anew for the groups as they are now."""
-        sizes = [len(group["params"]) for group in self.param_groups]
-        return len(sizes) != len(self._settings) or sum(sizes) != self._count
+        return not self._holds_params()
+
+    def _holds_params(self) -> bool:
+        """Whether the groups hold the very parameters that the launches were prepared for."""
+        held, groups = self._held, self.param_groups
+        if len(held) != len(groups):
+            return False
+        pairs = [(group["params"], mine) for group, mine in zip(groups, held, strict=True)]
+        return all([len(params) == len(mine) and all(map(is_, params, mine)) for params, mine in pairs])
 
     def _check_settings(self) -> None:
         for group in self.param_groups:

@@ -17,7 +17,7 @@ from ..layers.low_rank_sum import check_known
 from ..layers.pending_delta import MAX_PAST_UPDATES, LowRankFactors, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
-from ..ranks import first_row, is_sharded, local
+from ..ranks import copy_values, first_row, is_sharded, local
 from .rounding_loss import LayerUpdate, RoundingLoss
 from .saved_update import SavedUpdate, write_update
 from .shards import WholePairs
@@ -332,7 +332,7 @@ class WeightUpdate:
     def _take_over(self, layer: LoraLayer, before: PendingDelta, delta: PendingDelta) -> None:
         """Keep in ``delta`` what ``before`` says is part of the model; W gets what it may hold."""
         if before.remainder is not None and delta.remainder is not None:
-            delta.remainder.copy_(before.remainder)
+            copy_values(delta.remainder, before.remainder)
         delta.past_updates = before.all_updates()
         # Of what is not known as factors W holds all but the update that goes on.
         self._write(layer, delta, before.unwritten() if delta.past_updates is None else None)

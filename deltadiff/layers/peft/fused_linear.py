@@ -14,6 +14,7 @@ from ..delta_state import (
     follow_module,
     follow_weight,
     load_delta,
+    lost_on_meta,
     take_saved_delta,
 )
 from ..lora_layers import HoldsPairs, LoraLayer
@@ -176,7 +177,10 @@ class FusedLinear(HoldsPairs, Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLinear":
         before = self.get_base_layer().weight.detach()
         super()._apply(fn, recurse)
-        for name, delta in self.deltas.items():
+        for name, delta in list(self.deltas.items()):
+            if lost_on_meta(delta, self.lora_A[name].weight):
+                del self.deltas[name]
+                continue
             follow_weight(delta, before, self.get_base_layer().weight)
             follow_module(delta, self.lora_A[name].weight, self.lora_B[name].weight)
         return self

@@ -1,0 +1,83 @@
+"""Accelerate, which shards a model whose optimizer exists already: right, and resumed bit by bit."""
+
+import pytest
+import torch
+from accelerate_runs import STATE_TYPES, make_accelerator, make_run
+from fsdp_runs import train, values
+from ranks import run_ranks, short_form
+
+from deltadiff.errors import SwapError
+
+METHODS = ("LoRA", "factored", "in place", "remainder", "stochastic")
+KINDS = ["plain", "peft"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*rounding", "ignore:PEFT's adapter files")
+
+
+def train_prepared(rank, parallel, method, kind, options):
+    model, optimizer = make_run(method, kind == "peft")
+    model, optimizer = make_accelerator(parallel, **options).prepare(model, optimizer)
+    train(model, optimizer, rank)
+    return values(model)
+
+
+def train_alone(method, kind):
+    model, optimizer = make_run(method, kind == "peft")
+    optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does
+    train(model, optimizer)
+    return values(model)
+
+
+CASES = [
+    (parallel, method, kind) for parallel in ("DDP", "FSDP2") for method in METHODS for kind in KINDS
+]
+SHORT = ("FSDP2", "LoRA", "plain"), ("FSDP2", "remainder", "plain"), ("FSDP2", "factored", "peft")
+
+
+@pytest.mark.parametrize("case", short_form(CASES, *SHORT), ids=str)
+def test_two_processes_are_one(case):
+    parallel, method, kind = case
+    options = {} if parallel == "DDP" else {"cpu_ram_efficient_loading": kind == "plain"}
+    first, second = run_ranks(train_prepared, parallel, method, kind, options)
+    assert first == second
+    for ours, theirs in zip(first, train_alone(method, kind), strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=3e-6)
+
+
+def save_and_go_on(rank, parallel, method, kind, options, folder):
+    """Three steps, a checkpoint, and three more; then the latter once more from the checkpoint."""
+    accelerator = make_accelerator(parallel, **options)
+    model, optimizer = accelerator.prepare(*make_run(method, kind == "peft"))
+    train(model, optimizer, rank, steps=3)
+    accelerator.save_state(folder)
+    train(model, optimizer, rank, steps=3)
+    return values(model)
+
+
+def resume(rank, parallel, method, kind, options, folder):
+    accelerator = make_accelerator(parallel, **options)
+    model, optimizer = accelerator.prepare(*make_run(method, kind == "peft"))
+    accelerator.load_state(folder)
+    train(model, optimizer, rank, steps=3)
+    return values(model)
+
+
+STATES = [
+    (parallel, method, kind, state)
+    for parallel in ("DDP", "FSDP2")
+    for method in METHODS
+    for kind in KINDS
+    for state in (STATE_TYPES if parallel == "FSDP2" else [None])
+]
+SHORT_STATES = (
+    ("FSDP2", "remainder", "plain", "SHARDED_STATE_DICT"),
+    ("FSDP2", "factored", "plain", "FULL_STATE_DICT"),
+)
+
+
+@pytest.mark.parametrize("case", short_form(STATES, *SHORT_STATES), ids=str)
+def test_a_saved_state_is_resumed_bit_by_bit(case, tmp_path):
+    parallel, method, kind, state = case
+    options = {} if state is None else {"state_dict_type": state}
+    arguments = parallel, method, kind, options, str(tmp_path)
+    saved, resumed = run_ranks(save_and_go_on, *arguments), run_ranks(resume, *arguments)
+    assert saved == resumed
