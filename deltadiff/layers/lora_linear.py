@@ -11,10 +11,10 @@ from .base_format import base_format
 from .delta_state import (
     check_loadable,
     delta_to_state,
+    follow_loading,
     follow_module,
     follow_weight,
     load_delta,
-    lost_on_meta,
     take_saved_delta,
 )
 from .layer_state import PAIR, LayerState
@@ -184,8 +184,6 @@ class LoraLinear(HoldsPairs, LayerState):
     def _apply(self, fn: Any, recurse: bool = True) -> "LoraLinear":
         before = self.matrix.detach()
         super()._apply(fn, recurse)
-        if self.delta is not None and lost_on_meta(self.delta, self.lora_A):
-            self.delta = None
         if self.delta is not None:
             follow_weight(self.delta, before, self.matrix)
             follow_module(self.delta, self.lora_A, self.lora_B)
@@ -200,15 +198,14 @@ class LoraLinear(HoldsPairs, LayerState):
         pair = (state_dict.get(f"{prefix}{name}") for name in PAIR)
         saved = take_saved_delta(state_dict, f"{prefix}delta.", *pair)
         check_loadable(self.delta, saved)
-        remainder = None if self.delta is None else self.delta.remainder
-        before = None if remainder is None else self.matrix.detach().clone()
+        keeps = self.delta is not None and self.delta.remainder is not None
+        before = self.matrix.detach().clone() if keeps else None
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if any(f"{prefix}{name}" not in state_dict for name in PAIR):
             return  # a part of a state, which says nothing of the update
         load_delta(self, saved, self.lora_A, self.lora_B)
-        if remainder is not None and before is not None:
-            # The remainder belongs to the bits of W that were there, and stays where they stayed.
-            remainder.mul_(before == self.matrix)
+        if self.delta is not None and before is not None:
+            follow_loading(self.delta, before, self.matrix)
 
 
 def own_layers(model: nn.Module, call: str, instead: str) -> dict[str, LoraLinear]:

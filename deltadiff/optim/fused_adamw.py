@@ -334,7 +334,9 @@ class FusedAdamW(Resumable):
         if len(held) != len(groups):
             return False
         pairs = [(group["params"], mine) for group, mine in zip(groups, held, strict=True)]
-        return all([len(params) == len(mine) and all(map(is_, params, mine)) for params, mine in pairs])
+        return all(
+            [len(params) == len(mine) and all(map(is_, params, mine)) for params, mine in pairs]
+        )
 
     def _check_settings(self) -> None:
         for group in self.param_groups:

@@ -355,7 +355,8 @@ class WeightUpdate:
         b, delta = layer.lora_B, layer.delta
         if self.inplace:
             entries[b]["weight"] = layer.weight.detach()
-        if delta is None:  # from before any step; checkpoints load what the state names here
+        if delta is None or (not self.owns(delta, b) and not delta.changes_model()):
+            # From before any step; checkpoints load what the state names here.
             entries[b] |= write_update(SavedUpdate(self.ratio, layer.scaling, []), self.inplace)
             return
         lost = not delta.known() and not delta.in_weight and delta.started()

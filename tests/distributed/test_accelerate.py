@@ -1,4 +1,4 @@
-"""Accelerate, which shards a model whose optimizer exists already: right, and resumed bit by bit."""
+"""Accelerate, which shards a model whose optimizer is there already: right, and resumed."""
 
 import pytest
 import torch
@@ -6,10 +6,9 @@ from accelerate_runs import STATE_TYPES, make_accelerator, make_run
 from fsdp_runs import train, values
 from ranks import run_ranks, short_form
 
-from deltadiff.errors import SwapError
-
 METHODS = ("LoRA", "factored", "in place", "remainder", "stochastic")
 KINDS = ["plain", "peft"]
+PARALLEL = ["DDP", "FSDP2"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*rounding", "ignore:PEFT's adapter files")
 
 
@@ -27,9 +26,7 @@ def train_alone(method, kind):
     return values(model)
 
 
-CASES = [
-    (parallel, method, kind) for parallel in ("DDP", "FSDP2") for method in METHODS for kind in KINDS
-]
+CASES = [(parallel, method, kind) for parallel in PARALLEL for method in METHODS for kind in KINDS]
 SHORT = ("FSDP2", "LoRA", "plain"), ("FSDP2", "remainder", "plain"), ("FSDP2", "factored", "peft")
 
 
@@ -63,7 +60,7 @@ def resume(rank, parallel, method, kind, options, folder):
 
 STATES = [
     (parallel, method, kind, state)
-    for parallel in ("DDP", "FSDP2")
+    for parallel in PARALLEL
     for method in METHODS
     for kind in KINDS
     for state in (STATE_TYPES if parallel == "FSDP2" else [None])

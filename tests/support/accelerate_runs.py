@@ -20,8 +20,10 @@ def allow_fsdp_on_cpu():
 
     def init(self, *args, fsdp_plugin=None, **options):
         make(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None and self.distributed_type is DistributedType.MULTI_CPU:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if "fsdp_plugin" in vars(self):  # a later instance has the state of the first one
+            self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 

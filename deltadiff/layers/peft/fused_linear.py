@@ -14,7 +14,6 @@ from ..delta_state import (
     follow_module,
     follow_weight,
     load_delta,
-    lost_on_meta,
     take_saved_delta,
 )
 from ..lora_layers import HoldsPairs, LoraLayer
@@ -177,10 +176,7 @@ class FusedLinear(HoldsPairs, Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLinear":
         before = self.get_base_layer().weight.detach()
         super()._apply(fn, recurse)
-        for name, delta in list(self.deltas.items()):
-            if lost_on_meta(delta, self.lora_A[name].weight):
-                del self.deltas[name]
-                continue
+        for name, delta in self.deltas.items():
             follow_weight(delta, before, self.get_base_layer().weight)
             follow_module(delta, self.lora_A[name].weight, self.lora_B[name].weight)
         return self
@@ -207,7 +203,8 @@ class FusedLinear(HoldsPairs, Linear):
                 continue  # a part of a state, which says nothing of this adapter
             a, b = (state_dict[factor] for factor in pairs[name])
             before, pair = self.deltas.get(name), PeftPair(self, name)
-            if saved[name] is None and before is not None and before.changes_model():
+            lost = saved[name] is None and before is not None and before.differs(a, b)
+            if lost and before.changes_model():
                 warn_dropped(name, before.in_weight)
                 if before.in_weight and f"{prefix}base_layer.weight" not in state_dict:
                     before.end_update(a, b)  # W cannot be taken back
