@@ -27,7 +27,7 @@ def train_alone(method, kind):
 
 
 CASES = [(parallel, method, kind) for parallel in PARALLEL for method in METHODS for kind in KINDS]
-SHORT = ("FSDP2", "LoRA", "plain"), ("FSDP2", "remainder", "plain"), ("FSDP2", "factored", "peft")
+SHORT = (("FSDP2", "LoRA", "plain"),)
 
 
 @pytest.mark.parametrize("case", short_form(CASES, *SHORT), ids=str)
@@ -40,22 +40,20 @@ def test_two_processes_are_one(case):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=3e-6)
 
 
-def save_and_go_on(rank, parallel, method, kind, options, folder):
-    """Three steps, a checkpoint, and three more; then the latter once more from the checkpoint."""
-    accelerator = make_accelerator(parallel, **options)
-    model, optimizer = accelerator.prepare(*make_run(method, kind == "peft"))
-    train(model, optimizer, rank, steps=3)
-    accelerator.save_state(folder)
-    train(model, optimizer, rank, steps=3)
-    return values(model)
-
-
-def resume(rank, parallel, method, kind, options, folder):
-    accelerator = make_accelerator(parallel, **options)
-    model, optimizer = accelerator.prepare(*make_run(method, kind == "peft"))
-    accelerator.load_state(folder)
-    train(model, optimizer, rank, steps=3)
-    return values(model)
+def save_and_resume(rank, parallel, method, kind, options, folder):
+    """What six steps give, and the last three of them once more from the checkpoint."""
+    found = []
+    for checkpoint in (None, folder):
+        accelerator = make_accelerator(parallel, **options)
+        model, optimizer = accelerator.prepare(*make_run(method, kind == "peft"))
+        if checkpoint is None:
+            train(model, optimizer, rank, steps=3)
+            accelerator.save_state(folder)
+        else:
+            accelerator.load_state(folder)
+        train(model, optimizer, rank, steps=3)
+        found.append(values(model))
+    return found
 
 
 STATES = [
@@ -65,16 +63,12 @@ STATES = [
     for kind in KINDS
     for state in (STATE_TYPES if parallel == "FSDP2" else [None])
 ]
-SHORT_STATES = (
-    ("FSDP2", "remainder", "plain", "SHARDED_STATE_DICT"),
-    ("FSDP2", "factored", "plain", "FULL_STATE_DICT"),
-)
+SHORT_STATES = (("FSDP2", "remainder", "plain", "SHARDED_STATE_DICT"),)
 
 
 @pytest.mark.parametrize("case", short_form(STATES, *SHORT_STATES), ids=str)
 def test_a_saved_state_is_resumed_bit_by_bit(case, tmp_path):
     parallel, method, kind, state = case
     options = {} if state is None else {"state_dict_type": state}
-    arguments = parallel, method, kind, options, str(tmp_path)
-    saved, resumed = run_ranks(save_and_go_on, *arguments), run_ranks(resume, *arguments)
-    assert saved == resumed
+    first, second = run_ranks(save_and_resume, parallel, method, kind, options, str(tmp_path))
+    assert first == second == [first[0]] * 2
