@@ -1,4 +1,4 @@
-"""transformers' Trainer in two processes, by DDP and by FSDP2, with accumulation: right, and resumed."""
+"""transformers' Trainer in two processes, by DDP and FSDP2, with accumulation; and resumed."""
 
 import pytest
 import torch
@@ -44,9 +44,7 @@ def train_and_resume(rank, method, kind, folder, parallel):
     return found
 
 
-CASES = [
-    (method, kind, parallel) for method in METHODS for kind in KINDS for parallel in PARALLEL
-]
+CASES = [(method, kind, parallel) for method in METHODS for kind in KINDS for parallel in PARALLEL]
 SHORT = (("in place", "plain", "SHARDED_STATE_DICT"),)
 
 

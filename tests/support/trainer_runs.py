@@ -69,7 +69,12 @@ def trainer_of(model, optimizer, folder, steps, callbacks=None, **options) -> Tr
     if isinstance(optimizer, tuple):
         made = {"optimizer_cls_and_kwargs": optimizer}
     return Trainer(
-        model, arguments, train_dataset=Tokens(), eval_dataset=Tokens(8), callbacks=callbacks, **made
+        model,
+        arguments,
+        train_dataset=Tokens(),
+        eval_dataset=Tokens(8),
+        callbacks=callbacks,
+        **made,
     )
 
 
