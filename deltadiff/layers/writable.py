@@ -36,6 +36,10 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
             given = reason or f"{type(w).__name__} of shape {tuple(w.shape)}"
             accepted = "a whole weight, or one that `fully_shard` splits by its rows"
             raise ArgumentTypeError(argument, given, accepted)
+        if any(is_sharded(p) != is_sharded(w) for p in (layer.lora_A, layer.lora_B)):
+            split, kept = ("W", "its pair") if is_sharded(w) else ("its pair", "W")
+            given = f"{split} split over processes and {kept} not, as by tensor parallelism"
+            raise ArgumentTypeError(argument, given, "both by `fully_shard`, or neither")
         if is_sharded(w) and layer.transposed:
             given = "a Conv1D's weight (in, out) that is sharded along its inputs"
             raise ArgumentTypeError(argument, given, "in place, a whole weight or an nn.Linear's")

@@ -10,7 +10,7 @@ from ...checks import HALF_DTYPES
 from ...ops.transforms import TRANSFORMED, transformed
 from ..base_format import base_format
 from ..linear import is_conv1d
-from ..targets.eligible import has_same_product
+from ..targets.eligible import has_same_product, is_tensor_parallel
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
@@ -50,6 +50,8 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
     base = layer.base_layer
     if type(base) is not nn.Linear and not is_conv1d(base) and not has_same_product(base):
         return f"its base layer is {kind_of(base)}"
+    if is_tensor_parallel(base):
+        return "tensor parallelism splits its base weight"
     names = active_adapters(layer)
     if not names:
         return "it has no active adapter"
