@@ -5,13 +5,8 @@ import torch
 import transformers
 from fsdp_runs import make_base, make_model, make_peft_model, parts_of, values
 from ranks import run_ranks
-from torch.distributed.device_mesh import init_device_mesh
+from tensor_parallel_runs import split_up
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
 
 from deltadiff import DeltaLoRA, swap_
 from deltadiff.errors import ArgumentTypeError
@@ -19,20 +14,6 @@ from deltadiff.layers.lora_layers import lora_layers
 
 F32 = torch.float32
 WORDS = "tensor parallelism (a tp_plan, `parallelize_module`) splits its weight: use DDP or `fully_"
-
-
-def split_up(model, suffix="", **options):
-    """Two layers that want each other (column, row); with options, layers that gather by themselves."""
-    styles = {
-        "gate_proj": ColwiseParallel,
-        "up_proj": ColwiseParallel,
-        "down_proj": RowwiseParallel,
-    }
-    base = model.base_model.model if suffix else model
-    for layer in base.model.layers:
-        plan = {f"mlp.{name}{suffix}": style(**options) for name, style in styles.items()}
-        parallelize_module(layer, init_device_mesh("cpu", (2,)), plan)
-    return model
 
 
 def refused(call):

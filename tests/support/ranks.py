@@ -83,7 +83,7 @@ def _in_group(end, place, args, rank, size, backend, store) -> None:
     }  # fmt: skip
     result = failure = None
     try:
-        if backend == "nccl":
+        if "nccl" in backend:
             torch.cuda.set_device(rank)
         limit = timedelta(seconds=TIMEOUT)
         dist.init_process_group(
