@@ -1,21 +1,50 @@
 """Processes that train one model together, and tensors of which each of them holds a part.
 
 `Ranks` are the processes of a group. A *sharded* tensor is a DTensor, as FSDP2 (`fully_shard`)
-makes them of parameters: split by rows over the processes.
+makes them of parameters: split by rows over the processes. A *unit* is a module on which
+`fully_shard` was called.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from .errors import ArgumentError
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
     from torch.distributed.tensor import DTensor
+
+
+FSDP = "torch.distributed.fsdp"
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this very module."""
+    fsdp = sys.modules.get(FSDP)  # where nobody imported it, there is no such module
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def plain_kind(module: nn.Module) -> type:
+    """The class of a module, without the one that `fully_shard` puts before it."""
+    return type(module).__mro__[2] if is_unit(module) else type(module)
+
+
+def reshard(model: nn.Module) -> bool:
+    """Put sharded parameters where FSDP left whole ones; whether FSDP shards the model at all.
+
+    What is written to a whole one is lost to the next forward pass.
+    """
+    units: list[Any] = [m for m in model.modules() if is_unit(m)]
+    for unit in units:
+        unit.reshard()
+    return bool(units)
 
 
 def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
@@ -35,25 +64,132 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if is_sharded(t) else t
 
 
+def view_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of a matrix as rows of another dtype, in the same memory if its rows lie densely.
+
+    Of a sharded matrix, it is sharded alike.
+    """
+    part = local(t).contiguous()
+    part = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
+    shape = t.shape[0], t.shape[1] * t.dtype.itemsize // dtype.itemsize
+    return _sharded(part.view(dtype), t, shape) if is_sharded(t) else part.view(dtype)
+
+
+def shard_like(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor of which ``part`` is what this process holds, sharded as ``like`` of its shape."""
+    return _sharded(part, like, like.shape) if is_sharded(like) else part
+
+
+def whole_stack(parts: Tensor, like: Tensor) -> Tensor:
+    """(n, *shape) of what this process holds of n tensors that are sharded as ``like``.
+
+    Differentiable, as seen from one process: each gets the gradient of its own part. All processes
+    call it.
+    """
+    if not is_sharded(like):
+        return parts
+    return _sharded(parts, like, (len(parts), *like.shape), dim=1).full_tensor()
+
+
+def _sharded(part: Tensor, like: "DTensor", shape: Sequence[int], dim: int = 0) -> "DTensor":
+    """``part`` as that of a contiguous tensor, split along ``dim`` as another one is by rows."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements = [Shard(dim) if p.is_shard() else p for p in like.placements]
+    whole_shape = torch.Size(shape)
+    stride = torch.empty(whole_shape, device="meta").stride()
+    return DTensor.from_local(
+        part, like.device_mesh, placements, run_check=False, shape=whole_shape, stride=stride
+    )
+
+
 def first_row(t: Tensor) -> int:
     """The number of the first row of ``local(t)`` in all of ``t``."""
+    dim, first = _place(t)
+    return first if dim == 0 else 0
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    """The dimension along which a tensor is split, and where ``local(t)`` begins in it."""
     if not is_sharded(t):
-        return 0
-    dim = next((i for i, p in enumerate(t.placements) if p.is_shard(0)), None)
-    if dim is None:
-        return 0
-    rows = -(-t.shape[0] // t.device_mesh.size(dim))  # of every process but the last ones
-    return min(t.shape[0], rows * t.device_mesh.get_local_rank(dim))
+        return 0, 0
+    places: list[tuple[int, Any]] = [*enumerate(t.placements)]
+    mesh_dim, placement = next(((i, p) for i, p in places if p.is_shard()), (0, None))
+    if placement is None:
+        return 0, 0
+    size = t.shape[placement.dim]
+    most = -(-size // t.device_mesh.size(mesh_dim))  # what every process but the last ones has
+    return placement.dim, min(size, most * t.device_mesh.get_local_rank(mesh_dim))
 
 
 @torch.no_grad()
 def copy_values(target: Tensor, source: Tensor) -> None:
     """Copy ``source`` into ``target``, of the same shape; each may be sharded or whole."""
     if is_sharded(target) and not is_sharded(source):
-        mine, first = local(target), first_row(target)
-        mine.copy_(source[first : first + len(mine)])
+        local(target).copy_(own_part(source, target))
     else:
         target.copy_(source if is_sharded(target) else whole(source))
+
+
+def check_alike(argument: str, value: object, sharded: Tensor) -> None:
+    """Raise ArgumentError unless all processes of a sharded tensor have one value; all call it."""
+    if not is_sharded(sharded):
+        return
+    mesh = sharded.device_mesh
+    for dim in range(mesh.ndim):
+        found: list[object] = [None] * mesh.size(dim)
+        dist.all_gather_object(found, value, group=mesh.get_group(dim))
+        if any(other != value for other in found):
+            given = f"{found} in the processes of one model"
+            raise ArgumentError(argument, given, "the same in all of them")
+
+
+def own_part(t: Tensor, sharded: Tensor) -> Tensor:
+    """The part of a whole tensor beside that which this process holds of another one."""
+    dim, first = _place(sharded)
+    return t.narrow(dim, first, local(sharded).shape[dim])
+
+
+def add_up(sums: Tensor, sharded: Tensor) -> None:
+    """Add up in place what each process found out about its part of a sharded tensor."""
+    if is_sharded(sharded):
+        dim = next(i for i, p in enumerate(sharded.placements) if p.is_shard())
+        dist.all_reduce(sums, group=sharded.device_mesh.get_group(dim))
+
+
+def like_shards(t: Tensor, other: Tensor) -> Tensor:
+    """``t``, or its part where ``other``, of the same shape, is sharded and ``t`` is not."""
+    if is_sharded(t) or not is_sharded(other):
+        return t
+    part = torch.empty_like(other.detach(), dtype=t.dtype)
+    copy_values(part, t)
+    return part
+
+
+def of_the_first(found: dict[str, Tensor], sharded: "DTensor") -> dict[str, Tensor]:
+    """``found`` of the first process, where the processes of a sharded tensor have unlike ones.
+
+    All of them call this. torch.distributed's ``broadcast_from_rank0`` leaves entries of a state
+    that are no parameters with the first process alone.
+
+    Raises:
+        ArgumentError: another process has more than the first one.
+    """
+    mesh = sharded.device_mesh
+    for dim in reversed(range(mesh.ndim)):
+        group = mesh.get_group(dim)
+        counts = torch.tensor([len(found), -len(found)], device=mesh.device_type)
+        dist.all_reduce(counts, dist.ReduceOp.MAX, group=group)
+        most, least = counts.tolist()
+        if most == -least:
+            continue
+        sent = [{name: whole(t).cpu() for name, t in found.items()}]
+        dist.broadcast_object_list(sent, dist.get_global_rank(group, 0), group=group)
+        found = sent[0]
+        if len(found) < most:
+            given = "an update of Delta-LoRA that the first process does not have"
+            raise ArgumentError("state_dict", given, "the same state in all processes")
+    return found
 
 
 def why_no_shard(t: Tensor) -> str | None:

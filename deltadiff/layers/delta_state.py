@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import HALF_DTYPES, wide_dtype
 from ..errors import SwapError
 from ..ops.reference import join_remainder, split_remainder
-from ..ranks import copy_values, is_sharded
+from ..ranks import copy_values, is_sharded, like_shards, of_the_first
 from .lora_layers import LoraLayer
 from .pending_delta import LowRankFactors, PendingDelta
 
@@ -60,9 +60,12 @@ def take_saved_delta(
 ) -> PendingDelta | None:
     """The delta that `delta_to_state` wrote, removed from ``state``; None for none.
 
-    ``lora_A``, ``lora_B``: the pair as it was saved; None in a part of a state.
+    ``lora_A``, ``lora_B``: the pair as it was saved; None in a part of a state. Where they are
+    sharded, all processes call this.
     """
     found = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
+    if lora_A is not None and is_sharded(lora_A):
+        found = of_the_first(found, lora_A)
     if not found:
         return None
     ratio, scaling, in_weight, count, *past_in_weight = found["numbers"].tolist()
@@ -73,7 +76,9 @@ def take_saved_delta(
     anchors = found["anchor_A"], found["anchor_B"]
     pair = [anchor if p is None else p for p, anchor in zip((lora_A, lora_B), anchors, strict=True)]
     last = found.get("last_A", pair[0]), found.get("last_B", pair[1])
-    anchor_A, anchor_B, last_A, last_B = (t.detach().clone() for t in (*anchors, *last))
+    anchor_A, anchor_B, last_A, last_B = (
+        like_shards(t.detach().clone(), p) for t, p in zip((*anchors, *last), pair * 2, strict=True)
+    )
     return PendingDelta(
         anchor_A, anchor_B, last_A, last_B, ratio, scaling, found["rank_scale"].clone(),
         bool(in_weight), past_updates=None if count < 0 else past,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, SwapError
+from ..ranks import whole
 from .lora_layers import LoraLayer
 from .merge import branch_products
 from .pending_delta import LowRankFactors, PendingDelta
@@ -25,7 +26,7 @@ def low_rank_sum(name: str, pairs: Sequence[LoraLayer]) -> tuple[Tensor, Tensor]
         pairs: its pairs; PEFT's layers may have several.
 
     Raises:
-        ArgumentTypeError: a factor is no whole tensor.
+        ArgumentTypeError: a factor is on meta.
         SwapError: the update of W is not kept as factors.
     """
     products = [product for pair in pairs for product in _products(name, pair)]
@@ -69,12 +70,13 @@ def check_known(name: str, delta: PendingDelta) -> None:
 
 
 def whole_on_cpu(name: str, t: Tensor) -> Tensor:
-    """The tensor, contiguous on the CPU and no view of another.
+    """All of the tensor, contiguous on the CPU and no view of another.
+
+    Of a sharded one, all processes ask for it.
 
     Raises:
-        ArgumentTypeError: it is sharded, or has no memory.
+        ArgumentTypeError: it has no memory.
     """
-    if hasattr(t, "device_mesh") or t.is_meta:
-        given = "a tensor on meta" if t.is_meta else type(t).__name__
-        raise ArgumentTypeError(name, given, "whole tensors (gather them, or load them)")
-    return t.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if t.is_meta:
+        raise ArgumentTypeError(name, "a tensor on meta", "tensors that were loaded")
+    return whole(t).cpu().clone(memory_format=torch.contiguous_format)

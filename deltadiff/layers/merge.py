@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import dtype_name, wide_dtype
+from ..errors import SwapError
 from ..ops.reference import join_remainder
+from ..ranks import add_up, is_unit, local, own_part, reshard, whole
 from ..text import align_columns
 from .lora_layers import LoraLayer
-from .lora_linear import LoraLinear, check_unsharded, own_layers
+from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes
 from .pending_delta import LowRankFactors
 from .saturation import saturated_message
@@ -60,16 +62,24 @@ def merge_(model: nn.Module) -> MergeReport:
     range of a float16 weight becomes its largest value, and a warning says so. Afterwards the
     model is an ordinary eager model: no adapters, plain ``nn.Linear`` layers.
 
+    Of a model that FSDP shards, all processes call this. Each adds to its own part of W, and the
+    model stays sharded. Optimizers that hold its pairs are of no use any more.
+
     Returns:
         A report with the relative rounding error of each weight; it prints as a table.
 
     Raises:
-        SwapError: the model has no swapped layer, or has layers of PEFT.
+        SwapError: the model has no swapped layer, or has layers of PEFT; or `fully_shard` was
+            called on a layer itself, which another one is to replace.
         ArgumentTypeError, ArgumentError: a weight that cannot be written (quantised, tied,
             shared); nothing was changed.
     """
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
-    check_unsharded(layers, "merge_")
+    for name, layer in layers.items():
+        if is_unit(layer):
+            given = f"{name}, on which `fully_shard` was called itself"
+            raise SwapError("merge_", given, "a unit around it, such as its block or the model")
+    reshard(model)
     check_writable(layers, [model])
     rows, past = [], dict[str, int]()
     for name, layer in layers.items():
@@ -90,14 +100,15 @@ def _merge_layer(layer: LoraLinear) -> tuple[float, int]:
     Returns its relative rounding error, and how many finite elements are past the range of its
     dtype: they get its largest value, not inf.
     """
-    low = layer.delta.remainder if layer.delta is not None else None
+    low = None if layer.delta is None else local(layer.delta.remainder)
+    matrix = local(layer.matrix)
     sums = torch.zeros(3, dtype=torch.float64, device=layer.weight.device)
     most = torch.finfo(layer.weight.dtype).max
-    products = branch_products(layer)
+    products = [_own_part(p, layer) for p in branch_products(layer)]
     rows = max(1, _BLOCK // layer.in_features)
-    for start in range(0, layer.out_features, rows):
+    for start in range(0, len(matrix), rows):
         block = slice(start, start + rows)
-        w = layer.matrix[block]
+        w = matrix[block]
         wide = wide_dtype(w.dtype)
         exact = w.to(wide) if low is None else join_remainder(w, low[block])
         for p in products:
@@ -106,16 +117,28 @@ def _merge_layer(layer: LoraLinear) -> tuple[float, int]:
         w.copy_(torch.where(past, exact.clamp(-most, most), exact))
         lost = (w.to(wide) - exact).square().sum()
         sums += torch.stack([lost, exact.square().sum(), past.sum()])
+    add_up(sums, layer.weight)
     lost, norm, saturated = sums.tolist()
     return math.sqrt(lost / norm) if norm else 0.0, int(saturated)
 
 
+def _own_part(product: LowRankFactors, layer: LoraLayer) -> LowRankFactors:
+    """The factors of what this process holds of W: some rows, or some columns of a Conv1D's."""
+    if layer.transposed:
+        a = own_part(product.A.T, layer.weight).T
+        return LowRankFactors(product.B, a, product.in_weight)
+    return LowRankFactors(own_part(product.B, layer.weight), product.A, product.in_weight)
+
+
 def branch_products(layer: LoraLayer) -> list[LowRankFactors]:
-    """The products that the forward pass adds to W, as factors in float32 (or float64)."""
+    """The products that the forward pass adds to W, as factors in float32 (or float64).
+
+    The factors are whole, also those of a sharded layer, for which all processes call this.
+    """
     wide = wide_dtype(layer.lora_A.dtype)
 
     def widen(t: Tensor) -> Tensor:
-        return t.detach().to(wide)
+        return whole(t).to(wide)
 
     b = layer.scaling * widen(layer.lora_B)
     b = b if layer.gate is None else b * widen(layer.gate)

@@ -13,6 +13,7 @@ from torch import nn
 from ..checks import check_dropout, check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
 from .base_format import base_format, check_backend
+from .fsdp_places import follow_layers
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
 from .lora_linear import LoraLinear, check_unsharded, own_layers
@@ -175,6 +176,7 @@ def take_out(model: nn.Module, replacements: dict[LoraLinear, nn.Module]) -> Non
         eager.train(layer.training)
         layer.swapped_in = False
     _replace(model, replacements.items())
+    follow_layers(model, replacements)
 
 
 def _replace(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:

@@ -40,9 +40,6 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
             split, kept = ("W", "its pair") if is_sharded(w) else ("its pair", "W")
             given = f"{split} split over processes and {kept} not, as by tensor parallelism"
             raise ArgumentTypeError(argument, given, "both by `fully_shard`, or neither")
-        if is_sharded(w) and layer.transposed:
-            given = "a Conv1D's weight (in, out) that is sharded along its inputs"
-            raise ArgumentTypeError(argument, given, "in place, a whole weight or an nn.Linear's")
         if 0 in local(w).stride():
             raise ArgumentError(argument, f"strides {w.stride()}", "a weight with its own memory")
         same = {n for m, n in holders.get(_memory(w), {}).items() if m != id(layer.holder)}

@@ -36,6 +36,7 @@ from ..layers.lora_linear import LoraLinear
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_
 from ..layers.targets.choose import Targets
+from ..ranks import local, own_part, whole
 from .adalora_budget import Schedule, largest
 from .adalora_importance import Triplets
 from .fused_adamw import FusedAdamW
@@ -109,7 +110,6 @@ class AdaLoRA(FusedAdamW):
     """
 
     _methods = ("AdaLoRA",)
-    _takes_shards = False  # it compares whole singular vectors
     _copied = (*FusedAdamW._copied, "schedule", "beta1", "beta2", "orth_reg_weight")
 
     def __init__(
@@ -149,6 +149,8 @@ class AdaLoRA(FusedAdamW):
     def orthogonality(self) -> Tensor:
         """gamma sum_k (||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2), to be added to the loss.
 
+        Where the parameters are sharded, all processes call it. Each computes the whole sum.
+
         Returns:
             A 0-dim tensor, float32 (float64 for float64 parameters).
         """
@@ -157,8 +159,11 @@ class AdaLoRA(FusedAdamW):
         return self.orth_reg_weight * torch.stack(terms).sum()
 
     def ranks(self) -> dict[str, int]:
-        """How many singular values of each layer are not zero; waits for the device."""
-        return {name: int((gate != 0).sum()) for name, gate in self._gates.items()}
+        """How many singular values of each layer are not zero; waits for the device.
+
+        Where they are sharded, all processes ask for it.
+        """
+        return {name: int((whole(gate) != 0).sum()) for name, gate in self._gates.items()}
 
     def _build(self) -> None:
         super()._build()
@@ -206,6 +211,7 @@ class AdaLoRA(FusedAdamW):
         return found
 
     def _step(self) -> None:
+        self._restore_places()
         before = {device: t.clone() for device, t in self._iteration.items()}
         scale = getattr(self, "grad_scale", None)
         sensitivity = [triplets.sensitivity(scale) for triplets in self._triplets]
@@ -221,8 +227,8 @@ class AdaLoRA(FusedAdamW):
         kept = largest(scores, self._kept.index_select(0, t.view(1)))
         gates = list(self._gates.values())
         masks = kept.to(gates[0].dtype).split([g.numel() for g in gates])
-        masks = [k.to(g.device, g.dtype) for k, g in zip(masks, gates, strict=True)]
-        torch._foreach_mul_(gates, masks)
+        masks = [own_part(k, g).to(g.device, g.dtype) for k, g in zip(masks, gates, strict=True)]
+        torch._foreach_mul_([local(g.detach()) for g in gates], masks)
 
     def _run_state(self) -> dict[str, Any]:
         return {**super()._run_state(), **asdict(self.schedule)}

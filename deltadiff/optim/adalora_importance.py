@@ -1,14 +1,20 @@
 """`Triplets`: the importance of AdaLoRA's triplets, and their distance from orthogonality."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..checks import wide_dtype
 from ..layers.lora_linear import LoraLinear
+from ..ranks import is_sharded, local, shard_like, whole_stack
 
 
 class Triplets:
     """The triplets of n layers of one shape, stacked so that one launch serves all of them.
+
+    Where they are sharded, each process stacks its parts, and what needs whole triplets gathers
+    each stack.
 
     Args:
         layers: layers with a P, Lambda and Q of one shape, dtype and device.
@@ -31,28 +37,32 @@ class Triplets:
     def _stack(self, name: str, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
         stacks = {}
         for part, params in self.params.items():
-            shape = (len(params), *params[0].shape)
+            shape = (len(params), *local(params[0]).shape)
             stacks[part] = torch.zeros(shape, dtype=self.dtype, device=self.device)
             for p, own in zip(params, stacks[part], strict=True):
                 if name in state[p]:
-                    own.copy_(state[p][name])
-                state[p][name] = own
+                    own.copy_(local(state[p][name]))
+                state[p][name] = shard_like(own, p)
         return stacks
 
     def orthogonality(self) -> Tensor:
         """sum_k ||P_k^T P_k - I||^2 + ||Q_k Q_k^T - I||^2, differentiable."""
         with torch.autocast(self.device.type, enabled=False):
-            p = torch.stack(self.params["P"]).to(self.dtype)
-            q = torch.stack(self.params["Q"]).to(self.dtype)
+            p, q = (self._whole(self.params[part]).to(self.dtype) for part in "PQ")
             eye = torch.eye(q.shape[1], dtype=self.dtype, device=self.device)
             return (p.mT @ p - eye).square().sum() + (q @ q.mT - eye).square().sum()
+
+    def _whole(self, params: list[Tensor]) -> Tensor:
+        parts: list[Any] = [p.to_local() if is_sharded(p) else p for p in params]
+        return whole_stack(torch.stack(parts), params[0])
 
     def sensitivity(self, grad_scale: Tensor | None) -> dict[str, Tensor]:
         """I = |w dL/dw| of every entry; 0 where there is no gradient."""
         found = {}
         for part, params in self.params.items():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            product = torch.stack(params).to(self.dtype) * torch.stack(grads).to(self.dtype)
+            parts = [local(p) for p in params]
+            grads = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in params]
+            product = torch.stack(parts).to(self.dtype) * torch.stack(grads).to(self.dtype)
             if grad_scale is not None:
                 product /= grad_scale.to(self.device, non_blocking=True)
             found[part] = product.abs_()
@@ -69,5 +79,8 @@ class Triplets:
 
     def importance(self) -> Tensor:
         """S (n, r), float32 (float64 stays)."""
-        s = {part: mean * self.uncertainties[part] for part, mean in self.sensitivities.items()}
+        s = {
+            part: whole_stack(mean * self.uncertainties[part], self.params[part][0])
+            for part, mean in self.sensitivities.items()
+        }
         return s["Lambda"] + s["P"].mean(dim=1) + s["Q"].mean(dim=2)

@@ -33,8 +33,13 @@ from .saved_state import SavedState
 from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight
 from .shards import to_launch
 from .update_start import UpdateStart
-from .update_state import allocate_factor, allocate_remainder
-from .weight_update import WeightUpdate
+from .update_state import (
+    allocate_factor,
+    allocate_remainder,
+    remainder_from_bytes,
+    remainder_to_bytes,
+)
+from .weight_update import WeightUpdate, check_rounding
 
 W_UPDATES = ("inplace", "factored")
 # Param group, device and dtype of W, and lambda.
@@ -125,6 +130,7 @@ class DeltaLoRA(FusedAdamW):
         pairs = find_pairs(self._modules, groups, begun | {*kept})
         if self.w_update == "inplace":
             check_writable(pairs, self._modules)
+            check_rounding(pairs, self.rounding)
         return pairs
 
     def _check_tensors(self) -> None:
@@ -325,6 +331,9 @@ class DeltaLoRA(FusedAdamW):
                 warn_saturated(update.layers)
             for layer in update.layers.values():
                 update.save(layer, entries)
+                own = entries[layer.lora_B]
+                if "remainder" in own:
+                    own["remainder"] = remainder_to_bytes(own["remainder"], layer)
         return saved
 
     def _run_state(self) -> dict[str, Any]:
@@ -345,6 +354,7 @@ class DeltaLoRA(FusedAdamW):
                 saved.entries[p].setdefault("last", p.detach())  # older states lack it
             if inplace:
                 weight = take_weight(name, saved.entries[b], layer)
+                remainder_from_bytes(saved.entries[b], layer)
                 saved.weights[b] = renew_remainder(saved.entries[b], weight, layer)
             update = read_update(name, saved.entries[b], layer, inplace)
             if update is not None:

@@ -30,8 +30,9 @@ from ..errors import ArgumentError, ArgumentTypeError, SwapError
 from ..kernels.runtime.async_copy import copy_async
 from ..kernels.runtime.gpu import is_capturing
 from ..layers.linear import refuse_peft
-from ..layers.lora_linear import LoraLinear, own_layers
+from ..layers.lora_linear import LoraLinear, check_unsharded, own_layers
 from ..layers.report import SwapReport, swap_report
+from ..ranks import check_alike, local, own_part
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, layer_names
 from .saved_state import SavedState
@@ -59,7 +60,7 @@ class DyLoRA(FusedAdamW):
         frozen: train row and column b alone, not all of the truncation (the paper's "frozen").
         scale: of the low-rank branch at rank b: "alpha/b" (the paper), or "alpha/r", with which
             the best pairs of all ranks agree in the rows that they share.
-        seed: of the ranks, which are drawn on the host.
+        seed: of the ranks, which are drawn on the host; the same in all processes.
         model: where ``model_or_params`` holds bare parameters, the model they belong to.
 
     Raises:
@@ -68,7 +69,6 @@ class DyLoRA(FusedAdamW):
     """
 
     _methods = ("DyLoRA",)
-    _takes_shards = False  # its ranks are rows of A, which sharding spreads
     _copied = (
         *FusedAdamW._copied, "r_min", "r_max", "frozen", "scale", "distribution", "rank",
         "_generator",
@@ -108,6 +108,7 @@ class DyLoRA(FusedAdamW):
         super().__init__(
             model_or_params, lr, betas, eps, weight_decay, skip_nonfinite=skip_nonfinite
         )
+        check_alike("seed", seed, self._layers[0].lora_A)
         self.draw()
 
     def draw(self) -> int:
@@ -154,10 +155,11 @@ class DyLoRA(FusedAdamW):
             m.training_gate = self._masks[key][1]
             for is_B, p in ((False, m.lora_A), (True, m.lora_B)):
                 stacks[is_B, p.shape, p.dtype, key].append(p)
-        self._stacks = [
-            (params, self._masks[key][2].view((-1,) if is_B else (-1, 1)))
-            for (is_B, _, _, key), params in stacks.items()
-        ]
+        self._stacks = []
+        for (is_B, _, _, key), params in stacks.items():
+            trained = self._masks[key][2]
+            trained = trained if is_B else own_part(trained, params[0]).view(-1, 1)
+            self._stacks.append((params, trained))
         self._use_largest_rank()
         if self.rank:  # not the first call: the layers moved, and their masks are new
             self._send_rank(self.rank)
@@ -225,19 +227,21 @@ class DyLoRA(FusedAdamW):
                 raise ArgumentError("step", given, "training mode: `model.train()`")
 
     def _step(self) -> None:
+        self._restore_places()
         self._check_trained()
         stacks = self._stacks
         if self.frozen:
             for params, trained in stacks:
-                grads = [p.grad for p in params if p.grad is not None]
+                grads = [local(p.grad) for p in params if p.grad is not None]
                 if grads:
                     kept = torch.where(trained != 0, torch.stack(grads), 0)
                     torch._foreach_copy_(grads, list(kept.unbind()))
-        before = [torch.stack(params) for params, _ in stacks]
+        before = [torch.stack([*map(local, params)]) for params, _ in stacks]
         super()._step()
         for (params, trained), old in zip(stacks, before, strict=True):
-            kept = torch.where(trained != 0, torch.stack(params), old)
-            torch._foreach_copy_(params, list(kept.unbind()))
+            parts = [local(p.detach()) for p in params]
+            kept = torch.where(trained != 0, torch.stack(parts), old)
+            torch._foreach_copy_(parts, list(kept.unbind()))
         if not any(map(is_capturing, self._devices)):
             self.draw()
 
@@ -293,10 +297,11 @@ def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument that cannot be used, by name.
-        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update;
-            nothing was changed.
+        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update; a
+            model that FSDP shards; nothing was changed.
     """
     layers = own_layers(model, "truncate_", "PEFT's own calls")
+    check_unsharded(layers, "truncate_")
     _check_rank(b, min(m.r for m in layers.values()))
     _check_scale(scale)
     for name, m in layers.items():

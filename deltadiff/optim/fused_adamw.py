@@ -73,7 +73,7 @@ class FusedAdamW(Resumable):
     found_inf: Tensor
     grad_scale: Tensor
 
-    _takes_shards = True  # whether parameters may be sharded
+    _places: ShardedPlaces | None = None  # where sharded parameters stand
 
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
@@ -131,14 +131,12 @@ class FusedAdamW(Resumable):
 
     def _build(self) -> None:
         """Allocate the state, and prepare the launches for where the tensors lie now."""
+        self._restore_places()
         params = [*group_indices(self.param_groups)]
         check_order(self._modules, params)
         check_exchange(self.state.keys(), params, self._iteration.values())
         self._check_tensors()
         sharded = any(map(is_sharded, params))
-        if sharded and not self._takes_shards:
-            accepted = "whole ones, or `DeltaLoRA` for sharded ones"
-            raise ArgumentTypeError("model_or_params", "sharded parameters", accepted)
         self._places = ShardedPlaces(self._modules, params) if sharded else None
         for p in self.state.keys() - group_indices(self.param_groups).keys():
             del self.state[p]  # somebody took it out of the groups
@@ -290,12 +288,16 @@ class FusedAdamW(Resumable):
 
     def _look(self) -> bool:
         """Look at gradients and parameters; whether the launches still point to them."""
-        if self._places is not None:
-            self._places.restore()
+        self._restore_places()
         same = True
         for step in self._devices.values():
             same &= not step.look() & MOVED
         return same
+
+    def _restore_places(self) -> None:
+        """Let sharded parameters stand in their places, see `ShardedPlaces`."""
+        if self._places is not None:
+            self._places.restore()
 
     # -------------------------------------------------- values of the param groups
 

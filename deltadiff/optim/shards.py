@@ -5,8 +5,9 @@ its rank. AdamW needs no more than the local parts. The update of the local rows
 
     W += lambda s (dB A' + B dA)
 
-needs the whole A' and dA, and no part of W, B or dB that others hold. `WholePairs` gathers A' and
-dA of all layers at once: 2 r in numbers for a layer, in one collective a step.
+needs the whole A' and dA, and no part of W, B or dB that others hold. `WholeFactors` gathers A' and
+dA of all layers at once: 2 r in numbers for a layer, in one collective a step. The weight of a
+Conv1D is (in, out), so that its rows are columns of W: their update needs the whole B' and dB, too.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..checks import wide_dtype
 from ..errors import ArgumentTypeError, SwapError
 from ..layers.lora_linear import LoraLinear
-from ..ranks import is_sharded, local, why_no_shard
+from ..ranks import is_sharded, local, reshard, why_no_shard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -72,12 +73,8 @@ class ShardedPlaces:
         """
         if not self._moved():
             return
-        from torch.distributed.fsdp import FSDPModule  # takes a while to import
-
         for module in self._modules:
-            for m in module.modules():
-                if isinstance(m, FSDPModule):
-                    m.reshard()
+            reshard(module)
         for name in self._moved():
             accepted = "the parameter that the optimizer was made for"
             raise SwapError(name, "another parameter in its place", accepted)
@@ -118,55 +115,57 @@ def check_exchange(
     raise SwapError("optimizer", given, accepted)
 
 
-class WholePairs:
-    """The whole A' and dA of sharded pairs, in memory that stays where it is.
+class WholeFactors:
+    """All of sharded factors and of their last changes, in memory that stays where it is.
 
     Args:
-        As: lora_A of each layer, (r, in), sharded by its rank over one and the same mesh.
-        deltas: the local rows of A' - A of each, in the dtype that A is summed in.
+        factors: each lora_A (r, in) or lora_B (out, r), sharded by rows over one and the same mesh.
+        deltas: the local rows of the change of each, such as A' - A, in the dtype that the factor
+            is summed in.
 
     Attributes:
-        A, delta_A: (r, in) of each layer, in the dtypes of ``As`` and ``deltas``; as of the last
-            call.
+        wholes, deltas: of each factor, in the dtypes of the arguments; as of the last call.
     """
 
-    def __init__(self, As: "Sequence[DTensor]", deltas: Sequence[Tensor]):
-        self._As, first = As, As[0]
+    def __init__(self, factors: "Sequence[DTensor]", deltas: Sequence[Tensor]):
+        self._factors, first = factors, factors[0]
         dim = next(i for i, p in enumerate(first.placements) if p.is_shard())
         self._size = first.device_mesh.size(dim)
         self._group = first.device_mesh.get_group(dim)
         wide, device = wide_dtype(first.dtype), deltas[0].device
-        self._sources = [t for a, delta in zip(As, deltas, strict=True) for t in (local(a), delta)]
+        self._sources = [
+            t for a, delta in zip(factors, deltas, strict=True) for t in (local(a), delta)
+        ]
         # Every process sends as many rows as the first one has, which may be more than it has.
-        rows = [-(-a.shape[0] // self._size) for a in As]
-        sizes = [2 * n * a.shape[1] for n, a in zip(rows, As, strict=True)]
+        rows = [-(-a.shape[0] // self._size) for a in factors]
+        sizes = [2 * n * a.shape[1] for n, a in zip(rows, factors, strict=True)]
         self._mine = torch.zeros(sum(sizes), dtype=wide, device=device)
         self._all = self._mine.new_empty(self._size, sum(sizes))
         self._slots: list[Tensor] = []
-        for part, n, a, delta in zip(self._mine.split(sizes), rows, As, deltas, strict=True):
+        for part, n, a, delta in zip(self._mine.split(sizes), rows, factors, deltas, strict=True):
             self._slots += part.view(2, n, a.shape[1])[:, : len(delta)].unbind()
-        self.A = [torch.empty(a.shape, dtype=a.dtype, device=device) for a in As]
-        self.delta_A = [torch.zeros_like(a, dtype=wide) for a in self.A]
-        self._wholes: list[Tensor] = []  # where each row comes from, and where it goes
+        self.wholes = [torch.empty(a.shape, dtype=a.dtype, device=device) for a in factors]
+        self.deltas = [torch.zeros_like(a, dtype=wide) for a in self.wholes]
+        self._targets: list[Tensor] = []  # where each row goes, and where it comes from
         self._parts: list[Tensor] = []
-        for received, n, whole_a, delta in zip(
-            self._all.split(sizes, dim=1), rows, self.A, self.delta_A, strict=True
+        for received, n, whole_t, delta in zip(
+            self._all.split(sizes, dim=1), rows, self.wholes, self.deltas, strict=True
         ):
             for i, sent in enumerate(received):
-                first_row, pair = i * n, sent.view(2, n, whole_a.shape[1])
-                count = max(0, min(n, whole_a.shape[0] - first_row))
+                first_row, pair = i * n, sent.view(2, n, whole_t.shape[1])
+                count = max(0, min(n, whole_t.shape[0] - first_row))
                 if count:
                     self._parts += pair[:, :count].unbind()
-                    self._wholes += [t[first_row : first_row + count] for t in (whole_a, delta)]
+                    self._targets += [t[first_row : first_row + count] for t in (whole_t, delta)]
 
-    def of(self, lora_A: Tensor) -> tuple[Tensor, Tensor]:
-        """The whole A' and dA of a layer."""
-        i = next(i for i, a in enumerate(self._As) if a is lora_A)
-        return self.A[i], self.delta_A[i]
+    def of(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """All of a factor, and of its change."""
+        i = next(i for i, other in enumerate(self._factors) if other is factor)
+        return self.wholes[i], self.deltas[i]
 
     @torch.no_grad()
     def __call__(self) -> None:
-        """Gather A' and dA as they are now."""
+        """Gather the factors and their changes as they are now."""
         torch._foreach_copy_(self._slots, self._sources)
         dist.all_gather_into_tensor(self._all.view(-1), self._mine, group=self._group)
-        torch._foreach_copy_(self._wholes, self._parts)
+        torch._foreach_copy_(self._targets, self._parts)

@@ -4,6 +4,7 @@ It knows when the updates of its layers start, gives each layer its `PendingDelt
 what an earlier run, an adapter file or an earlier lambda left there.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from ..layers.low_rank_sum import check_known
 from ..layers.pending_delta import MAX_PAST_UPDATES, LowRankFactors, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
-from ..ranks import copy_values, first_row, is_sharded, local
+from ..ranks import copy_values, first_row, is_sharded, local, own_part
 from .rounding_loss import LayerUpdate, RoundingLoss
 from .saved_update import SavedUpdate, write_update
-from .shards import WholePairs
+from .shards import WholeFactors
 
 
 class WeightUpdate:
@@ -67,7 +68,7 @@ class WeightUpdate:
         self.rank_scales: dict[int, Tensor] = {}
         self.rank_scales_after: dict[int, Tensor] = {}
         self._launches: list = []
-        self._wholes: WholePairs | None = None
+        self._wholes: WholeFactors | None = None
         self._launched = False
         self._loss = RoundingLoss() if self.rounding == "nearest" else None
         self._prepare()
@@ -76,12 +77,14 @@ class WeightUpdate:
         """Gather the tensors of the launches: one for each dtype of adapters, so usually one."""
         # `check_layers` reads these in every step; asking the modules takes ten times as long.
         self._places = [place for m in self.layers.values() for place in m.places()]
-        sharded = [a for a in (m.lora_A for m in self.layers.values()) if is_sharded(a)]
+        sharded = [m.lora_A for m in self.layers.values() if is_sharded(m.lora_A)]
         self._gathers_anchors = bool(sharded) and not self.inplace
         if not self.inplace:
             return
         if sharded:
-            self._wholes = WholePairs(sharded, [self.delta[a] for a in sharded])
+            by_inputs = [m.lora_B for m in self.layers.values() if _split_by_inputs(m)]
+            sharded += [b for b in by_inputs if is_sharded(b)]
+            self._wholes = WholeFactors(sharded, [self.delta[p] for p in sharded])
         position = {m: i for i, m in enumerate(self.layers.values())}
         for dtype in dict.fromkeys(m.lora_A.dtype for m in self.layers.values()):
             layers = [m for m in self.layers.values() if m.lora_A.dtype == dtype]
@@ -104,20 +107,20 @@ class WeightUpdate:
                 low,
                 self.seed,
                 [position[m] for m in layers],
-                [first_row(m.weight) for m in layers],
+                [0 if _split_by_inputs(m) else first_row(m.weight) for m in layers],
             )
             self._launches.append((launch, layers))
 
     def _update_of(self, layer: LoraLayer) -> LayerUpdate:
-        a, b = layer.lora_A, layer.lora_B
-        whole_a: Tensor = a
-        whole_delta = self.delta[a]
-        if self._wholes is not None and is_sharded(a):
-            whole_a, whole_delta = self._wholes.of(a)
+        w, a, b = layer.weight, layer.lora_A.detach(), local(layer.lora_B.detach())
+        delta_a, delta_b = self.delta[layer.lora_A], self.delta[layer.lora_B]
+        if self._wholes is not None and is_sharded(layer.lora_A):
+            a, delta_a = self._wholes.of(layer.lora_A)
+            if _split_by_inputs(layer):
+                b, delta_b = self._wholes.of(layer.lora_B)
+                a, delta_a = own_part(a.T, w).T, own_part(delta_a.T, w).T
         scale = self.ratio * self.scaling_of(layer)
-        return LayerUpdate(
-            local(layer.matrix), whole_a, local(b), whole_delta, self.delta[b], scale
-        )  # fmt: skip
+        return LayerUpdate(local(layer.matrix), a, b, delta_a, delta_b, scale)
 
     def scaling_of(self, layer: LoraLayer) -> float:
         """s of the layer when this run began, see `PendingDelta.scaling`."""
@@ -357,7 +360,8 @@ class WeightUpdate:
             entries[b]["weight"] = layer.weight.detach()
         if delta is None or (not self.owns(delta, b) and not delta.changes_model()):
             # From before any step; checkpoints load what the state names here.
-            entries[b] |= write_update(SavedUpdate(self.ratio, layer.scaling, []), self.inplace)
+            begins = SavedUpdate(self.ratio, layer.scaling, [])
+            entries[b] |= write_update(begins, self.inplace, layer)
             return
         lost = not delta.known() and not delta.in_weight and delta.started()
         if self.owns(delta, b):
@@ -368,7 +372,22 @@ class WeightUpdate:
         else:  # another run's: this one would take it over in its next step
             saved = SavedUpdate(self.ratio, layer.scaling, delta.all_updates())
             for p in (layer.lora_A, b):
-                entries[p] |= dict.fromkeys(("anchor", "last"), p.detach().clone())
+                # One for each, because torch.distributed loads checkpoints into these tensors.
+                entries[p] |= {name: p.detach().clone() for name in ("anchor", "last")}
             if delta.remainder is not None and "remainder" in entries[b]:
                 entries[b]["remainder"] = delta.remainder
-        entries[b] |= write_update(saved, self.inplace)
+        entries[b] |= write_update(saved, self.inplace, layer)
+
+
+def _split_by_inputs(layer: LoraLayer) -> bool:
+    """Whether a process holds some columns of W: a Conv1D's weight is (in, out)."""
+    return layer.transposed and is_sharded(layer.weight)
+
+
+def check_rounding(layers: Mapping[str, LoraLayer], rounding: str | None) -> None:
+    """Raise ArgumentError where a rounding cannot be had for W of one of these layers."""
+    for name, layer in layers.items():
+        if rounding == "stochastic" and _split_by_inputs(layer):
+            if layer.weight.dtype in HALF_DTYPES:
+                given = f"'stochastic' for {name}, a Conv1D's weight sharded along its inputs"
+                raise ArgumentError("rounding", given, "'remainder' or 'nearest'")

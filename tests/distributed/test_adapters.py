@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fsdp_runs import make_model, make_peft_model, shard, shard_peft, train, values
+from fsdp_runs import make_model, shard, train
 from ranks import run_ranks, short_form
 
 from deltadiff import DeltaLoRA, load_adapter, save_adapter
@@ -32,12 +32,6 @@ def load_sharded(rank, folder):
     return logits(model)
 
 
-def peft_models(rank, alone, how):
-    model = shard_peft(make_peft_model(), alone)
-    train(model, DeltaLoRA(model, lr=5e-3, **HOW[how]), rank)
-    return values(model)
-
-
 @pytest.mark.parametrize("how", short_form(HOW, "factored"))
 def test_saved_by_the_first_process_and_read_by_all(how, tmp_path):
     model = make_model()
@@ -50,14 +44,3 @@ def test_saved_by_the_first_process_and_read_by_all(how, tmp_path):
     fresh = make_model()
     load_adapter(fresh, tmp_path / "sharded")
     assert run_ranks(load_sharded, str(tmp_path / "sharded")) == [logits(fresh)] * 2
-
-
-@pytest.mark.parametrize("how", short_form(["LoRA", "factored"], "factored"))
-@pytest.mark.parametrize("alone", [False, True], ids=["by blocks", "each matrix alone"])
-def test_layers_of_peft(alone, how):
-    first, second = run_ranks(peft_models, alone, how)
-    model = make_peft_model()
-    train(model, DeltaLoRA(model, lr=5e-3, **HOW[how]))
-    assert first == second
-    for ours, theirs in zip(first, values(model), strict=True):
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=3e-6)

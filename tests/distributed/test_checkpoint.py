@@ -1,12 +1,20 @@
 """torch.distributed.checkpoint: a run that is saved on n processes goes on bit by bit on m."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from fsdp_runs import METHODS, make_model, shard, train, values
 from ranks import run_ranks, short_form
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from deltadiff import DeltaLoRA
 
@@ -59,3 +67,39 @@ def test_saved_on_n_loaded_on_m(case, tmp_path):
     method, (saved, loaded) = case
     expected = run_ranks(save, method, str(tmp_path), size=saved)
     assert run_ranks(load, method, str(tmp_path), size=loaded) == [expected[0]] * loaded
+
+
+ON_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+ON_ALL = StateDictOptions(full_state_dict=True)
+
+
+def whole_states(rank, method):
+    """A run that goes on, and new ones that go on from whole states, of the first process or all.
+
+    Lambda changes on the way, so that the states hold a past update, which a new run does not.
+    """
+    model, optimizer = new_run(method)
+    for ratio in (0.5, optimizer.param_groups[0]["update_ratio"] / 2):
+        for group in optimizer.param_groups:
+            group["update_ratio"] = ratio * (METHODS[method][1].get("update_ratio", 1) > 0)
+        train(model, optimizer, rank, dist.get_world_size(), steps=4)
+    kept = [
+        (copy.deepcopy(get_state_dict(model, optimizer, options=get)), put)
+        for get, put in ((ON_FIRST, FROM_FIRST), (ON_ALL, ON_ALL))
+    ]
+    assert [bool(state) for state in kept[0][0]] == [rank == 0] * 2
+    found = [go_on(model, optimizer, rank)]
+    for (of_model, of_optimizer), options in kept:
+        model, optimizer = new_run(method)
+        set_model_state_dict(model, of_model, options=options)
+        set_optimizer_state_dict(model, optimizer, of_optimizer, options=options)
+        found.append(go_on(model, optimizer, rank))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*rounding")
+@pytest.mark.parametrize("method", short_form(METHODS, "remainder", "factored, K = 2"))
+def test_whole_states_of_the_first_process_and_of_all(method):
+    first, second = run_ranks(whole_states, method)
+    assert first == second == first[:1] * 3

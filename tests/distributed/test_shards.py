@@ -1,4 +1,4 @@
-"""Sharded tensors in an optimizer: what `fully_shard` makes, and whole pairs from their parts."""
+"""Sharded tensors in an optimizer: what `fully_shard` makes, and whole factors from their parts."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from deltadiff.errors import ArgumentTypeError
-from deltadiff.optim.shards import WholePairs, check_shards
+from deltadiff.optim.shards import WholeFactors, check_shards
 from deltadiff.ranks import first_row, is_sharded, local, whole
 
 SHAPES = [(8, 5), (3, 4), (1, 6)]  # the last two leave some processes without a row
@@ -20,12 +20,12 @@ def gather_twice(rank, dtype):
     wholes = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
     sharded = [distribute_tensor(t.clone(), mesh, [Shard(0)]) for t in wholes]
     deltas = [local(t).float() * 2 for t in sharded]
-    pairs = WholePairs(sharded, deltas)
+    factors = WholeFactors(sharded, deltas)
     equal = []
     for _ in range(2):
-        pairs()
-        equal += map(torch.equal, pairs.A, wholes)
-        equal += map(torch.equal, pairs.delta_A, [t.float() * 2 for t in wholes])
+        factors()
+        equal += map(torch.equal, factors.wholes, wholes)
+        equal += map(torch.equal, factors.deltas, [t.float() * 2 for t in wholes])
         for t, mine in zip(wholes, (*sharded, *deltas), strict=False):
             t.mul_(4)
             local(mine).mul_(4)
@@ -49,7 +49,7 @@ def placements(rank):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_whole_pairs_from_their_parts(size, dtype):
+def test_whole_factors_from_their_parts(size, dtype):
     assert run_ranks(gather_twice, dtype, size=size) == [[True] * 12] * size
 
 

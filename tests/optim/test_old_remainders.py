@@ -1,10 +1,11 @@
-"""States of DeltaLoRA from versions that kept a float16 remainder are read exactly."""
+"""States of DeltaLoRA from versions that kept other remainders are read exactly."""
 
 import copy
 
 import pytest
 import torch
 from delta_lora_runs import make_model
+from older_states import as_format_2
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,10 +59,18 @@ def test_a_float16_remainder_is_read(make):
             assert torch.equal(of_state[name], of_copy[name])
 
 
-def test_a_new_remainder_is_taken_as_it_is():
-    optimizer, layers = run(make_model, 4)
-    other, others = run(make_model, 0)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+@pytest.mark.parametrize("form", [lambda state, _: state, as_format_2], ids=["bytes", "int16"])
+@pytest.mark.parametrize("make", [make_model, make_conv1d_model])
+def test_a_new_remainder_is_taken_as_it_is(make, form):
+    optimizer, layers = run(make, 4)
+    other, others = run(make, 0)
+    state = optimizer.state_dict()
+    for i, layer in layers.items():
+        assert state["state"][i]["remainder"].dtype == torch.uint8
+        assert state["state"][i]["remainder"].shape == (
+            layer.weight.shape[0], 2 * layer.weight.shape[1],
+        )  # fmt: skip
+    other.load_state_dict(copy.deepcopy(form(state, optimizer)))
     for i, layer in layers.items():
         low, again = optimizer.state[layer.lora_B], other.state[others[i].lora_B]
         assert torch.equal(low["remainder"], again["remainder"]) and low["remainder"].any()

@@ -14,6 +14,7 @@ from deltadiff import DeltaLoRA, FusedAdamW
 from deltadiff.errors import ArgumentError
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 from deltadiff.optim.dylora import DyLoRA
+from deltadiff.optim.saved_state import FORMAT
 
 MUTANTS = 10  # of each method, for each seed
 
@@ -92,6 +93,6 @@ def test_a_newer_format_is_refused_with_the_reason():
     for group in saved["param_groups"]:
         group["deltadiff.format"] += 1
     before = snapshot(model, optimizer)
-    with pytest.raises(ArgumentError, match="format 3, of a newer deltadiff"):
+    with pytest.raises(ArgumentError, match=f"format {FORMAT + 1}, of a newer deltadiff"):
         optimizer.load_state_dict(saved)
     assert all(map(torch.equal, before, snapshot(model, optimizer)))

@@ -12,6 +12,8 @@ def as_older(state_dict: dict[str, Any], optimizer: Any) -> dict[str, Any]:
 
     The entries of "state" and the param groups are new dicts; their tensors are the same.
     """
+    if state_dict["param_groups"][0][f"{PREFIX}method"] == "DeltaLoRA":
+        state_dict = as_format_2(state_dict, optimizer)
     state = {i: dict(entry) for i, entry in state_dict["state"].items()}
     groups = [dict(group) for group in state_dict["param_groups"]]
     run = {n.removeprefix(PREFIX): v for n, v in groups[0].items() if n.startswith(PREFIX)}
@@ -28,6 +30,27 @@ def as_older(state_dict: dict[str, Any], optimizer: Any) -> dict[str, Any]:
         state["delta_lora"] = _older_delta_lora(state, optimizer) | {
             "iteration": t, "w_update": run["w_update"],
         }  # fmt: skip
+    return {"state": state, "param_groups": groups}
+
+
+def as_format_2(state_dict: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """``state_dict`` of a `DeltaLoRA` in that form.
+
+    There a remainder is int16, (out, in), and each factor of a past update is an entry.
+    """
+    state = {i: dict(entry) for i, entry in state_dict["state"].items()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    layers = {m.lora_B: m for update in optimizer.weight_updates for m in update.layers.values()}
+    for p, entry in zip(params, state.values(), strict=True):
+        if "remainder" in entry:
+            low = entry["remainder"].view(torch.int16)
+            entry["remainder"] = low.T if layers[p].transposed else low
+        if "update" in entry:
+            numbers, a, b = (entry.pop(name) for name in ("update", "past_A", "past_B"))
+            entry["update"], ranks = numbers[:5], [int(n) for n in numbers[5:]]
+            entry |= {f"past_A.{k}": t for k, t in enumerate(a.split(ranks))}
+            entry |= {f"past_B.{k}": t for k, t in enumerate(b.split(ranks, dim=1))}
+    groups = [{**group, f"{PREFIX}format": 2} for group in state_dict["param_groups"]]
     return {"state": state, "param_groups": groups}
 
 

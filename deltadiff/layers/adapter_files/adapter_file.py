@@ -30,7 +30,7 @@ from ...files import (
     write_bytes,
     write_text,
 )
-from ...ranks import Ranks, copy_values, is_sharded, whole
+from ...ranks import Ranks, copy_values, is_sharded, reshard, whole
 from ..linear import is_peft_model
 from ..lora_linear import LoraLinear, own_layers
 from ..low_rank_sum import check_known
@@ -96,13 +96,13 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
         raise ArgumentError("folder", given, "another folder")
     instead = "`model.save_pretrained`, or `export_peft` after Delta-LoRA"
     layers = by_plain_name(own_layers(model, "save_adapter", instead).items())
+    sharded = reshard(model)
     warn_saturated(layers)
     tensors: dict[str, Tensor] = {}
     owners = _owners(layers)
     entries = {name: _describe(name, m, owners[name], tensors) for name, m in layers.items()}
     extra, tied = trained_beside(model, layers)
     tensors |= {f"{name}.saved": held.logical for name, held in extra.items()}
-    sharded = any(map(is_sharded, tensors.values()))
     blob = save({name: whole(t).cpu().contiguous() for name, t in tensors.items()})
     digest = hashlib.sha256(blob).hexdigest()
     weights = adapter_format.weights_name(digest)
@@ -283,6 +283,9 @@ def _check_layers(layers: dict[str, LoraLinear], saved: dict[str, dict]) -> None
         if delta is not None and delta.in_weight and delta.started():
             raise SwapError(name, "a weight that was already updated in place", "the base weight")
         gate, saved_gate = _describe_gate(layer), saved[name].get("gate")
+        if saved_gate and saved_gate["trained"] and not gate and is_sharded(layer.lora_A):
+            accepted = "`load_adapter` on the whole model, then `fully_shard`"
+            raise SwapError(name, "a sharded layer without the gate of the adapter", accepted)
         if gate and gate != saved_gate:
             raise SwapError(name, f"gate {gate}", f"{saved_gate}, as in the adapter")
 
@@ -334,7 +337,7 @@ def _fill(layer: LoraLinear, entry: dict, name: str, tensors: dict[str, Tensor])
 
 def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:
     if layer.gate is not None:  # an optimizer or other layers may hold the same tensor
-        layer.gate.copy_(gate)
+        copy_values(layer.gate, gate)
         return
     gate = gate.to(layer.lora_A.device)
     gate = gate if gate.dtype in DTYPES else gate.to(wide_dtype(layer.lora_A.dtype))

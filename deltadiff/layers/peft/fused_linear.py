@@ -1,5 +1,6 @@
 """`FusedLinear`: PEFT's ``lora.Linear`` with `lora_linear` as its forward pass."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..pending_delta import PendingDelta
 from .pair import PeftPair
 from .route import Route, find_route
 from .rules import active_adapters
+from .units import run_inside
 from .update_guards import check_kept, warn_dropped, warn_saved
 
 
@@ -66,6 +68,11 @@ class FusedLinear(HoldsPairs, Linear):
         route = None if args or kwargs else find_route(self, x)
         if route is None:
             return self._peft_forward(x, *args, **kwargs)
+        if not route.units:
+            return self._fused_forward(route, x)
+        return run_inside(route.units, x, partial(self._fused_forward, route))
+
+    def _fused_forward(self, route: Route, x: Tensor) -> Tensor:
         a, b, scaling, gate, dropout = self._product(route)
         return fused_branch(x, route.matrix, route.bias, a, b, scaling, gate, dropout, self.backend)
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import HALF_DTYPES
+from ...ranks import is_unit
 from ..linear import is_conv1d
 from .rules import HOOKS, active_adapters, why_not_now, why_peft
+from .units import dtype_in_passes
 
 if TYPE_CHECKING:
     from .fused_linear import FusedLinear
@@ -23,34 +25,56 @@ class Route:
 
     Attributes:
         names: the active adapters that the layer has.
-        matrix: W, (out_features, in_features).
-        bias: of the base layer.
+        weight, matrix, bias: of the base layer; the matrix is W, (out_features, in_features).
         factors: A, B and the dropout module of each adapter.
+        units: the modules that FSDP shards one by one. Their parameters are whole while they are
+            called, see `run_inside`; outside of that, other tensors stand in their places.
     """
 
     def __init__(self, layer: "FusedLinear"):
         base, self.names = layer.base_layer, active_adapters(layer)
-        self.weight: Tensor = base.weight
-        self.matrix = self.weight.T if is_conv1d(base) else self.weight
-        self.bias: Tensor | None = base.bias
+        self._base: Any = base
+        self._transposed = is_conv1d(base)
         self._active = layer._active_adapter
         if not isinstance(self._active, str):
             self._active = list(self._active)  # PEFT keeps its caller's list
-        self.factors: list[tuple[Tensor, Tensor, nn.Module]] = []
+        self._parts: list[tuple[Any, Any, nn.Module]] = []
         owners: list[tuple[dict[str, Any], str]] = [(layer._modules, "base_layer")]
-        owners += (base._parameters, "weight"), (base._parameters, "bias")
         modules = [base]
         for name in self.names:
             parts = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-            self.factors.append((parts[0].weight, parts[1].weight, parts[2]))
+            self._parts.append(parts)
             owners += [(m._modules, name) for m in (layer.lora_A, layer.lora_B, layer.lora_dropout)]
-            owners += [(m._parameters, "weight") for m in parts[:2]]
             modules += parts
+        self.units: list[nn.Module] = [m for m in modules if is_unit(m)]
+        owners += [
+            (m._parameters, key) for m in modules if m not in self.units for key in m._parameters
+        ]
         self._places = [(owner, key, owner[key]) for owner, key in owners]
-        self._empty = [getattr(m, hooks) for m in modules for hooks in HOOKS]
+        self._hooks = [
+            (found, len(found)) for m in modules for found in (getattr(m, h) for h in HOOKS)
+        ]
         self._attributes = [m.__dict__ for m in modules]
         self._kinds = [(m, type(m)) for m in modules]
-        self._dtypes = self.weight.dtype, self.factors[0][0].dtype
+        tensors = [held for *_, held in self._places if isinstance(held, Tensor)]
+        self._stored = [(t, t.dtype) for t in tensors]
+        self._dtypes = dtype_in_passes(base), dtype_in_passes(modules[1])
+
+    @property
+    def weight(self) -> Tensor:
+        return self._base.weight
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.T if self._transposed else self.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._base.bias
+
+    @property
+    def factors(self) -> list[tuple[Tensor, Tensor, nn.Module]]:
+        return [(a.weight, b.weight, dropout) for a, b, dropout in self._parts]
 
     def holds(self, layer: "FusedLinear", x: Tensor) -> bool:
         """Whether `why_peft` would still find no objection to this call."""
@@ -62,8 +86,8 @@ class Route:
         for owner, key, value in self._places:
             if owner.get(key) is not value:
                 return False
-        for hooks in self._empty:
-            if hooks:
+        for hooks, count in self._hooks:
+            if len(hooks) != count:
                 return False
         for attributes in self._attributes:
             if "forward" in attributes:
@@ -75,11 +99,11 @@ class Route:
             return False
         w, given = self.weight, type(x)
         stored, adapter = self._dtypes
-        a, b, _ = self.factors[0]
-        if w.requires_grad or w.dtype is not stored:
+        if w.requires_grad:
             return False
-        if a.dtype is not adapter or b.dtype is not adapter:
-            return False
+        for tensor, dtype in self._stored:
+            if tensor.dtype is not dtype:
+                return False
         if (given is not Tensor and given is not nn.Parameter) or x.device != w.device:
             return False
         # Where the input is cast, and where several adapters meet, the rules are asked again.

@@ -1,6 +1,6 @@
 """`why_peft`: which calls of PEFT's layers `lora_linear` cannot compute, and why."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ...checks import HALF_DTYPES
 from ...ops.transforms import TRANSFORMED, transformed
+from ...ranks import is_sharded, is_unit, plain_kind
 from ..base_format import base_format
 from ..linear import is_conv1d
 from ..targets.eligible import has_same_product, is_tensor_parallel
+from .units import (
+    becomes_whole,
+    dtype_given_out,
+    dtype_in_passes,
+    is_own_hook,
+)
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
@@ -48,7 +55,7 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
     if layer.merged_adapters:
         return "its adapters are merged"
     base = layer.base_layer
-    if type(base) is not nn.Linear and not is_conv1d(base) and not has_same_product(base):
+    if plain_kind(base) is not nn.Linear and not is_conv1d(base) and not has_same_product(base):
         return f"its base layer is {kind_of(base)}"
     if is_tensor_parallel(base):
         return "tensor parallelism splits its base weight"
@@ -65,7 +72,7 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
         return "dropout under several active adapters, each with a mask of its own"
     if any(map(_has_hooks, modules)):
         return "hooks on the modules inside of it"
-    return why_not_now() or _why_not_tensors(layer, base.weight, names, x)
+    return why_not_now() or _why_not_tensors(layer, base, names, x)
 
 
 def why_not_now() -> str | None:
@@ -87,7 +94,7 @@ def _why_not_adapter(layer: "Linear", name: str) -> str | None:
         return f"a variant of LoRA: {variant}"
     if layer.lora_bias[name]:
         return "lora_bias"
-    kinds = type(layer.lora_A[name]), type(layer.lora_B[name])
+    kinds = plain_kind(layer.lora_A[name]), plain_kind(layer.lora_B[name])
     if kinds != (nn.Linear, nn.Linear):
         return f"lora_A and lora_B are {kinds[0].__name__} and {kinds[1].__name__}"
     drop = layer.lora_dropout[name]
@@ -99,32 +106,48 @@ def _why_not_adapter(layer: "Linear", name: str) -> str | None:
 def _has_hooks(module: nn.Module) -> bool:
     """Whether something happens when the module is called that happens nowhere else."""
     # accelerate's hooks are a forward pass of the instance.
-    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in HOOKS)
+    found = (hook for hooks in HOOKS for hook in getattr(module, hooks).values())
+    return "forward" in module.__dict__ or not all(is_own_hook(module, hook) for hook in found)
 
 
 def _why_not_tensors(
-    layer: "Linear", weight: Tensor, names: list[str], x: Tensor | None
+    layer: "Linear", base: nn.Module, names: list[str], x: Tensor | None
 ) -> str | None:
+    weight: Any = base.weight
     if weight.requires_grad:
         return "its base weight is trained"
     if base_format(weight).quantised:
         return f"its base weight is {weight.dtype}"
-    factors = [m[name].weight for name in names for m in (layer.lora_A, layer.lora_B)]
-    if any(type(t) is not nn.Parameter and type(t) is not Tensor for t in (weight, *factors)):
-        return "its parameters are no whole tensors"
-    if any(t.device != weight.device for t in factors):
+    pairs = [m[name] for name in names for m in (layer.lora_A, layer.lora_B)]
+    for module in (base, *pairs):
+        # FSDP makes the weights of a unit whole when it is called: of this layer, when it runs.
+        later = (x is None or is_unit(module)) and becomes_whole(module)
+        if (
+            type(module.weight) is not nn.Parameter
+            and type(module.weight) is not Tensor
+            and not later
+        ):
+            return "its parameters are no whole tensors"
+        if is_unit(module) and torch.compiler.is_compiling():
+            return "modules inside of it are units of FSDP, in a compiled model"
+    if any(m.weight.device != weight.device for m in pairs if not is_unit(m)):
         return "its parameters are on several devices"
     if any(isinstance(s, Tensor) and s.device != weight.device for s in _scalings(layer, names)):
         return "its scaling is a tensor on another device"
-    given = weight.dtype if x is None else x.dtype
-    compute = weight.dtype
+    if x is None and is_sharded(weight) and any(map(is_unit, pairs)):
+        return None  # the unit around this layer settles the dtype of W in a call
+    compute = dtype_in_passes(base)
+    given = compute if x is None else x.dtype
     if torch.is_autocast_enabled(weight.device.type) and given != torch.float64:
         given = compute = torch.get_autocast_dtype(weight.device.type)
     accepted = (compute, torch.float32) if compute in HALF_DTYPES else (compute,)
-    if any(t.dtype not in accepted or t.dtype != factors[0].dtype for t in factors):
-        dtypes = dict.fromkeys(str(t.dtype) for t in factors)
-        return f"its adapters are {' and '.join(dtypes)} beside {compute}"
-    if not layer.cast_input_dtype_enabled and factors[0].dtype != given:
+    dtypes = dict.fromkeys(map(dtype_in_passes, pairs))
+    if len(dtypes) > 1 or not set(dtypes) <= set(accepted):
+        return f"its adapters are {' and '.join(map(str, dtypes))} beside {compute}"
+    results = {dtype_given_out(module) for module in (base, *pairs)} - {None, compute}
+    if results:
+        return f"units of FSDP inside of it give out {results.pop()}"
+    if not layer.cast_input_dtype_enabled and dtypes.keys() != {given}:
         return "the cast of its input is disabled"
     if x is None:
         return None

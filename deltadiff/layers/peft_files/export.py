@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...checks import check_int
 from ...errors import ArgumentError, SwapError
 from ...files import as_folder, remove_leftovers, write_bytes, write_json
+from ...ranks import Ranks, plain_kind, reshard
 from ...text import align_columns
 from ..lora_layers import HoldsPairs, LoraLayer
 from ..low_rank_sum import low_rank_sum, whole_on_cpu
@@ -80,6 +81,9 @@ def export_peft(
 ) -> ExportReport:
     """Write a LoRA adapter for the original base model, in PEFT's format.
 
+    Of a model that FSDP shards, all processes call this, and the first one writes. They gather what
+    is written, and no other part of the model.
+
     ``PeftModel.from_pretrained(base, folder)`` then computes what this model computes; PEFT need
     not be installed to write it. The factors are float32. All that Delta-LoRA added to W is in
     them, also what W holds now: the base must be the original one. Other parameters that require
@@ -109,7 +113,7 @@ def export_peft(
     Raises:
         ArgumentTypeError, ArgumentError: ``folder`` is no path, or empty, or its
             ``adapter_config.json`` is not PEFT's; ``pad_rank`` is below a layer's rank; a parameter
-            is no whole tensor. Nothing was written.
+            is on meta. Nothing was written.
         SwapError: the model has no swapped layer; a layer stands in several places, of which PEFT
             adapts one; PEFT cannot save a trained parameter; the update of W is not kept as factors
             any more. Nothing was written.
@@ -117,6 +121,7 @@ def export_peft(
     folder = as_folder("folder", folder)
     _check_replaceable(folder)
     pad_rank = None if pad_rank is False else pad_rank
+    sharded = reshard(model)
     base = base_model(model)
     modules = base_modules(base)
     layers = _layers(modules)
@@ -138,7 +143,8 @@ def export_peft(
     scaling = every[0].scaling if as_it_is else 1
     config = {
         "auto_mapping": None if beside.task_type else {
-            "base_model_class": type(base).__name__, "parent_library": type(base).__module__,
+            "base_model_class": plain_kind(base).__name__,
+            "parent_library": plain_kind(base).__module__,
         },
         "base_model_name_or_path": getattr(base, "name_or_path", None) or None,
         "bias": beside.bias,
@@ -155,7 +161,12 @@ def export_peft(
         "rank_pattern": pattern_of(ranks, r),
         "alpha_pattern": {} if as_it_is else pattern_of(ranks, r),
     }  # fmt: skip
-    path = _write(folder, config, save(tensors))
+    processes = Ranks() if sharded else None
+    if processes is None or processes.rank == 0:
+        _write(folder, config, save(tensors))
+    if processes is not None:
+        processes.wait()  # after this call the files are there for all
+    path = folder / CONFIG_FILE
     shapes = {name: (b.shape[0], a.shape[1]) for name, (b, a) in factors.items()}
     notes = _notes(layers, modules, beside, pad_rank)
     return ExportReport(path, shapes, ranks, tuple(beside.modules_to_save), notes)
@@ -250,7 +261,7 @@ def _check_replaceable(folder: Path) -> None:
         raise ArgumentError("folder", f"{path}, which is not PEFT's", "another folder")
 
 
-def _write(folder: Path, config: dict[str, object], weights: bytes) -> Path:
+def _write(folder: Path, config: dict[str, object], weights: bytes) -> None:
     """Write the two files. A crash leaves the old adapter, none or the new one."""
     folder.mkdir(parents=True, exist_ok=True)
     path, new = folder / CONFIG_FILE, folder / f".{WEIGHTS_FILE}.new"
@@ -259,4 +270,3 @@ def _write(folder: Path, config: dict[str, object], weights: bytes) -> Path:
     path.unlink(missing_ok=True)
     os.replace(new, folder / WEIGHTS_FILE)
     write_json(path, config)
-    return path

@@ -56,7 +56,7 @@ def beside_pairs(
 
     Raises:
         SwapError: PEFT cannot save a trained parameter, or would leave out a pair because of it.
-        ArgumentTypeError: a parameter is no whole tensor.
+        ArgumentTypeError: a parameter is on meta.
     """
     tensors: dict[str, Tensor] = {}
     owners = _copies_of_peft(base, modules)

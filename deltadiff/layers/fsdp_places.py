@@ -1,0 +1,45 @@
+"""`follow_layers`: FSDP's own notes of where parameters stand, after layers took others' places."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..ranks import is_unit
+
+
+def follow_layers(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Let FSDP put whole parameters into the new layers, which hold the sharded ones already.
+
+    FSDP notes the module and the name of each parameter when `fully_shard` is called. Parameters
+    that the new layer does not have are gathered no more.
+    """
+    units: list[Any] = [m for m in model.modules() if is_unit(m)]
+    for group in (group for unit in units for group in _groups(unit)):
+        kept = []
+        for p in group.fsdp_params:
+            place = p._module_info
+            new = replacements.get(place.module, place.module)
+            place.shared_modules = [replacements.get(m, m) for m in place.shared_modules]
+            if place.param_name in new._parameters:
+                place.module = new
+                kept.append(p)
+        group.fsdp_params = kept
+        hooks = (
+            group._module_to_pre_save_state_dict_hook_handle,
+            group._module_to_pre_load_state_dict_hook_handle,
+        )
+        if any(hooks):  # FSDP was asked for a forward pass before, which puts them on
+            for handles in hooks:
+                for handle in handles.values():
+                    handle.remove()
+                handles.clear()
+            group._register_state_dict_hooks()
+
+
+def _groups(unit: Any) -> list[Any]:
+    """The groups of parameters of a unit; older versions of torch have one at most."""
+    state = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
