@@ -299,6 +299,12 @@ class FusedAdamW(Resumable):
         if self._places is not None:
             self._places.restore()
 
+    def _follow_groups(self) -> None:
+        """Build anew for other parameters in the groups, which a method is about to read."""
+        if not self._holds_params():
+            self._build()
+        self._restore_places()
+
     # -------------------------------------------------- values of the param groups
 
     @torch.no_grad()

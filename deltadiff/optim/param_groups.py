@@ -144,21 +144,21 @@ def find_pairs(
             raise ArgumentError("model_or_params", f"{name} with {reason}", accepted)
         pairs[name] = layer
     if not pairs and any(g["update_ratio"] for g in groups):
-        _check_flattened(modules, index)
+        check_flattened(modules, index)
         given = "no swapped layer with a pair of its own"
         accepted = "a model that `swap_` changed, model=, or update_ratio=0"
         raise ArgumentError("model_or_params", given, accepted)
     return pairs
 
 
-def _check_flattened(modules: list[nn.Module], params: Collection[Tensor]) -> None:
+def check_flattened(modules: list[nn.Module], params: Collection[Tensor]) -> None:
     """Raise ArgumentError where something flattened the parameters of swapped layers into others.
 
     DeepSpeed's ZeRO puts one vector, the part of all parameters that its process updates, into each
-    group. Where A and B of a layer lie in it, or which W they belong to, only DeepSpeed knows.
+    group. Where A and B of a layer lie in it, and which W they belong to, it alone knows.
     """
     held = {p for module in modules for p in module.parameters()}
     if layer_names(modules) and held.isdisjoint(params):
-        given = "vectors of flattened parameters, as of DeepSpeed's ZeRO, for an update of W"
-        accepted = "update_ratio=0 under ZeRO; DDP, or `fully_shard`, for an update of W"
+        given = "vectors of flattened parameters, as of DeepSpeed's ZeRO, without pairs"
+        accepted = "under ZeRO `DeltaLoRA(update_ratio=0)`, which is LoRA; DDP or `fully_shard`"
         raise ArgumentError("model_or_params", given, accepted)

@@ -10,7 +10,7 @@ from deltadiff import DeltaLoRA, FusedAdamW
 from deltadiff.errors import ArgumentError, ArgumentTypeError
 from deltadiff.optim.dylora import DyLoRA
 
-PAIRS_ARE_GONE = "flattened parameters, as of DeepSpeed's ZeRO.*update_ratio=0 under ZeRO"
+PAIRS_ARE_GONE = "flattened parameters, as of DeepSpeed's ZeRO.*under ZeRO .*update_ratio=0"
 
 
 def test_vectors_in_the_place_of_parameters_are_trained():
@@ -75,6 +75,6 @@ def test_dylora_has_no_ranks_there():
     optimizer = DyLoRA(model, r_min=1)
     flatten_groups(optimizer)
     before = values(model)
-    with pytest.raises(ArgumentError, match="no pair of a swapped layer"):
+    with pytest.raises(ArgumentError, match=PAIRS_ARE_GONE):
         optimizer.step()
     assert before == values(model)
