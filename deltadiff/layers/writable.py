@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..ranks import is_sharded, local, why_no_shard
+from ..ranks import is_partitioned, is_sharded, local, why_no_shard
 from .base_format import base_format
 from .lora_layers import LoraLayer
 
@@ -31,6 +31,9 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
         if not base_format(w).writable:
             accepted = "float weights in place; else w_update='factored'"
             raise ArgumentTypeError(argument, f"{w.dtype} (quantised)", accepted)
+        if is_partitioned(w):
+            given = "parameters that DeepSpeed's ZeRO-3 has partitioned"
+            raise ArgumentTypeError(argument, given, "DDP or `fully_shard` for an update in place")
         reason = why_no_shard(w)
         if reason is not None or w.numel() == 0:
             given = reason or f"{type(w).__name__} of shape {tuple(w.shape)}"

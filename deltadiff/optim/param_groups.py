@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..checks import DTYPES, check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..layers.lora_layers import LoraLayer, lora_layers
-from ..ranks import local
+from ..ranks import is_partitioned, local
 from .shards import check_shards
 
 # What an optimizer takes: a model, or parameters, modules and param groups in any mixture.
@@ -85,7 +85,7 @@ def check_lr(lr: object, params: list[Tensor]) -> None:
 def check_parameter(p: Tensor) -> None:
     """Raise unless the kernels can write a parameter as it is."""
     check_shards("model_or_params", p)
-    if p.numel() == 0 and hasattr(p, "ds_id"):
+    if is_partitioned(p):
         given = "parameters that DeepSpeed's ZeRO-3 has partitioned"
         accepted = "an optimizer that is made before `deepspeed.initialize`, with update_ratio=0"
         raise ArgumentTypeError("model_or_params", given, accepted)

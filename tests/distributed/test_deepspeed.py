@@ -3,11 +3,20 @@
 import pytest
 import torch
 from deepspeed_runs import flatten_groups, train_by_zero
-from fsdp_runs import make_model, make_peft_model, train, values
+from fsdp_runs import make_base, make_model, make_peft_model, train, values
 from ranks import run_ranks, short_form
 
-from deltadiff import DeltaLoRA, FusedAdamW
-from deltadiff.errors import ArgumentError, ArgumentTypeError
+from deltadiff import (
+    DeltaLoRA,
+    FusedAdamW,
+    export_peft,
+    load_adapter,
+    merge_,
+    save_adapter,
+    swap_,
+    unswap_,
+)
+from deltadiff.errors import ArgumentError
 from deltadiff.optim.dylora import DyLoRA
 
 PAIRS_ARE_GONE = "flattened parameters, as of DeepSpeed's ZeRO.*under ZeRO .*update_ratio=0"
@@ -43,11 +52,26 @@ def test_an_update_of_w_without_pairs_is_refused_before_anything_is_changed(make
     assert before == (vector.tolist(), values(model))
 
 
-def test_parameters_that_are_partitioned_already_are_refused():
-    p = torch.nn.Parameter(torch.empty(0))
-    p.ds_id = 0  # with it ds_tensor, ds_shape, ds_status: see partition_parameters.py
-    with pytest.raises(ArgumentTypeError, match="ZeRO-3 has partitioned.*deepspeed.initialize"):
-        FusedAdamW([p])
+def partition(model):
+    """Leave what ZeRO-3 leaves of parameters; ds_tensor, ds_shape and ds_status go with ds_id."""
+    for i, p in enumerate(model.parameters()):
+        p.data, p.ds_id = torch.empty(0), i
+    return model
+
+
+def test_parameters_that_are_partitioned_are_refused(tmp_path):
+    base, model = partition(make_base(torch.float32)), make_model()
+    save_adapter(model, tmp_path / "whole")
+    partition(model)
+    for call in (
+        lambda: FusedAdamW(model), lambda: DeltaLoRA(model), lambda: swap_(base),
+        lambda: load_adapter(base, tmp_path / "whole"), lambda: unswap_(model),
+        lambda: save_adapter(model, tmp_path / "new"), lambda: merge_(model),
+        lambda: export_peft(model, tmp_path / "new"),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError, match="ZeRO-3 has partitioned"):
+            call()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("peft", short_form([False, True]))

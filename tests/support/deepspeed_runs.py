@@ -16,7 +16,8 @@ def make_engine(model, optimizer, stage):
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     halved = next(model.parameters()).dtype is torch.bfloat16
     config = {
-        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True, "bf16": {"enabled": halved},
     }  # fmt: skip
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]

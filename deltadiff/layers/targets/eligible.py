@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...checks import DTYPES, dtype_name
-from ...ranks import is_sharded, why_no_shard
+from ...ranks import is_partitioned, is_sharded, why_no_shard
 from ..linear import is_conv1d, linear_shape
 from ..lora_linear import LoraLinear
 from .weight_readers import find_readers
@@ -82,6 +82,11 @@ def _why_not_weight(module: "LinearLayer", w: Tensor) -> str | None:
         )
     if is_sharded(w) or hasattr(w, "_fsdp_flattened"):  # FSDP 2 and 1
         return "its weight is sharded: call `swap_` before `fully_shard` or FSDP"
+    if is_partitioned(w):
+        return (
+            "DeepSpeed's ZeRO-3 has partitioned its weight: call `swap_` before "
+            "`deepspeed.initialize`, on a model made without `zero.Init`"
+        )
     if w.numel() == 0:
         return "a weight of 0 elements: sharded, or with a side of 0"
     if w.dtype in _BYTES and _own_forward(module):
