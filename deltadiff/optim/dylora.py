@@ -247,8 +247,12 @@ class DyLoRA(FusedAdamW):
             self.draw()
 
     def _run_state(self) -> dict[str, Any]:
-        """With the drawn rank, and the generator of those to come."""
-        drawn = {"rank": self.rank, "generator": self._generator.get_state(), "r": self._r}
+        """With the drawn rank, and the generator of those to come.
+
+        torch.distributed takes states whose tensors lie on one device.
+        """
+        generator = self._generator.get_state().to(self._layers[0].lora_A.device)
+        drawn = {"rank": self.rank, "generator": generator, "r": self._r}
         return {**super()._run_state(), **drawn}
 
     def _check_state(self, saved: SavedState) -> None:

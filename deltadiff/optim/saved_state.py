@@ -199,10 +199,9 @@ def check_entry(i: object, found: dict[str, Any], own: dict[str, Tensor]) -> Non
         if name == "step" and isinstance(t, (int, float)) and not isinstance(t, bool):
             found[name] = t = torch.tensor(float(t))
         fits &= isinstance(t, Tensor) and t.layout == torch.strided and not t.is_meta
-        by_inputs = (
-            name == "remainder" and is_sharded(t) and why_no_shard(t.T) is None
-        )  # a Conv1D's
-        fits = fits and (by_inputs or why_no_shard(t) is None)
+        # That of a Conv1D is split by its columns, as W is.
+        by_columns = name == "remainder" and is_sharded(t) and why_no_shard(t.T) is None
+        fits = fits and (by_columns or why_no_shard(t) is None)
         fits = fits and (t.shape == expected.shape or (name == "step" and t.numel() == 1))
         fits = fits and t.is_floating_point() == expected.is_floating_point()
         fits = fits and not t.is_complex() and t.dtype != torch.bool

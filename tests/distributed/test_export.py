@@ -29,9 +29,12 @@ def export(rank, kind, how, folder):
     return report.ranks
 
 
-@pytest.mark.parametrize("how", short_form(HOW, "in place"))
-@pytest.mark.parametrize("kind", MODELS)
-def test_written_by_the_first_process(kind, how, tmp_path):
+CASES = [(kind, how) for kind in MODELS for how in HOW]
+
+
+@pytest.mark.parametrize("case", short_form(CASES, ("PEFT's", "in place")), ids=str)
+def test_written_by_the_first_process(case, tmp_path):
+    kind, how = case
     model, optimizer = run(kind, how)
     train(model, optimizer)
     report = export_peft(model, tmp_path / "alone")

@@ -40,7 +40,7 @@ def merge_sharded(rank, method):
 
 
 @pytest.mark.filterwarnings("ignore:.*rounding")
-@pytest.mark.parametrize("method", short_form(METHODS, "remainder", "factored, K = 2"))
+@pytest.mark.parametrize("method", short_form(METHODS, "remainder"))
 def test_the_rows_of_all_processes_are_the_merged_weight(method):
     dtype, how = METHODS[method]
     expected = []

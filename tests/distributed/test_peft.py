@@ -83,7 +83,8 @@ def test_two_processes_are_one_bit_by_bit(how):
     assert first == second == dict.fromkeys(VARIANTS, expected)
 
 
-@pytest.mark.parametrize("how", short_form(HOW, "in place"))
+@pytest.mark.long
+@pytest.mark.parametrize("how", HOW)
 def test_a_policy_of_mixed_precision(how):
     first, second = run_ranks(all_variants, how, ("by blocks, bf16", "each matrix alone, bf16"))
     assert first == second
@@ -124,7 +125,8 @@ def accumulate_alone(how):
     return values(model)
 
 
-@pytest.mark.parametrize("how", short_form(HOW, "LoRA"))
+@pytest.mark.long
+@pytest.mark.parametrize("how", HOW)
 def test_gradients_that_are_reduced_later(how):
     first, second = run_ranks(accumulate, how)
     assert first == second == accumulate_alone(how)
@@ -134,6 +136,7 @@ def low_rank(rank):
     return train_variant(rank, "each matrix alone", "in place", r=2)
 
 
+@pytest.mark.long
 def test_a_rank_below_the_number_of_processes():
     first, second, third = run_ranks(low_rank, size=3)
     assert first == second == third

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from fsdp_runs import make_base, parts_of, shard, values
 from ranks import run_ranks, short_form
 from torch.distributed.checkpoint.state_dict import (
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 
 from deltadiff import load_adapter, merge_, save_adapter, swap_
@@ -115,12 +117,55 @@ def resume(rank, method, folder):
     return same, values(third)
 
 
-@pytest.mark.parametrize("method", short_form(METHODS, "AdaLoRA", "DyLoRA"))
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
 def test_states_and_adapters(method, tmp_path):
     (same, loaded), other = run_ranks(resume, method, str(tmp_path))
     model, optimizer = make(method, 6)
     train(model, optimizer, None, 2, range(3))
     assert same and other == (True, loaded) and loaded == values(model)
+
+
+def new_run(method):
+    return make(method, 6, {} if dist.get_world_size() > 1 else None)
+
+
+def go_on(model, optimizer):
+    """More steps, in which every process sees all of each batch."""
+    for t in range(3, STEPS):
+        ids = parts_of(t, 1)[0]
+        loss = model(input_ids=ids, labels=ids).loss
+        (loss + getattr(optimizer, "orthogonality", lambda: 0.0)()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return values(model)
+
+
+def save(rank, method, folder):
+    model, optimizer = new_run(method)
+    train(model, optimizer, rank, dist.get_world_size(), range(3))
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    return go_on(model, optimizer)
+
+
+def load(rank, method, folder):
+    model, optimizer = new_run(method)
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    found = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(found, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
+    )
+    return go_on(model, optimizer)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["AdaLoRA", "DyLoRA"])
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (1, 2)], ids=str)
+def test_saved_on_n_loaded_on_m(method, sizes, tmp_path):
+    expected = run_ranks(save, method, str(tmp_path), size=sizes[0])
+    assert run_ranks(load, method, str(tmp_path), size=sizes[1]) == [expected[0]] * sizes[1]
 
 
 def merged(rank, method):

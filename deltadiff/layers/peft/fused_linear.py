@@ -68,11 +68,11 @@ class FusedLinear(HoldsPairs, Linear):
         route = None if args or kwargs else find_route(self, x)
         if route is None:
             return self._peft_forward(x, *args, **kwargs)
-        if not route.units:
-            return self._fused_forward(route, x)
         return run_inside(route.units, x, partial(self._fused_forward, route))
 
     def _fused_forward(self, route: Route, x: Tensor) -> Tensor:
+        if route.units:
+            route.read()
         a, b, scaling, gate, dropout = self._product(route)
         return fused_branch(x, route.matrix, route.bias, a, b, scaling, gate, dropout, self.backend)
 

@@ -59,22 +59,16 @@ class Route:
         tensors = [held for *_, held in self._places if isinstance(held, Tensor)]
         self._stored = [(t, t.dtype) for t in tensors]
         self._dtypes = dtype_in_passes(base), dtype_in_passes(modules[1])
+        self.read()
 
-    @property
-    def weight(self) -> Tensor:
-        return self._base.weight
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.weight.T if self._transposed else self.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self._base.bias
-
-    @property
-    def factors(self) -> list[tuple[Tensor, Tensor, nn.Module]]:
-        return [(a.weight, b.weight, dropout) for a, b, dropout in self._parts]
+    def read(self) -> None:
+        """Read the parameters anew, which stand in their places while the units run."""
+        self.weight: Tensor = self._base.weight
+        self.matrix = self.weight.T if self._transposed else self.weight
+        self.bias: Tensor | None = self._base.bias
+        self.factors: list[tuple[Tensor, Tensor, nn.Module]] = [
+            (a.weight, b.weight, dropout) for a, b, dropout in self._parts
+        ]
 
     def holds(self, layer: "FusedLinear", x: Tensor) -> bool:
         """Whether `why_peft` would still find no objection to this call."""
