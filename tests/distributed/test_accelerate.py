@@ -1,10 +1,15 @@
 """Accelerate, which shards a model whose optimizer is there already: right, and resumed."""
 
+import copy
+
 import pytest
 import torch
 from accelerate_runs import STATE_TYPES, make_accelerator, make_run
 from fsdp_runs import train, values
 from ranks import run_ranks, short_form
+
+from deltadiff import DeltaLoRA
+from deltadiff.errors import SwapError
 
 METHODS = ("LoRA", "factored", "in place", "remainder", "stochastic")
 KINDS = ["plain", "peft"]
@@ -72,3 +77,38 @@ def test_a_saved_state_is_resumed_bit_by_bit(case, tmp_path):
     options = {} if state is None else {"state_dict_type": state}
     first, second = run_ranks(save_and_resume, parallel, method, kind, options, str(tmp_path))
     assert first == second == [first[0]] * 2
+
+
+def prepare_late(rank, cpu_ram_efficient_loading):
+    """What says that a model is sharded after its first step."""
+    model, optimizer = make_run("factored")
+    train(model, optimizer, steps=2)
+    accelerator = make_accelerator("FSDP2", cpu_ram_efficient_loading=cpu_ram_efficient_loading)
+    with pytest.raises(SwapError) as error:
+        train(*accelerator.prepare(model, optimizer), rank, steps=1)
+    return str(error.value)
+
+
+def test_a_model_that_is_sharded_after_its_first_step_is_refused():
+    for text in run_ranks(prepare_late, False):
+        assert "in the place of those that it trained" in text
+        assert "prepare(model, optimizer)` before the first step" in text
+    for text in run_ranks(prepare_late, True):
+        assert "device: got meta, where the update of Delta-LoRA" in text
+        assert "cpu_ram_efficient_loading=False" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_that_has_not_begun_waits_while_a_model_is_on_meta(kind):
+    model, optimizer = make_run("factored", kind == "peft")
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = copy.deepcopy(model.state_dict())
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    blocks.to("meta")  # all of the model has buffers, which no state has
+    model.load_state_dict(before, assign=True)
+    twin, other = make_run("factored", kind == "peft")
+    other.load_state_dict(other.state_dict())
+    optimizer = DeltaLoRA(model, lr=5e-3, w_update="factored")
+    train(model, optimizer, steps=3)
+    train(twin, other, steps=3)
+    assert values(model) == values(twin)
