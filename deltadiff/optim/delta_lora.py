@@ -27,18 +27,13 @@ from ..layers.writable import check_writable
 from ..ranks import copy_values, local
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
-from .old_remainders import renew_remainder
 from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
+from .saved_remainder import read_remainder
 from .saved_state import SavedState
 from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight
 from .shards import to_launch
 from .update_start import UpdateStart
-from .update_state import (
-    allocate_factor,
-    allocate_remainder,
-    remainder_from_bytes,
-    remainder_to_bytes,
-)
+from .update_state import allocate_factor, allocate_remainder
 from .weight_update import WeightUpdate, check_rounding
 
 W_UPDATES = ("inplace", "factored")
@@ -331,9 +326,6 @@ class DeltaLoRA(FusedAdamW):
                 warn_saturated(update.layers)
             for layer in update.layers.values():
                 update.save(layer, entries)
-                own = entries[layer.lora_B]
-                if "remainder" in own:
-                    own["remainder"] = remainder_to_bytes(own["remainder"], layer)
         return saved
 
     def _run_state(self) -> dict[str, Any]:
@@ -354,8 +346,7 @@ class DeltaLoRA(FusedAdamW):
                 saved.entries[p].setdefault("last", p.detach())  # older states lack it
             if inplace:
                 weight = take_weight(name, saved.entries[b], layer)
-                remainder_from_bytes(saved.entries[b], layer)
-                saved.weights[b] = renew_remainder(saved.entries[b], weight, layer)
+                saved.weights[b] = read_remainder(saved.entries[b], weight, layer)
             update = read_update(name, saved.entries[b], layer, inplace)
             if update is not None:
                 saved.updates[b] = update

@@ -1,7 +1,7 @@
 """`SavedUpdate`: the update of one layer's W in the state of `DeltaLoRA`, beside lora_B's moments.
 
 anchor, last       of each factor, see `PendingDelta`
-remainder          of a 16-bit W, where it is updated in place; as bytes, see `remainder_to_bytes`
+remainder          of a 16-bit W, where it is updated in place; see `saved_remainder`
 weight             W, where it is updated in place; a reference, not a copy
 update             lambda and s of the last step, whether W holds the update, the number of past
                    updates (-1: too many to keep), the sum of 2^i for each of these that W holds,

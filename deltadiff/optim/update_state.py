@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import REMAINDER_DTYPES
 from ..layers.lora_layers import LoraLayer
-from ..ranks import local, view_dtype
+from ..ranks import local
 
 
 def allocate_factor(p: Tensor, state: dict[str, Any], deltas: dict[Tensor, Tensor] | None) -> None:
@@ -39,23 +39,3 @@ def allocate_remainder(layer: LoraLayer, state: dict[str, Any], keeps: bool) -> 
         state["remainder"] = torch.zeros_like(w.detach(), dtype=dtype)  # W's strides too
     elif low.device != w.device:
         low.data = low.data.to(w.device)
-
-
-def remainder_to_bytes(low: Tensor, layer: LoraLayer) -> Tensor:
-    """The remainder of a layer as a state has it: bytes, laid out as the weight is.
-
-    No backend of torch.distributed can gather int16, and other code casts it as if it were a
-    moment of AdamW.
-    """
-    return view_dtype(low.T if layer.transposed else low, torch.uint8)
-
-
-def remainder_from_bytes(entry: dict[str, Any], layer: LoraLayer) -> None:
-    """Put the remainder into ``entry`` in place of its bytes; other things are left to checks."""
-    found, dtype = entry.get("remainder"), REMAINDER_DTYPES.get(layer.weight.dtype)
-    if dtype is None or not isinstance(found, Tensor) or found.dtype != torch.uint8:
-        return
-    if found.dim() != 2 or found.shape[1] % dtype.itemsize or found.is_meta:
-        return
-    low = view_dtype(found.detach(), dtype)
-    entry["remainder"] = low.T if layer.transposed else low

@@ -20,6 +20,7 @@ from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
 from ..ranks import copy_values, first_row, is_sharded, local, own_part
 from .rounding_loss import LayerUpdate, RoundingLoss
+from .saved_remainder import remainder_to_bytes
 from .saved_update import SavedUpdate, write_update
 from .shards import WholeFactors
 
@@ -358,8 +359,13 @@ class WeightUpdate:
         b, delta = layer.lora_B, layer.delta
         if self.inplace:
             entries[b]["weight"] = layer.weight.detach()
-        if delta is None or (not self.owns(delta, b) and not delta.changes_model()):
-            # From before any step; checkpoints load what the state names here.
+        if delta is not None and not self.owns(delta, b) and not delta.changes_model():
+            delta = None  # it is from before this model was sharded, and has not begun
+        if "remainder" in entries[b]:
+            low = None if delta is None or self.owns(delta, b) else delta.remainder
+            low = entries[b]["remainder"] if low is None else low  # this run's, not another one's
+            entries[b]["remainder"] = remainder_to_bytes(low, layer)
+        if delta is None:  # from before any step; checkpoints load what the state names here
             begins = SavedUpdate(self.ratio, layer.scaling, [])
             entries[b] |= write_update(begins, self.inplace, layer)
             return
@@ -374,8 +380,6 @@ class WeightUpdate:
             for p in (layer.lora_A, b):
                 # One for each, because torch.distributed loads checkpoints into these tensors.
                 entries[p] |= {name: p.detach().clone() for name in ("anchor", "last")}
-            if delta.remainder is not None and "remainder" in entries[b]:
-                entries[b]["remainder"] = delta.remainder
         entries[b] |= write_update(saved, self.inplace, layer)
 
 

@@ -76,11 +76,15 @@ VARIANTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("how", short_form(HOW, "factored"))
-def test_two_processes_are_one_bit_by_bit(how):
-    first, second = run_ranks(all_variants, how, VARIANTS)
-    expected = alone(how)
-    assert first == second == dict.fromkeys(VARIANTS, expected)
+SHORT = ("by blocks", "each matrix alone", "checkpointing")
+CASES = [("factored", SHORT), *((how, VARIANTS) for how in HOW)]
+
+
+@pytest.mark.parametrize("case", short_form(CASES, ("factored", SHORT)), ids=str)
+def test_two_processes_are_one_bit_by_bit(case):
+    how, variants = case
+    first, second = run_ranks(all_variants, how, variants)
+    assert first == second == dict.fromkeys(variants, alone(how))
 
 
 @pytest.mark.long
