@@ -261,6 +261,33 @@ def peft_calls_table(records: Records) -> str:
     return markdown_table(["call", *records[0]["outcomes"]], *rows)
 
 
+def several_gpus_table(records: Records) -> str:
+    """For each device a line for each method, a column for each way, and the reasons below."""
+    parts = []
+    for (device,), found in grouped(records, "device").items():
+        reasons: list[str] = []
+        rows = []
+        for r in found:
+            cells = [r["method"]]
+            for text in r["outcomes"].values():
+                refused = (text or "").startswith("refused: ")
+                reason = text.removeprefix("refused: ") if refused else None
+                if refused and reason not in reasons:
+                    reasons.append(reason)
+                cells.append(f"refused ({reasons.index(reason) + 1})" if refused else text or "-")
+            rows.append(cells)
+        versions = ", ".join(f"{name} {found[0][name]}" for name in SEVERAL_GPUS_VERSIONS)
+        parts += [
+            f"**{device}** ({versions})",
+            markdown_table(["method", *found[0]["outcomes"]], *rows),
+        ]
+        parts += [" ".join(f"({i}) {reason}." for i, reason in enumerate(reasons, 1))]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+SEVERAL_GPUS_VERSIONS = ("torch", "transformers", "accelerate", "deepspeed", "peft")
+
+
 # ------------------------------------------------------------------ the table of README.md
 
 # Machines and dtypes are not mixed in one table.
@@ -351,6 +378,7 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "scaling": (scaling_table, lambda r: r["op"] == "scaling"),
         "scaling expected": (expected_table, lambda r: r["op"] == "scaling"),
         "peft calls": (peft_calls_table, lambda r: r["op"] == "peft_call"),
+        "several gpus": (several_gpus_table, lambda r: r["op"] == "several_gpus"),
         "families": (families_table, lambda r: r["op"] == "families"),
         "compare": (compare_tables, lambda r: r["op"] == "compare"),
     },

@@ -50,7 +50,8 @@ def check_plain(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise ArgumentTypeError(name, type(t).__name__, "a torch.Tensor")
     if hasattr(t, "device_mesh"):
-        raise ArgumentTypeError(name, "a DTensor", "a plain tensor (gather it first)")
+        accepted = "a plain tensor (gather it first); no tensor parallelism of LoRA layers"
+        raise ArgumentTypeError(name, "a DTensor", accepted)
     if t.is_nested or t.layout != torch.strided:
         given = "a nested tensor" if t.is_nested else f"layout {t.layout}"
         raise ArgumentTypeError(name, given, "a dense tensor")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .errors import ArgumentError
+from .errors import ArgumentError, SwapError
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -45,6 +45,19 @@ def reshard(model: nn.Module) -> bool:
     for unit in units:
         unit.reshard()
     return bool(units)
+
+
+def is_partitioned(t: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 holds the values of a parameter, and left an empty one here."""
+    return hasattr(t, "ds_id") and t.numel() == 0
+
+
+def check_not_partitioned(call: str, model: nn.Module) -> None:
+    """Raise SwapError where ZeRO-3 holds values that a call would read or write."""
+    if any(map(is_partitioned, model.parameters())):
+        given = "parameters that DeepSpeed's ZeRO-3 has partitioned"
+        accepted = "`deepspeed.zero.GatheredParameters(list(model.parameters()))` around it"
+        raise SwapError(call, given, accepted)
 
 
 def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":

@@ -5,15 +5,21 @@ and make older states incomplete. The layer writes it into its state and takes i
 without it means that there is none.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from ..checks import HALF_DTYPES, wide_dtype
 from ..errors import SwapError
 from ..ops.reference import join_remainder, split_remainder
-from ..ranks import is_sharded, like_shards, of_the_first
+from ..ranks import copy_values, is_sharded, like_shards, of_the_first
 from .lora_layers import LoraLayer
 from .pending_delta import LowRankFactors, PendingDelta
+
+
+class LostUpdateWarning(UserWarning):
+    """Delta-LoRA's update is missing from a file or was dropped from a model."""
 
 
 def delta_to_state(
@@ -24,7 +30,19 @@ def delta_to_state(
     Each name leads from the layer's attribute to its tensor, because torch.distributed's
     checkpoints walk all names of a state. ``last_A`` and ``last_B`` are there where the pair is
     another than the last step left; reads from the device.
+
+    There are none of a sharded layer whose update is an optimizer's. A state of sharded tensors is
+    loaded into what the model has already, which is no update in a new run; the optimizer's state
+    then brings it back. A warning says so where the model needs it and W does not hold it.
     """
+    if is_sharded(lora_A) and delta.unseen:
+        if not lora_A.is_meta and not delta.in_weight and delta.changes_model():
+            warnings.warn(
+                "the state of a sharded model leaves out the factored update of Delta-LoRA, which "
+                "the optimizer's state holds; `save_adapter` or `export_peft` write it for others",
+                LostUpdateWarning, stacklevel=3,
+            )  # fmt: skip
+        return {}
     numbers = delta.numbers
     state = {
         "anchor_A": delta.anchor_A, "anchor_B": delta.anchor_B,
@@ -74,7 +92,9 @@ def load_delta(
     """Make the update of a layer the saved one; None: there is none.
 
     A delta that is there is changed in place, because an optimizer may hold its tensors. What was
-    saved under another lambda or scaling, or before this run started, becomes a past update.
+    saved under another lambda or scaling, or before this run started, becomes a past update. A
+    delta that goes on from the very pair that was loaded stays where the state has none: the state
+    is of the same run, and the optimizer's brought the delta back already.
 
     Args:
         lora_A, lora_B: the pair as it was saved.
@@ -89,6 +109,8 @@ def load_delta(
             follow_module(saved, layer.lora_A, layer.lora_B)
         return
     check_loadable(own, saved)
+    if saved is None and not own.differs(lora_A, lora_B):
+        return
     same = saved is not None and saved.started() == own.started()
     if saved is not None and same and (saved.factor() == own.factor() or not own.started()):
         anchors, own.past_updates = (saved.anchor_A, saved.anchor_B), saved.past_updates
@@ -98,8 +120,8 @@ def load_delta(
         own.past_updates = [] if saved is None else saved.past_updates
         if saved is not None and saved.started() and own.past_updates is not None:
             own.past_updates.append(saved.product())
-    own.anchor_A.copy_(anchors[0])
-    own.anchor_B.copy_(anchors[1])
+    copy_values(own.anchor_A, anchors[0])
+    copy_values(own.anchor_B, anchors[1])
     own.set_last(*last)
     for flag in own.unseen:
         flag.zero_()
@@ -121,7 +143,12 @@ def follow_module(delta: PendingDelta, lora_A: Tensor, lora_B: Tensor) -> None:
 
     Their identity stays, because an optimizer may hold them. The update stays what it was: where
     the dtype cannot hold the factors, it becomes a past one, and the rounded pair goes on.
+
+    Raises:
+        SwapError: see `stays_behind`.
     """
+    if stays_behind(delta, lora_A):
+        return
     device, dtype = lora_A.device, lora_A.dtype
     factors = delta.anchor_A, delta.anchor_B, delta.last_A, delta.last_B
     rounds = any(not _fits(t, dtype) for t in factors) and delta.started()
@@ -142,6 +169,19 @@ def follow_module(delta: PendingDelta, lora_A: Tensor, lora_B: Tensor) -> None:
 
 
 @torch.no_grad()
+def follow_loading(delta: PendingDelta, before: Tensor, matrix: Tensor) -> None:
+    """Keep the remainder, which belongs to the bits of W that were there, where they stayed.
+
+    ``before``, ``matrix``: W before and after it was loaded. What was sharded or came back from
+    meta in between was not trained yet, and has no remainder.
+    """
+    low = delta.remainder
+    if low is None or before.is_meta or is_sharded(low) != is_sharded(matrix):
+        return
+    low.mul_(before == matrix)
+
+
+@torch.no_grad()
 def follow_weight(delta: PendingDelta, before: Tensor, matrix: Tensor) -> None:
     """Give a W that was converted to another dtype what its remainder held.
 
@@ -156,6 +196,24 @@ def follow_weight(delta: PendingDelta, before: Tensor, matrix: Tensor) -> None:
     else:
         delta.remainder = None
     matrix.copy_(wide)
+
+
+def stays_behind(delta: PendingDelta, lora_A: Tensor) -> bool:
+    """Whether the pair is on meta, where a delta that has not begun waits for it to come back.
+
+    Accelerate may shard a model there (FSDP's ``cpu_ram_efficient_loading``). It then gives the
+    parameters their values again, and nothing else that belonged to the state of the model.
+
+    Raises:
+        SwapError: the update is a part of the model, and would be lost.
+    """
+    if not lora_A.is_meta or delta.last_A.is_meta:
+        return False
+    if delta.changes_model():
+        given = "meta, where the update of Delta-LoRA that this model holds would be lost"
+        accepted = "FSDP's cpu_ram_efficient_loading=False, or to load the update after sharding"
+        raise SwapError("device", given, accepted)
+    return True
 
 
 def _fits(t: Tensor, dtype: torch.dtype) -> bool:

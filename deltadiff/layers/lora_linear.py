@@ -11,6 +11,7 @@ from .base_format import base_format
 from .delta_state import (
     check_loadable,
     delta_to_state,
+    follow_loading,
     follow_module,
     follow_weight,
     load_delta,
@@ -210,15 +211,14 @@ class LoraLinear(HoldsPairs, LayerState):
         pair = (state_dict.get(f"{prefix}{name}") for name in PAIR)
         saved = take_saved_delta(state_dict, f"{prefix}delta.", *pair)
         check_loadable(self.delta, saved)
-        remainder = None if self.delta is None else self.delta.remainder
-        before = None if remainder is None else self.matrix.detach().clone()
+        keeps = self.delta is not None and self.delta.remainder is not None
+        before = self.matrix.detach().clone() if keeps else None
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if any(f"{prefix}{name}" not in state_dict for name in PAIR):
             return  # a part of a state, which says nothing of the update
         load_delta(self, saved, self.lora_A, self.lora_B)
-        if remainder is not None and before is not None:
-            # The remainder belongs to the bits of W that were there, and stays where they stayed.
-            remainder.mul_(before == self.matrix)
+        if self.delta is not None and before is not None:
+            follow_loading(self.delta, before, self.matrix)
 
 
 def own_layers(model: nn.Module, call: str, instead: str) -> dict[str, LoraLinear]:

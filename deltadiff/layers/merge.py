@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..checks import dtype_name, wide_dtype
 from ..errors import SwapError
 from ..ops.reference import join_remainder
-from ..ranks import add_up, is_unit, local, own_part, reshard, whole
+from ..ranks import add_up, check_not_partitioned, is_unit, local, own_part, reshard, whole
 from ..text import align_columns
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
@@ -74,6 +74,7 @@ def merge_(model: nn.Module) -> MergeReport:
         ArgumentTypeError, ArgumentError: a weight that cannot be written (quantised, tied,
             shared); nothing was changed.
     """
+    check_not_partitioned("merge_", model)
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
     for name, layer in layers.items():
         if is_unit(layer):

@@ -27,7 +27,7 @@ from ..checks import wide_dtype
 from ..errors import SwapError
 from ..kernels.runtime.gpu import is_capturing
 from ..ops.transforms import transformed
-from ..ranks import is_sharded, local, whole
+from ..ranks import copy_values, is_sharded, local, whole
 
 MAX_PAST_UPDATES = 8  # how many past updates are kept as factors
 
@@ -193,8 +193,8 @@ class PendingDelta:
     @torch.no_grad()
     def set_last(self, last_A: Tensor, last_B: Tensor) -> None:
         """Set A_T and B_T; the pair may be another one."""
-        self.last_A.copy_(last_A)
-        self.last_B.copy_(last_B)
+        copy_values(self.last_A, last_A)
+        copy_values(self.last_B, last_B)
         self._equal_at = self._moved_at = None
 
     def take_pair(self, lora_A: Tensor, lora_B: Tensor) -> None:

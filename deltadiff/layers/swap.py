@@ -12,6 +12,7 @@ from torch import nn
 
 from ..checks import check_dropout, check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
+from ..ranks import check_not_partitioned
 from .base_format import base_format, check_backend
 from .fsdp_places import follow_layers
 from .linear import check_rank, is_peft_model, linear_shape
@@ -157,6 +158,7 @@ def unswap_(model: nn.Module) -> nn.Module:
             of which PEFT knows nothing; or the model is sharded. Nothing was changed.
     """
     layers = swapped_layers(model)
+    check_not_partitioned("unswap_", model)
     if any(layer.in_peft for layer in layers.values()):
         from .peft.fuse import unfuse_
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..ranks import local, why_no_shard
+from ..ranks import is_partitioned, is_sharded, local, why_no_shard
 from .base_format import base_format
 from .lora_layers import LoraLayer
 
@@ -31,11 +31,18 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
         if not base_format(w).writable:
             accepted = "float weights in place; else w_update='factored'"
             raise ArgumentTypeError(argument, f"{w.dtype} (quantised)", accepted)
+        if is_partitioned(w):
+            given = "parameters that DeepSpeed's ZeRO-3 has partitioned"
+            raise ArgumentTypeError(argument, given, "DDP or `fully_shard` for an update in place")
         reason = why_no_shard(w)
         if reason is not None or w.numel() == 0:
             given = reason or f"{type(w).__name__} of shape {tuple(w.shape)}"
             accepted = "a whole weight, or one that `fully_shard` splits by its rows"
             raise ArgumentTypeError(argument, given, accepted)
+        if any(is_sharded(p) != is_sharded(w) for p in (layer.lora_A, layer.lora_B)):
+            split, kept = ("W", "its pair") if is_sharded(w) else ("its pair", "W")
+            given = f"{split} split over processes and {kept} not, as by tensor parallelism"
+            raise ArgumentTypeError(argument, given, "both by `fully_shard`, or neither")
         if 0 in local(w).stride():
             raise ArgumentError(argument, f"strides {w.stride()}", "a weight with its own memory")
         same = {n for m, n in holders.get(_memory(w), {}).items() if m != id(layer.holder)}

@@ -40,7 +40,7 @@ from ..ranks import local, own_part, whole
 from .adalora_budget import Schedule, largest
 from .adalora_importance import Triplets
 from .fused_adamw import FusedAdamW
-from .param_groups import ModelOrParams, layer_names
+from .param_groups import ModelOrParams, check_flattened, layer_names
 from .saved_state import SavedState, same_values
 
 INITIAL_STD = 0.02  # standard deviation of P and Q at the start, as in the authors' code
@@ -206,12 +206,13 @@ class AdaLoRA(FusedAdamW):
                 raise ArgumentError("model_or_params", given, "all three")
             found[name] = m
         if not found:
+            check_flattened(self._modules, mine)
             given, accepted = "no layer with a Lambda", "a model that `swap_adalora_` changed"
             raise ArgumentError("model_or_params", given, accepted)
         return found
 
     def _step(self) -> None:
-        self._restore_places()
+        self._follow_groups()
         before = {device: t.clone() for device, t in self._iteration.items()}
         scale = getattr(self, "grad_scale", None)
         sensitivity = [triplets.sensitivity(scale) for triplets in self._triplets]

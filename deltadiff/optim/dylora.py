@@ -34,7 +34,7 @@ from ..layers.lora_linear import LoraLinear, check_unsharded, own_layers
 from ..layers.report import SwapReport, swap_report
 from ..ranks import check_alike, local, own_part
 from .fused_adamw import FusedAdamW
-from .param_groups import ModelOrParams, layer_names
+from .param_groups import ModelOrParams, check_flattened, layer_names
 from .saved_state import SavedState
 
 SCALES = ("alpha/b", "alpha/r")
@@ -195,6 +195,7 @@ class DyLoRA(FusedAdamW):
             if isinstance(m, LoraLinear) and (m.lora_A in mine or m.lora_B in mine)
         }
         if not layers:
+            check_flattened(self._modules, mine)
             accepted = "a model that `swap_` changed, or model="
             raise ArgumentError("model_or_params", "no pair of a swapped layer", accepted)
         for m, name in layers.items():
@@ -227,7 +228,7 @@ class DyLoRA(FusedAdamW):
                 raise ArgumentError("step", given, "training mode: `model.train()`")
 
     def _step(self) -> None:
-        self._restore_places()
+        self._follow_groups()
         self._check_trained()
         stacks = self._stacks
         if self.frozen:

@@ -15,7 +15,7 @@ counts lie there. All kernels read them there, and a step can be captured in a C
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, TypeVar, overload
 
 import torch
@@ -36,7 +36,7 @@ from .param_groups import (
     trainable,
 )
 from .resumable import Resumable
-from .shards import ShardedPlaces, check_order, to_launch
+from .shards import ShardedPlaces, check_exchange, check_order, to_launch
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -134,6 +134,7 @@ class FusedAdamW(Resumable):
         self._restore_places()
         params = [*group_indices(self.param_groups)]
         check_order(self._modules, params)
+        check_exchange(self.state.keys(), params, self._iteration.values())
         self._check_tensors()
         sharded = any(map(is_sharded, params))
         self._places = ShardedPlaces(self._modules, params) if sharded else None
@@ -155,7 +156,7 @@ class FusedAdamW(Resumable):
         self._prepare()
         self._settings: Sequence[tuple | None]  # as last sent to the device
         self._settings = [None] * len(self.param_groups)
-        self._count = sum(len(group["params"]) for group in self.param_groups)
+        self._held = [list(group["params"]) for group in self.param_groups]
         self._built = True
 
     def _check_tensors(self) -> None:
@@ -298,6 +299,12 @@ class FusedAdamW(Resumable):
         if self._places is not None:
             self._places.restore()
 
+    def _follow_groups(self) -> None:
+        """Build anew for other parameters in the groups, which a method is about to read."""
+        if not self._holds_params():
+            self._build()
+        self._restore_places()
+
     # -------------------------------------------------- values of the param groups
 
     @torch.no_grad()
@@ -320,15 +327,24 @@ class FusedAdamW(Resumable):
         groups = self.param_groups
         settings = [self._settings_of(group) for group in groups]
         same = settings == self._settings and not any([run.lr_changed() for run in self._runs])
-        if same and sum([len(group["params"]) for group in groups]) == self._count:
+        if same and self._holds_params():
             return None
         self._check_settings()
         return settings
 
     def _outdated(self) -> bool:
         """Whether launches must be prepared anew for the groups as they are now."""
-        sizes = [len(group["params"]) for group in self.param_groups]
-        return len(sizes) != len(self._settings) or sum(sizes) != self._count
+        return not self._holds_params()
+
+    def _holds_params(self) -> bool:
+        """Whether the groups hold the very parameters that the launches were prepared for."""
+        held, groups = self._held, self.param_groups
+        if len(held) != len(groups):
+            return False
+        pairs = [(group["params"], mine) for group, mine in zip(groups, held, strict=True)]
+        return all(
+            [len(params) == len(mine) and all(map(is_, params, mine)) for params, mine in pairs]
+        )
 
     def _check_settings(self) -> None:
         for group in self.param_groups:

@@ -41,12 +41,15 @@ class Resumable(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
+    def _holds_params(self) -> bool:
+        raise NotImplementedError
+
     def _follow_moves(self) -> None:
-        """Let the state be on the devices and in the dtypes of the parameters as they are now."""
+        """Let the state be that of the groups' parameters, on their devices and in their dtypes."""
         moved = [step for step in self._devices.values() if step.look() & MOVED]
         for step in self._devices.values():
             step.forget_grads()
-        if moved:
+        if moved or not self._holds_params():
             self._build()
 
     # --------------------------------------------------------------- checkpoints

@@ -10,7 +10,7 @@ dA of all layers at once: 2 r in numbers for a layer, in one collective a step. 
 Conv1D is (in, out), so that its rows are columns of W: their update needs the whole B' and dB, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,6 +90,29 @@ def check_order(modules: Sequence[nn.Module], params: Sequence[Tensor]) -> None:
     if any(is_sharded(p) and p.requires_grad for m in modules for p in m.parameters()):
         given = "an optimizer that was made before `fully_shard`, so that it trains nothing"
         raise SwapError("optimizer", given, "`swap_`, then `fully_shard`, then the optimizer")
+
+
+def check_exchange(
+    known: Collection[Tensor], params: Sequence[Tensor], counts: Iterable[Tensor]
+) -> None:
+    """Raise SwapError where sharded parameters took the place of those that were trained.
+
+    Accelerate shards a model whose optimizer exists already, and puts the sharded parameters into
+    its groups. Before the first step nothing is lost by that; later the moments would be.
+
+    Args:
+        known: the parameters of which the optimizer has a state.
+        params: those that its groups hold now.
+        counts: the steps done, on each device.
+    """
+    gone = set(known) - set(params)
+    if not gone or not any(is_sharded(p) and p not in known for p in params):
+        return
+    if any(is_sharded(p) for p in gone) or not any(map(int, counts)):
+        return
+    given = "sharded parameters in the place of those that it trained, whose state would be lost"
+    accepted = "`accelerator.prepare(model, optimizer)` before the first step or `load_state_dict`"
+    raise SwapError("optimizer", given, accepted)
 
 
 class WholeFactors:

@@ -18,7 +18,7 @@ from ..layers.low_rank_sum import check_known
 from ..layers.pending_delta import MAX_PAST_UPDATES, LowRankFactors, PendingDelta
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
-from ..ranks import first_row, is_sharded, local, own_part
+from ..ranks import copy_values, first_row, is_sharded, local, own_part
 from .rounding_loss import LayerUpdate, RoundingLoss
 from .saved_remainder import remainder_to_bytes
 from .saved_update import SavedUpdate, write_update
@@ -336,7 +336,7 @@ class WeightUpdate:
     def _take_over(self, layer: LoraLayer, before: PendingDelta, delta: PendingDelta) -> None:
         """Keep in ``delta`` what ``before`` says is part of the model; W gets what it may hold."""
         if before.remainder is not None and delta.remainder is not None:
-            delta.remainder.copy_(before.remainder)
+            copy_values(delta.remainder, before.remainder)
         delta.past_updates = before.all_updates()
         # Of what is not known as factors W holds all but the update that goes on.
         self._write(layer, delta, before.unwritten() if delta.past_updates is None else None)
@@ -359,6 +359,8 @@ class WeightUpdate:
         b, delta = layer.lora_B, layer.delta
         if self.inplace:
             entries[b]["weight"] = layer.weight.detach()
+        if delta is not None and not self.owns(delta, b) and not delta.changes_model():
+            delta = None  # it is from before this model was sharded, and has not begun
         if "remainder" in entries[b]:
             low = None if delta is None or self.owns(delta, b) else delta.remainder
             low = entries[b]["remainder"] if low is None else low  # this run's, not another one's

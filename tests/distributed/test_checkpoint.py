@@ -65,7 +65,6 @@ def save(rank, method, folder):
 
 def load(rank, method, folder):
     model, optimizer = new_run(method)
-    train(model, optimizer, rank, dist.get_world_size(), steps=2)  # the state has all its entries
     state, of_optimizer = get_state_dict(model, optimizer)
     found = {"model": state, "optimizer": of_optimizer}
     dcp.load(found, checkpoint_id=folder)

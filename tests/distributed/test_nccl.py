@@ -25,7 +25,7 @@ def trained(rank, method, way):
     model = make_model(dtype).cuda()
     if rank is not None:
         model = WAYS[way](model)
-    train(model, DeltaLoRA(model, lr=5e-3, **how), rank)
+    train(model, DeltaLoRA(model, lr=5e-3, **how), rank, device="cuda")
     return values(model)
 
 

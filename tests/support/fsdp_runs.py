@@ -46,12 +46,12 @@ def parts_of(step, parts):
     return torch.randint(96, (12, 8), generator=generator).chunk(parts)
 
 
-def train(model, optimizer, rank=None, size=2, steps=STEPS):
+def train(model, optimizer, rank=None, size=2, steps=STEPS, device="cpu"):
     """With a rank, on its part of each batch; else on all parts, one after the other."""
     for t in range(steps):
         parts = parts_of(t, size)
         for ids in parts if rank is None else [parts[rank]]:
-            ids = ids.to(next(model.parameters()).device)
+            ids = ids.to(device)
             loss = model(input_ids=ids, labels=ids).loss
             (loss / size if rank is None else loss).backward()
         optimizer.step()

@@ -18,7 +18,7 @@ from trained_peft import CONFIG, Trained, base_model
 
 from deltadiff import export_peft, swap_
 from deltadiff.errors import ArgumentError
-from deltadiff.layers.peft.update_guards import LostUpdateWarning
+from deltadiff.layers.delta_state import LostUpdateWarning
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Functions that run in several processes of one process group, for tests.
 
 The processes are forked from one that has imported everything and done nothing, so that starting
-them takes a moment. They talk by gloo on the CPU, or by NCCL with one GPU each.
+them takes a moment. They talk by gloo on the CPU, or by NCCL with one GPU each, and find the
+environment variables that torchrun sets.
 """
 
 import inspect
 import multiprocessing
+import os
 import runpy
 import tempfile
 import traceback
@@ -75,9 +77,13 @@ def _collect(ends: list[Connection]) -> list:
 
 def _in_group(end, place, args, rank, size, backend, store) -> None:
     torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in places.items()} | {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",  # nobody connects: a group is there
+    }  # fmt: skip
     result = failure = None
     try:
-        if backend == "nccl":
+        if "nccl" in backend:
             torch.cuda.set_device(rank)
         limit = timedelta(seconds=TIMEOUT)
         dist.init_process_group(

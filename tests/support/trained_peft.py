@@ -14,7 +14,7 @@ from peft_models import input_of, make_model, output_of
 from torch import Tensor, nn
 
 from deltadiff import DeltaLoRA, FusedAdamW, swap_
-from deltadiff.layers.peft.update_guards import LostUpdateWarning
+from deltadiff.layers.delta_state import LostUpdateWarning
 
 METHODS = {"LoRA": None, "Delta-LoRA factored": "factored", "Delta-LoRA in place": "inplace"}
 RATIO, TARGETS = 0.5, ["q_proj", "v_proj"]

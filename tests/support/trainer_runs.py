@@ -54,18 +54,23 @@ def delta_lora(model, w_update, rounding=None, lr=1e-2) -> DeltaLoRA:
     )  # fmt: skip
 
 
-def trainer_of(model, optimizer, folder, steps, callbacks=None, **options) -> Trainer:
-    """A Trainer on the CPU that logs each step and saves every third."""
+def trainer_of(model, optimizer, folder, steps, callbacks=None, kind=Trainer, **options) -> Trainer:
+    """A Trainer on the CPU that logs each step and saves every third.
+
+    ``optimizer``: one, or its class and options, of which the Trainer makes it; None is what the
+    Trainer makes by itself. ``kind``: the class of the Trainer.
+    """
     options = {
         "max_steps": steps, "per_device_train_batch_size": 4, "save_steps": 3, "logging_steps": 1,
         "report_to": [], "disable_tqdm": True, "use_cpu": True, "lr_scheduler_type": "linear",
         "dataloader_pin_memory": False, **options,
     }  # fmt: skip
     arguments = TrainingArguments(str(folder), **options)
-    return Trainer(
-        model, arguments, train_dataset=Tokens(), eval_dataset=Tokens(8), callbacks=callbacks,
-        **({"optimizers": (optimizer, None)} if optimizer else {}),
-    )  # fmt: skip
+    made = {"optimizers": (optimizer, None)} if optimizer else {}
+    if isinstance(optimizer, tuple):
+        made = {"optimizer_cls_and_kwargs": optimizer}
+    data = {"train_dataset": Tokens(), "eval_dataset": Tokens(8)}
+    return kind(model, arguments, callbacks=callbacks, **data, **made)
 
 
 def everything(model, optimizer) -> list[torch.Tensor]:

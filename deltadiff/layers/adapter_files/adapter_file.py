@@ -30,7 +30,7 @@ from ...files import (
     write_bytes,
     write_text,
 )
-from ...ranks import Ranks, copy_values, is_sharded, reshard, whole
+from ...ranks import Ranks, check_not_partitioned, copy_values, is_sharded, reshard, whole
 from ..linear import is_peft_model
 from ..lora_linear import LoraLinear, own_layers
 from ..low_rank_sum import check_known
@@ -88,7 +88,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
             that the update of W is not kept as factors any more (call `merge_` and save the whole
             model instead).
     """
-    _check_module(model)
+    _check_module("save_adapter", model)
     folder = as_folder("folder", folder)
     path = folder / adapter_format.CONFIG_FILE
     if os.path.lexists(path) and not adapter_format.is_config_file(path):
@@ -164,7 +164,7 @@ def load_adapter(
         SwapError: the model is swapped with other layers or gates, or its W was already updated, or
             it has layers of PEFT; nothing was changed.
     """
-    _check_module(model)
+    _check_module("load_adapter", model)
     if is_peft_folder(folder):
         return load_peft(model, folder, backend)
     config, tensors = read_adapter(folder)
@@ -204,9 +204,10 @@ def load_adapter(
     return swap_report(model)
 
 
-def _check_module(model: object) -> None:
+def _check_module(call: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
+    check_not_partitioned(call, model)
 
 
 # ----------------------------------------------------------------------- writing

@@ -209,10 +209,10 @@ class FusedLinear(HoldsPairs, Linear):
             if not all(factor in state_dict for factor in pairs[name]):
                 continue  # a part of a state, which says nothing of this adapter
             a, b = (state_dict[factor] for factor in pairs[name])
-            before, pair = self.deltas.get(name), PeftPair(self, name)
-            if saved[name] is None and before is not None and before.changes_model():
-                warn_dropped(name, before.in_weight)
-                if before.in_weight and f"{prefix}base_layer.weight" not in state_dict:
-                    before.end_update(a, b)  # W cannot be taken back
+            lost = self.deltas.get(name) if saved[name] is None else None
+            if lost is not None and lost.differs(a, b) and lost.changes_model():
+                warn_dropped(name, lost.in_weight)
+                if lost.in_weight and f"{prefix}base_layer.weight" not in state_dict:
+                    lost.end_update(a, b)  # W cannot be taken back
                     continue
-            load_delta(pair, saved[name], a, b)
+            load_delta(PeftPair(self, name), saved[name], a, b)

@@ -11,7 +11,7 @@ from ...ops.transforms import TRANSFORMED, transformed
 from ...ranks import is_sharded, is_unit, plain_kind
 from ..base_format import base_format
 from ..linear import is_conv1d
-from ..targets.eligible import has_same_product
+from ..targets.eligible import has_same_product, is_tensor_parallel
 from .units import (
     becomes_whole,
     dtype_given_out,
@@ -57,6 +57,8 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
     base = layer.base_layer
     if plain_kind(base) is not nn.Linear and not is_conv1d(base) and not has_same_product(base):
         return f"its base layer is {kind_of(base)}"
+    if is_tensor_parallel(base):
+        return "tensor parallelism splits its base weight"
     names = active_adapters(layer)
     if not names:
         return "it has no active adapter"

@@ -6,11 +6,8 @@ from collections.abc import Collection, Sequence
 from types import FrameType
 
 from ...errors import SwapError
+from ..delta_state import LostUpdateWarning
 from ..pending_delta import PendingDelta
-
-
-class LostUpdateWarning(UserWarning):
-    """Delta-LoRA's update is missing from a file or was dropped from a model."""
 
 
 def check_kept(call: str, changed: Sequence[str], in_use: Collection[str]) -> None:

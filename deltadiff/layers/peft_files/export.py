@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...checks import check_int
 from ...errors import ArgumentError, SwapError
 from ...files import as_folder, remove_leftovers, write_bytes, write_json
-from ...ranks import Ranks, plain_kind, reshard
+from ...ranks import Ranks, check_not_partitioned, plain_kind, reshard
 from ...text import align_columns
 from ..lora_layers import HoldsPairs, LoraLayer
 from ..low_rank_sum import low_rank_sum, whole_on_cpu
@@ -120,6 +120,7 @@ def export_peft(
     """
     folder = as_folder("folder", folder)
     _check_replaceable(folder)
+    check_not_partitioned("export_peft", model)
     pad_rank = None if pad_rank is False else pad_rank
     sharded = reshard(model)
     base = base_model(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...checks import DTYPES, dtype_name
+from ...ranks import is_partitioned, is_sharded, why_no_shard
 from ..linear import is_conv1d, linear_shape
 from ..lora_linear import LoraLinear
 from .weight_readers import find_readers
@@ -74,8 +75,18 @@ def _why_not_weight(module: "LinearLayer", w: Tensor) -> str | None:
     """The reason in the weight itself."""
     if is_lazy(w):
         return "a lazy layer, whose size the first batch settles"
-    if hasattr(w, "device_mesh") or hasattr(w, "_fsdp_flattened"):  # FSDP 2 and 1
+    if is_tensor_parallel(module):
+        return (
+            "tensor parallelism (a tp_plan, `parallelize_module`) splits its weight: use DDP or "
+            "`fully_shard` instead"
+        )
+    if is_sharded(w) or hasattr(w, "_fsdp_flattened"):  # FSDP 2 and 1
         return "its weight is sharded: call `swap_` before `fully_shard` or FSDP"
+    if is_partitioned(w):
+        return (
+            "DeepSpeed's ZeRO-3 has partitioned its weight: call `swap_` before "
+            "`deepspeed.initialize`, on a model made without `zero.Init`"
+        )
     if w.numel() == 0:
         return "a weight of 0 elements: sharded, or with a side of 0"
     if w.dtype in _BYTES and _own_forward(module):
@@ -88,6 +99,19 @@ def _why_not_weight(module: "LinearLayer", w: Tensor) -> str | None:
     if w.dim() != 2 or not is_conv1d(module) and tuple(w.shape) != linear_shape(module):
         return f"its weight has the shape {tuple(w.shape)}: sharded, or packed"
     return None
+
+
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Whether tensor parallelism splits the weight of a module that is called as a linear layer.
+
+    It splits by rows as FSDP does, or by columns. But what joins the parts stands at the module
+    itself; at a module that `fully_shard` took alone its class tells.
+    """
+    w = module._parameters.get("weight")
+    if w is None or not is_sharded(w) or type(module).__name__.startswith("FSDP"):
+        return False
+    hooked = module._forward_pre_hooks or module._forward_hooks
+    return bool(hooked) or "forward" in vars(module) or why_no_shard(w) is not None
 
 
 def _why_not_call(module: "LinearLayer") -> str | None:

@@ -14,7 +14,7 @@ from peft_models import input_of, make_model, output_of
 
 from deltadiff import DeltaLoRA, swap_
 from deltadiff.errors import SwapError
-from deltadiff.layers.peft.update_guards import LostUpdateWarning
+from deltadiff.layers.delta_state import LostUpdateWarning
 
 
 def train(model, x, w_update, steps=3):

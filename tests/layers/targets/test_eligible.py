@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from deltadiff import LoraLinear, swap_
@@ -64,9 +65,10 @@ def with_forward() -> nn.Linear:
     return layer
 
 
-def marked(attribute: str) -> nn.Linear:
+def marked(**attributes: object) -> nn.Linear:
     layer = linear()
-    setattr(layer.weight, attribute, True)
+    for name, value in attributes.items():
+        setattr(layer.weight, name, value)
     return layer
 
 
@@ -94,8 +96,9 @@ REFUSED = {
     "lazy": (lambda: nn.LazyLinear(8), "lazy"),
     "empty": (lambda: nn.Linear(0, 8), "0 elements"),
     "flat": (lambda: stored(torch.zeros(64)), r"shape \(64,\)"),
-    "DTensor": (lambda: marked("device_mesh"), "sharded.*fully_shard"),
-    "FSDP": (lambda: marked("_fsdp_flattened"), "sharded.*FSDP"),
+    "DTensor": (lambda: marked(device_mesh=None, placements=[Shard(0)]), "sharded.*fully_shard"),
+    "by columns": (lambda: marked(device_mesh=None, placements=[Shard(1)]), "tensor parallelism"),
+    "FSDP": (lambda: marked(_fsdp_flattened=True), "sharded.*FSDP"),
     "float8": (lambda: stored(torch.zeros(8, 8).to(torch.float8_e4m3fn)), "float8_e4m3fn"),
     "int8": (lambda: stored(torch.zeros(8, 8, dtype=torch.int8)), "int8"),
     "complex": (lambda: stored(torch.zeros(8, 8, dtype=torch.complex64)), "complex64"),
