@@ -83,8 +83,8 @@ class LoraLinear(HoldsPairs, LayerState):
         nn.Module.__init__(self)
         self.out_features, self.in_features = linear_shape(base_layer)
         self.transposed, self.share_group = is_conv1d(base_layer), None
-        self.weight = base_layer.weight
-        self.register_parameter("bias", base_layer.bias)
+        self.register_parameter("bias", None)  # among the parameters, as in the base layer
+        self.weight, self.bias = base_layer.weight, base_layer.bias
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.r, self.scaling, self.backend = lora_A.shape[0], scaling, backend
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
