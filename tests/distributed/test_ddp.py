@@ -91,7 +91,7 @@ def test_options_of_ddp(options):
     assert first == second == train_alone(make_model, "in place", options)
 
 
-@pytest.mark.parametrize("method", short_form(["LoRA", "factored"], "factored"))
+@pytest.mark.parametrize("method", short_form(["LoRA", "factored"]))
 def test_layers_of_peft(method):
     first, second = run_ranks(train_in_group, make_peft_model, method, "plain")
     assert first == second == train_alone(make_peft_model, method, "plain")

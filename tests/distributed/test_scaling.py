@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,13 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
 
 
-def start(*args):
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, args)], env=environment, capture_output=True, text=True
-    )
-
-
 @pytest.mark.long
 def test_every_way_is_measured(tmp_path):
-    done = start("-m", "torch.distributed.run", "--nproc-per-node", 2, SCRIPT, "--output", tmp_path)
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, "--output", tmp_path]
+    done = subprocess.run(
+        [sys.executable, *words], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
     records = json.loads(path.read_text())
@@ -31,6 +29,9 @@ def test_every_way_is_measured(tmp_path):
         assert r["tokens_per_s"] == pytest.approx(tokens / r["p50_ms"] * 1e3, rel=1e-3)
 
 
-def test_a_start_without_torchrun_says_so():
-    done = start(SCRIPT)
-    assert done.returncode == 2 and "torchrun --nproc-per-node" in done.stderr
+def test_a_start_without_torchrun_says_so(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT))["main"]([])
+    assert ended.value.code == 2
+    assert "torchrun --nproc-per-node" in capsys.readouterr().err

@@ -49,7 +49,10 @@ def train_questions(model, data, output, *words) -> dict:
     return train(model, data, output, "--start-step", 10, *words, labels=False)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora-peft", "delta-lora", "diffora", "full"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("lora-peft", "delta-lora", "full")]
+
+
+@pytest.mark.parametrize("method", ["lora", "diffora", *LONG])
 def test_it_learns_to_find_answers(method, bert, questions, tmp_path):
     pytest.importorskip("torchmetrics")
     if method == "lora-peft":
