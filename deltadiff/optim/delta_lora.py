@@ -379,7 +379,7 @@ class DeltaLoRA(FusedAdamW):
         return saved
 
     def _packed(self) -> dict[str, Tensor]:
-        """What a state must say of all layers, where the groups have vectors."""
+        """What a state says of all layers where the groups have vectors, see `zero_vectors`."""
         found: dict[str, Tensor] = {}
         for update in self.weight_updates:
             update.check_known()
@@ -426,7 +426,7 @@ class DeltaLoRA(FusedAdamW):
         for group in groups:
             self._check_group(group)
         there = {p for p, entry in saved.entries.items() if "anchor" in entry}
-        self._find_pairs(groups, there)  # as the first step after it will
+        pairs = self._find_pairs(groups, there)  # as the first step after it will
         groups = self._unflattened(groups) if self._vectors else groups
         found = find_pairs(self._modules, [{**g, "update_ratio": 0.0} for g in groups], there)
         own = {layer.lora_B: name for name, layer in self._pairs.items() if layer.delta is not None}
@@ -434,6 +434,10 @@ class DeltaLoRA(FusedAdamW):
         if lost:
             given = f"no update of {lost[0]}, because its update_ratio was 0"
             raise ArgumentError("state_dict", given, "a state from after its update began")
+        missing = sorted(pairs.keys() - found.keys()) if self._vectors else []
+        if missing:  # its pair is not restored yet, so no update can begin with it
+            given = f"no update of {missing[0]}"
+            raise ArgumentError("state_dict", given, "a state of the same layers under ZeRO")
         return found
 
     def _saved_tensors(self, p: Tensor, saved: SavedState) -> dict[str, Tensor]:

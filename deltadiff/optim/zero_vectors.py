@@ -21,6 +21,8 @@ from ..layers.lora_layers import LoraLayer, lora_layers
 from ..ranks import is_sharded, whole_shape
 
 PREFIX = "deltadiff."  # of what the entry of a vector holds of a layer
+# What that is, of each factor; see `saved_update`.
+KEYS = {"lora_A": {"anchor"}, "lora_B": {"anchor", "update", "past_A", "past_B"}}
 INSTEAD = "DDP or `fully_shard`"
 
 
@@ -79,11 +81,15 @@ def check_update(
 
 
 def pack(name: str, kept: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What the entry of a vector gets of a layer; ``kept``: the entries of lora_A and lora_B."""
+    """What the entry of a vector gets of a layer; ``kept``: the entries of lora_A and lora_B.
+
+    The pair after the last step is not in it, for ZeRO's own state brings that back.
+    """
     return {
         f"{PREFIX}{name}.{factor}.{key}": t
-        for factor, entry in zip(("lora_A", "lora_B"), kept, strict=True)
+        for factor, entry in zip(KEYS, kept, strict=True)
         for key, t in entry.items()
+        if key in KEYS[factor]
     }
 
 
@@ -91,19 +97,26 @@ def unpack(entry: dict[str, Any], names: Mapping[LoraLayer, str]) -> dict[Tensor
     """The entries of lora_A and lora_B that `pack` put into that of a vector, removed from it.
 
     Raises:
-        ArgumentError: the anchors of a layer are missing, or of another shape.
+        ArgumentError: a part of what the state says of a layer is missing, or the anchors have
+            another shape.
     """
     found: dict[Tensor, dict[str, Any]] = {}
     for layer, name in names.items():
-        for factor, p in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            start = f"{PREFIX}{name}.{factor}."
-            keys = [key for key in entry if str(key).startswith(start)]
-            if not keys:
-                continue
-            own = found[p] = {key.removeprefix(start): entry.pop(key) for key in keys}
-            anchor = own.get("anchor")
-            if not isinstance(anchor, Tensor) or anchor.shape != whole_shape(p):
-                given = tuple(anchor.shape) if isinstance(anchor, Tensor) else "none"
-                accepted = f"{tuple(whole_shape(p))}"
-                raise ArgumentError(f"anchor of {name}.{factor} in state_dict", given, accepted)
+        own: dict[str, dict[str, Any]] = {}
+        for factor, keys in KEYS.items():
+            places = {key: f"{PREFIX}{name}.{factor}.{key}" for key in keys}
+            own[factor] = {k: entry.pop(place) for k, place in places.items() if place in entry}
+        if not any(own.values()):
+            continue
+        for p, (factor, keys) in zip((layer.lora_A, layer.lora_B), KEYS.items(), strict=True):
+            missing = sorted(keys - own[factor].keys())
+            if missing:
+                given = f"no {', '.join(missing)} of {name}.{factor}"
+                raise ArgumentError("state_dict", given, "what `state_dict()` gives under ZeRO")
+            anchor, shape = own[factor]["anchor"], tuple(whole_shape(p))
+            fits = isinstance(anchor, Tensor) and anchor.is_floating_point() and not anchor.is_meta
+            if not fits or tuple(anchor.shape) != shape:
+                given = tuple(anchor.shape) if fits else type(anchor).__name__
+                raise ArgumentError(f"anchor of {name}.{factor} in state_dict", given, f"{shape}")
+            found[p] = own[factor]
     return found

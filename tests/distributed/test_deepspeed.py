@@ -165,16 +165,36 @@ def test_a_vector_on_another_device_is_refused():
             call()
 
 
+NO_UPDATE = {"A.anchor": "no anchor of", "B.update": "no update of", "": "no update of"}
+
+
+@pytest.mark.parametrize("lost", NO_UPDATE)
+def test_a_state_that_lacks_a_part_of_a_layer_is_refused(lost):
+    """Of the first layer; "" means all of it."""
+    refused_state(lambda state: [state.pop(k) for k in first_keys(state, lost)], NO_UPDATE[lost])
+
+
 @pytest.mark.parametrize("change", [lambda t: t[1:], lambda t: None])
 def test_a_state_whose_anchors_do_not_fit_is_refused(change):
+    def put(state):
+        (key,) = first_keys(state, "A.anchor")
+        state[key] = change(state[key])
+
+    refused_state(put, "anchor of .*lora_A in state_dict")
+
+
+def first_keys(state, end):
+    return [key for key in state if "layers.0" in key and "q_proj" in key and key.endswith(end)]
+
+
+def refused_state(change, words):
     model = make_model()
     optimizer = Flattened(DeltaLoRA(model, lr=5e-3, w_update="factored"))
     train_on(model, optimizer, range(3))
     saved = copy.deepcopy(optimizer.optimizer.state_dict())
-    key = next(key for key in saved["state"][0] if key.endswith("lora_A.anchor"))
-    saved["state"][0][key] = change(saved["state"][0][key])
+    change(saved["state"][0])
     before = trained_values(model)
-    with pytest.raises(ArgumentError, match="anchor of .*lora_A in state_dict"):
+    with pytest.raises(ArgumentError, match=words):
         optimizer.optimizer.load_state_dict(saved)
     assert trained_values(model) == before
 
