@@ -51,6 +51,9 @@ class DeltaLoRA(FusedAdamW):
 
     A step may be captured in a CUDA graph, as with `FusedAdamW`.
 
+    Under DeepSpeed's ZeRO a factored update works, made before `deepspeed.initialize` with one
+    param group: see `zero_vectors`.
+
     Args:
         model_or_params: a swapped model, or an iterable of parameters, modules or param groups
             (whose "params" may be a module). Groups may set lr, betas, eps, weight_decay,
