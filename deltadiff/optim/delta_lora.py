@@ -388,6 +388,7 @@ class DeltaLoRA(FusedAdamW):
             update.check_known()
             for name, layer in update.layers.items():
                 pair = layer.lora_A, layer.lora_B
+                kept: dict[Tensor, dict[str, Tensor]]
                 kept = {p: {"anchor": self._factors[p]["anchor"]} for p in pair}
                 with gathered(() if update.owns(layer.delta, layer.lora_B) else pair):
                     update.save(layer, kept)

@@ -116,7 +116,7 @@ def unpack(entry: dict[str, Any], names: Mapping[LoraLayer, str]) -> dict[Tensor
             anchor, shape = own[factor]["anchor"], tuple(whole_shape(p))
             fits = isinstance(anchor, Tensor) and anchor.is_floating_point() and not anchor.is_meta
             if not fits or tuple(anchor.shape) != shape:
-                given = tuple(anchor.shape) if fits else type(anchor).__name__
+                given = f"{tuple(anchor.shape)}" if fits else type(anchor).__name__
                 raise ArgumentError(f"anchor of {name}.{factor} in state_dict", given, f"{shape}")
             found[p] = own[factor]
     return found
