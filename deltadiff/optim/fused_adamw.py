@@ -75,6 +75,7 @@ class FusedAdamW(Resumable):
     grad_scale: Tensor
 
     _places: ShardedPlaces | None = None  # where sharded parameters stand
+    _held: list[list[Tensor]]  # of each group, the parameters that launches were prepared for
 
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
