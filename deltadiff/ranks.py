@@ -6,7 +6,8 @@ makes them of parameters: split by rows over the processes. A *unit* is a module
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,17 @@ def reshard(model: nn.Module) -> bool:
 def is_partitioned(t: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO-3 holds the values of a parameter, and left an empty one here."""
     return hasattr(t, "ds_id") and t.numel() == 0
+
+
+def whole_shape(t: Tensor) -> torch.Size:
+    """The shape of all of a parameter, which ZeRO-3 may have partitioned."""
+    return getattr(t, "ds_shape", t.shape) if is_partitioned(t) else t.shape
+
+
+def gathered(params: Iterable[Tensor]) -> AbstractContextManager:
+    """A context in which what ZeRO-3 has partitioned is whole; all processes enter it."""
+    parts = [p for p in params if is_partitioned(p)]
+    return sys.modules["deepspeed"].zero.GatheredParameters(parts) if parts else nullcontext()
 
 
 def check_not_partitioned(call: str, model: nn.Module) -> None:

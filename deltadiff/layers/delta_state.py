@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import HALF_DTYPES, wide_dtype
 from ..errors import SwapError
 from ..ops.reference import join_remainder, split_remainder
-from ..ranks import copy_values, is_sharded, like_shards, of_the_first
+from ..ranks import copy_values, is_partitioned, is_sharded, like_shards, of_the_first
 from .lora_layers import LoraLayer
 from .pending_delta import LowRankFactors, PendingDelta
 
@@ -33,9 +33,10 @@ def delta_to_state(
 
     There are none of a sharded layer whose update is an optimizer's. A state of sharded tensors is
     loaded into what the model has already, which is no update in a new run; the optimizer's state
-    then brings it back. A warning says so where the model needs it and W does not hold it.
+    then brings it back. A warning says so where the model needs it and W does not hold it. Of a
+    layer that ZeRO-3 has partitioned a state has no values, of the pair as of the update.
     """
-    if is_sharded(lora_A) and delta.unseen:
+    if (is_sharded(lora_A) or is_partitioned(lora_A)) and delta.unseen:
         if not lora_A.is_meta and not delta.in_weight and delta.changes_model():
             warnings.warn(
                 "the state of a sharded model leaves out the factored update of Delta-LoRA, which "
@@ -103,6 +104,8 @@ def load_delta(
         SwapError: the forward pass added the saved update, and this layer's is written into W.
     """
     own = layer.delta
+    if saved is None and is_partitioned(layer.lora_A):
+        return  # ZeRO-3's optimizer restores the pair, and so the update
     if own is None:
         layer.delta = saved
         if saved is not None:
@@ -149,6 +152,7 @@ def follow_module(delta: PendingDelta, lora_A: Tensor, lora_B: Tensor) -> None:
     """
     if stays_behind(delta, lora_A):
         return
+    delta.settle()
     device, dtype = lora_A.device, lora_A.dtype
     factors = delta.anchor_A, delta.anchor_B, delta.last_A, delta.last_B
     rounds = any(not _fits(t, dtype) for t in factors) and delta.started()

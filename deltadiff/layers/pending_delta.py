@@ -27,7 +27,7 @@ from ..checks import wide_dtype
 from ..errors import SwapError
 from ..kernels.runtime.gpu import is_capturing
 from ..ops.transforms import transformed
-from ..ranks import copy_values, is_sharded, local, whole
+from ..ranks import copy_values, gathered, is_partitioned, is_sharded, local, whole
 
 MAX_PAST_UPDATES = 8  # how many past updates are kept as factors
 
@@ -96,6 +96,8 @@ class PendingDelta:
     # Of sharded factors: the pair, since the forward pass sees other tensors; and whole anchors.
     _pair: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     _anchors: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    # The pair into which the values after the last step come later, see `expect`.
+    _expected: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickle: stamps are of the very tensors that stay behind."""
@@ -145,6 +147,7 @@ class PendingDelta:
 
     def product(self) -> LowRankFactors:
         """lambda s (B_T A_T - B_k A_k) as two factors of rank 2r, float32 (float64 stays)."""
+        self.settle()
         wide, c = self.rank_scale.dtype, self.factor()
         b = torch.cat([c * whole(self.last_B).to(wide), -c * whole(self.anchor_B).to(wide)], dim=1)
         a = torch.cat([whole(self.last_A).to(wide), whole(self.anchor_A).to(wide)])
@@ -190,12 +193,25 @@ class PendingDelta:
 
     # ------------------------------------------------------------- a pair that moved
 
+    def expect(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Make what the pair will be at the next use of the update that after the last step.
+
+        DeepSpeed's ZeRO brings the values of a step into the pair after it, and tells nobody.
+        """
+        self._expected = lora_A, lora_B
+
+    def settle(self) -> None:
+        """Take what `expect` left open. Of a pair that ZeRO-3 has partitioned all processes ask."""
+        if self._expected is not None:
+            with gathered(self._expected):
+                self.take_pair(*self._expected)
+
     @torch.no_grad()
     def set_last(self, last_A: Tensor, last_B: Tensor) -> None:
         """Set A_T and B_T; the pair may be another one."""
         copy_values(self.last_A, last_A)
         copy_values(self.last_B, last_B)
-        self._equal_at = self._moved_at = None
+        self._equal_at = self._moved_at = self._expected = None
 
     def take_pair(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Make the pair as it is now the one after the last step; the anchors stay."""
@@ -208,6 +224,7 @@ class PendingDelta:
         The device is asked only where something else wrote the pair. What is written through
         ``.data`` is not noticed here.
         """
+        self.settle()
         if self._pair is not None:
             lora_A, lora_B = self._pair
         try:
@@ -221,7 +238,13 @@ class PendingDelta:
         return self.differs(lora_A, lora_B)
 
     def differs(self, lora_A: Tensor, lora_B: Tensor) -> bool:
-        """As `moved`, for whatever wrote the pair; reads from the device."""
+        """As `moved`, for whatever wrote the pair; reads from the device.
+
+        A pair that ZeRO-3 has partitioned has no values here to compare, and so differs.
+        """
+        if is_partitioned(lora_A) or is_partitioned(lora_B):
+            return True
+        self.settle()
         a, b = lora_A.detach(), lora_B.detach()
         same = _equal(a, self.last_A) and _equal(b, self.last_B)
         stamp = self._stamp(lora_A, lora_B)
@@ -231,7 +254,8 @@ class PendingDelta:
     def _stamp(self, lora_A: Tensor, lora_B: Tensor) -> Stamp:
         pairs = [(local(lora_A), local(self.last_A)), (local(lora_B), local(self.last_B))]
         writes = [0 if p.is_inference() else p._version - c._version for p, c in pairs]
-        return Stamp(*writes, *(p.data_ptr() for p, _ in pairs))
+        # ZeRO-3 gathers a parameter for each use, each time somewhere else.
+        return Stamp(*writes, *(0 if hasattr(p, "ds_id") else p.data_ptr() for p, _ in pairs))
 
     @torch.no_grad()
     def end_update(self, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -252,6 +276,12 @@ class PendingDelta:
         self.forget_anchors()
         self.take_pair(lora_A, lora_B)
 
+    def begin_from_last(self) -> None:
+        """Make the pair after the last step the one before the first that updates W."""
+        self.settle()
+        self.anchor_A.copy_(self.last_A)
+        self.anchor_B.copy_(self.last_B)
+
     # ----------------------------------------------------------------- the forward pass
 
     def changes_model(self) -> bool:
@@ -260,6 +290,7 @@ class PendingDelta:
 
     def added(self) -> list[LowRankFactors]:
         """As `unwritten`, without a read from the device: zero before the updates have started."""
+        self.settle()
         wide, r = self.rank_scale.dtype, self.last_A.shape[0]
         factor = self.rank_scale.clone()
         factor[:r] -= 1
@@ -295,6 +326,7 @@ class PendingDelta:
         self, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         """As `stack`: the pair with its own scale, and the update, a constant, beside it."""
+        self.settle()
         r, wide = lora_A.shape[0], self.rank_scale
         anchor_A, anchor_B = self._whole_anchors()
         past = self.unwritten_past()

@@ -40,8 +40,9 @@ from ..ranks import local, own_part, whole
 from .adalora_budget import Schedule, largest
 from .adalora_importance import Triplets
 from .fused_adamw import FusedAdamW
-from .param_groups import ModelOrParams, check_flattened, layer_names
+from .param_groups import ModelOrParams, layer_names
 from .saved_state import SavedState, same_values
+from .zero_vectors import check_no_vectors
 
 INITIAL_STD = 0.02  # standard deviation of P and Q at the start, as in the authors' code
 
@@ -206,7 +207,7 @@ class AdaLoRA(FusedAdamW):
                 raise ArgumentError("model_or_params", given, "all three")
             found[name] = m
         if not found:
-            check_flattened(self._modules, mine)
+            check_no_vectors(self._modules, mine)
             given, accepted = "no layer with a Lambda", "a model that `swap_adalora_` changed"
             raise ArgumentError("model_or_params", given, accepted)
         return found

@@ -24,17 +24,18 @@ from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..layers.saturation import warn_saturated
 from ..layers.writable import check_writable
-from ..ranks import copy_values, local
+from ..ranks import copy_values, gathered, local
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
 from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
 from .saved_remainder import read_remainder
-from .saved_state import SavedState
+from .saved_state import SavedState, take_entry
 from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight
 from .shards import to_launch
 from .update_start import UpdateStart
 from .update_state import allocate_factor, allocate_remainder
 from .weight_update import WeightUpdate, check_rounding
+from .zero_vectors import check_update, check_vectors, holds_vectors, pack, unpack
 
 W_UPDATES = ("inplace", "factored")
 # Param group, device and dtype of W, and lambda.
@@ -49,6 +50,9 @@ class DeltaLoRA(FusedAdamW):
     on, Delta-LoRA under Adam is LoRA with lora_alpha (1 + lambda).
 
     A step may be captured in a CUDA graph, as with `FusedAdamW`.
+
+    Under DeepSpeed's ZeRO a factored update works, made before `deepspeed.initialize` with one
+    param group: see `zero_vectors`.
 
     Args:
         model_or_params: a swapped model, or an iterable of parameters, modules or param groups
@@ -76,7 +80,7 @@ class DeltaLoRA(FusedAdamW):
 
     _copied = (
         *FusedAdamW._copied, "w_update", "rounding", "seed", "_t_least", "_t_most", "_delta",
-        "_unseen", "_sent", "_pairs",
+        "_unseen", "_sent", "_pairs", "_own_params", "_vectors", "_of_vectors",
     )  # fmt: skip
     _methods = ("DeltaLoRA",)
     _settings_of = itemgetter("betas", "eps", "weight_decay", "update_ratio", "start_step")
@@ -109,6 +113,9 @@ class DeltaLoRA(FusedAdamW):
         self._unseen: dict[Tensor, Tensor] = {}  # see `PendingDelta`
         self._sent: dict[Tensor, float] = {}  # lambda of the last step, while a state is loaded
         self._pairs: dict[str, LoraLayer] = {}
+        self._own_params: list[list[Tensor]] = []  # of each group, before there were vectors
+        self._vectors = False  # whether the groups hold vectors of DeepSpeed's ZeRO by now
+        self._of_vectors: dict[Tensor, dict[str, Any]] = defaultdict(dict)  # then, see `_factors`
         self._model = model
         self._method_defaults = {"update_ratio": update_ratio, "start_step": start_step}
         super().__init__(
@@ -121,8 +128,16 @@ class DeltaLoRA(FusedAdamW):
         self, groups: list[dict[str, Any]], kept: Collection[Tensor] = ()
     ) -> dict[str, LoraLayer]:
         """The layers that are updated with these groups; raises where one cannot be."""
-        begun = {p for p, state in self.state.items() if "anchor" in state}
+        held = group_indices(groups)
+        vectors = bool(self._own_params) and holds_vectors(self._modules, held)
+        if vectors:
+            check_vectors(self._modules, held, len(self._own_params), self.skip_nonfinite)
+            groups = self._unflattened(groups)
+        states = self._of_vectors if vectors else self.state
+        begun = {p for p, state in states.items() if "anchor" in state}
         pairs = find_pairs(self._modules, groups, begun | {*kept})
+        if vectors:
+            check_update(pairs, held, self.w_update)
         if self.w_update == "inplace":
             check_writable(pairs, self._modules)
             check_rounding(pairs, self.rounding)
@@ -135,18 +150,38 @@ class DeltaLoRA(FusedAdamW):
         pairs = self._find_pairs(self.param_groups)
         super()._check_tensors()
         self._pairs = pairs
+        held = group_indices(self.param_groups)
+        self._vectors = bool(self._own_params) and holds_vectors(self._modules, held)
+        if not self._vectors:
+            self._own_params = [list(group["params"]) for group in self.param_groups]
+
+    def _unflattened(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Groups of vectors with the parameters that these stand for."""
+        own = zip(groups, self._own_params, strict=True)
+        return [{**group, "params": params} for group, params in own]
+
+    @property
+    def _index(self) -> dict[Tensor, int]:
+        """Each parameter of the model with the index of its group."""
+        groups = self.param_groups
+        return group_indices(self._unflattened(groups) if self._vectors else groups)
+
+    @property
+    def _factors(self) -> dict[Tensor, dict[str, Any]]:
+        """What the update keeps of each lora_A and lora_B; ``state`` has it but under ZeRO."""
+        return self._of_vectors if self._vectors else self.state
 
     def _last_ratio(self, layer: LoraLayer, index: dict[Tensor, int]) -> float:
         """The lambda of the last step; before any, the group's."""
         b, delta = layer.lora_B, layer.delta
         if b in self._sent:
             return self._sent[b]
-        if delta is not None and delta.anchor_B is self.state[b].get("anchor"):
+        if delta is not None and delta.anchor_B is self._factors[b].get("anchor"):
             return delta.update_ratio
         return self.param_groups[index[b]]["update_ratio"]
 
     def _prepare(self) -> None:
-        groups, index = self.param_groups, group_indices(self.param_groups)
+        groups, index, factors = self.param_groups, self._index, self._factors
         kinds: dict[Kind, dict[str, LoraLayer]] = defaultdict(dict)
         for name, layer in self._pairs.items():
             self._allocate_update(layer)
@@ -161,7 +196,7 @@ class DeltaLoRA(FusedAdamW):
         self.weight_updates = [
             WeightUpdate(
                 groups[i], layers, ratio, self.w_update == "inplace", self.rounding or "remainder",
-                self.seed + number, self.state, self._delta, self._unseen,
+                self.seed + number, factors, self._delta, self._unseen,
             )
             for number, ((i, _, _, ratio), layers) in enumerate(kinds.items())
         ]  # fmt: skip
@@ -176,8 +211,8 @@ class DeltaLoRA(FusedAdamW):
     def _allocate_update(self, layer: LoraLayer) -> None:
         inplace = self.w_update == "inplace"
         for p in (layer.lora_A, layer.lora_B):
-            allocate_factor(p, self.state[p], self._delta if inplace else None)
-        allocate_remainder(layer, self.state[layer.lora_B], self._keeps_remainder(layer))
+            allocate_factor(p, self._factors[p], self._delta if inplace else None)
+        allocate_remainder(layer, self._factors[layer.lora_B], self._keeps_remainder(layer))
 
     def _keeps_remainder(self, layer: LoraLayer) -> bool:
         keeps = self.rounding in (None, "remainder") and self.w_update == "inplace"
@@ -210,10 +245,16 @@ class DeltaLoRA(FusedAdamW):
         t = self._read_iteration()
         for step in self._devices.values():
             step.set_iteration(t)
-        for update in self.weight_updates:
-            update.bind(t > update.start_step + 1, restored)
+        begin = [m for u in self.weight_updates for m in u.layers.values()]
+        begin = [m for m in begin if restored is None or m.lora_B not in restored]
+        with gathered(p for m in begin for p in (m.lora_A, m.lora_B)):
+            for update in self.weight_updates:
+                update.bind(t > update.start_step + 1, restored)
         super()._bind()
-        if restored is None or not any(update.has_moved() for update in self.weight_updates):
+        if self._vectors and restored is not None:  # ZeRO restores the pairs after its optimizer
+            for update in self.weight_updates:
+                update.follow_vectors(None)
+        elif restored is None or not any(update.has_moved() for update in self.weight_updates):
             self._accept_writes()
 
     def _follow_writes(self) -> None:
@@ -224,6 +265,13 @@ class DeltaLoRA(FusedAdamW):
         t = self._read_iteration()
         for update in self.weight_updates:
             update.follow_pairs(t)
+
+    def _before_adamw(self) -> None:
+        """Take the anchors of updates that start in this step, where AdamW has vectors."""
+        for update in self.weight_updates if self._vectors else ():
+            start = update.start_step + 1
+            t = self._read_iteration() if self._t_least <= start <= self._t_most else None
+            update.follow_vectors(t)
 
     def _after_adamw(
         self, found_inf: dict[torch.device, Tensor], capturing: bool
@@ -298,8 +346,9 @@ class DeltaLoRA(FusedAdamW):
         )
 
     def _send(self, settings: list[tuple]) -> None:
-        for update in self.weight_updates:
-            if update.ratio != update.group["update_ratio"]:
+        changed = [u for u in self.weight_updates if u.ratio != u.group["update_ratio"]]
+        with gathered(p for update in changed for p in update.factors()):
+            for update in changed:
                 update.change_ratio(self._read_iteration())
         super()._send(settings)
 
@@ -320,6 +369,10 @@ class DeltaLoRA(FusedAdamW):
         params = [p for group in self.param_groups for p in group["params"]]
         entries = {p: dict(saved["state"][i]) for i, p in enumerate(params)}
         saved["state"] = {i: entries[p] for i, p in enumerate(params)}
+        if self._vectors:
+            for entry in [*entries.values()][:1]:
+                entry |= self._packed()
+            return saved
         for update in self.weight_updates:
             update.check_known()
             if update.inplace:
@@ -327,6 +380,20 @@ class DeltaLoRA(FusedAdamW):
             for layer in update.layers.values():
                 update.save(layer, entries)
         return saved
+
+    def _packed(self) -> dict[str, Tensor]:
+        """What a state says of all layers where the groups have vectors, see `zero_vectors`."""
+        found: dict[str, Tensor] = {}
+        for update in self.weight_updates:
+            update.check_known()
+            for name, layer in update.layers.items():
+                pair = layer.lora_A, layer.lora_B
+                kept: dict[Tensor, dict[str, Tensor]]
+                kept = {p: {"anchor": self._factors[p]["anchor"]} for p in pair}
+                with gathered(() if update.owns(layer.delta, layer.lora_B) else pair):
+                    update.save(layer, kept)
+                found |= pack(name, [kept[p] for p in pair])
+        return found
 
     def _run_state(self) -> dict[str, Any]:
         return {**super()._run_state(), "w_update": self.w_update}
@@ -338,11 +405,14 @@ class DeltaLoRA(FusedAdamW):
         if theirs != self.w_update:
             accepted = f"a state of w_update={self.w_update!r}"
             raise ArgumentError("state_dict", f"w_update={theirs!r:.60}", accepted)
+        if self._vectors:
+            for vector in saved.ids.values():
+                saved.entries |= unpack(saved.entries[vector], layer_names(self._modules))
         saved.layers = self._layers_of(saved)
         inplace = self.w_update == "inplace"
         for name, layer in saved.layers.items():
             b = layer.lora_B
-            for p in (layer.lora_A, b):
+            for p in () if self._vectors else (layer.lora_A, b):
                 saved.entries[p].setdefault("last", p.detach())  # older states lack it
             if inplace:
                 weight = take_weight(name, saved.entries[b], layer)
@@ -360,13 +430,18 @@ class DeltaLoRA(FusedAdamW):
         for group in groups:
             self._check_group(group)
         there = {p for p, entry in saved.entries.items() if "anchor" in entry}
-        self._find_pairs(groups, there)  # as the first step after it will
+        pairs = self._find_pairs(groups, there)  # as the first step after it will
+        groups = self._unflattened(groups) if self._vectors else groups
         found = find_pairs(self._modules, [{**g, "update_ratio": 0.0} for g in groups], there)
         own = {layer.lora_B: name for name, layer in self._pairs.items() if layer.delta is not None}
         lost = sorted(own[b] for b in own.keys() - {layer.lora_B for layer in found.values()})
         if lost:
             given = f"no update of {lost[0]}, because its update_ratio was 0"
             raise ArgumentError("state_dict", given, "a state from after its update began")
+        missing = sorted(pairs.keys() - found.keys()) if self._vectors else []
+        if missing:  # its pair is not restored yet, so no update can begin with it
+            given = f"no update of {missing[0]}"
+            raise ArgumentError("state_dict", given, "a state of the same layers under ZeRO")
         return found
 
     def _saved_tensors(self, p: Tensor, saved: SavedState) -> dict[str, Tensor]:
@@ -384,7 +459,7 @@ class DeltaLoRA(FusedAdamW):
         for layer in saved.layers.values():
             self._allocate_update(layer)
         self._sent = {b: update.update_ratio for b, update in saved.updates.items()}
-        index = group_indices(self.param_groups)
+        index = self._index
         ratios = [
             {self._last_ratio(m, index) for m in u.layers.values()} for u in self.weight_updates
         ]
@@ -394,6 +469,10 @@ class DeltaLoRA(FusedAdamW):
             weight = saved.weights.get(layer.lora_B)
             if weight is not None and local(weight).data_ptr() != local(layer.weight).data_ptr():
                 copy_values(layer.weight, weight)
+        if self._vectors:
+            for layer in saved.layers.values():
+                for p in (layer.lora_A, layer.lora_B):
+                    take_entry(saved.entries.pop(p), self._factors[p])
         super()._take_state(saved)
         self._bound_iteration(saved.number("iteration"))
         for update in self.weight_updates:

@@ -34,8 +34,9 @@ from ..layers.lora_linear import LoraLinear, check_unsharded, own_layers
 from ..layers.report import SwapReport, swap_report
 from ..ranks import check_alike, local, own_part
 from .fused_adamw import FusedAdamW
-from .param_groups import ModelOrParams, check_flattened, layer_names
+from .param_groups import ModelOrParams, layer_names
 from .saved_state import SavedState
+from .zero_vectors import check_no_vectors
 
 SCALES = ("alpha/b", "alpha/r")
 
@@ -195,7 +196,7 @@ class DyLoRA(FusedAdamW):
             if isinstance(m, LoraLinear) and (m.lora_A in mine or m.lora_B in mine)
         }
         if not layers:
-            check_flattened(self._modules, mine)
+            check_no_vectors(self._modules, mine)
             accepted = "a model that `swap_` changed, or model="
             raise ArgumentError("model_or_params", "no pair of a swapped layer", accepted)
         for m, name in layers.items():

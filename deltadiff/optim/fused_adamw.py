@@ -37,6 +37,7 @@ from .param_groups import (
 )
 from .resumable import Resumable
 from .shards import ShardedPlaces, check_exchange, check_order, to_launch
+from .zero_vectors import check_vectors
 
 Loss = TypeVar("Loss")  # what a closure returns
 
@@ -74,6 +75,7 @@ class FusedAdamW(Resumable):
     grad_scale: Tensor
 
     _places: ShardedPlaces | None = None  # where sharded parameters stand
+    _held: list[list[Tensor]]  # of each group, the parameters that launches were prepared for
 
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
@@ -135,6 +137,8 @@ class FusedAdamW(Resumable):
         params = [*group_indices(self.param_groups)]
         check_order(self._modules, params)
         check_exchange(self.state.keys(), params, self._iteration.values())
+        if self._built:
+            check_vectors(self._modules, params, len(self._held), self.skip_nonfinite)
         self._check_tensors()
         sharded = any(map(is_sharded, params))
         self._places = ShardedPlaces(self._modules, params) if sharded else None
@@ -252,6 +256,7 @@ class FusedAdamW(Resumable):
                 raise ArgumentError("step", given, "a step outside, then the capture")
             self._follow_writes()
             self._accept_writes()
+        self._before_adamw()
         # GradScaler sets these two as attributes; both lie on one device.
         flag, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         found_inf = found_infs(self._devices.values(), flag, self.skip_nonfinite)
@@ -276,6 +281,9 @@ class FusedAdamW(Resumable):
 
     def _follow_writes(self) -> None:
         """Something else than a step wrote parameters of which copies are kept."""
+
+    def _before_adamw(self) -> None:
+        """Work for which the parameters must be as they were before the step."""
 
     def _after_adamw(
         self, found_inf: dict[torch.device, Tensor], capturing: bool

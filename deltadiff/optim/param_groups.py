@@ -11,6 +11,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..layers.lora_layers import LoraLayer, lora_layers
 from ..ranks import is_partitioned, local
 from .shards import check_shards
+from .zero_vectors import check_no_vectors
 
 # What an optimizer takes: a model, or parameters, modules and param groups in any mixture.
 ModelOrParams = nn.Module | Iterable[Tensor | nn.Module | dict[str, Any]]
@@ -87,7 +88,7 @@ def check_parameter(p: Tensor) -> None:
     check_shards("model_or_params", p)
     if is_partitioned(p):
         given = "parameters that DeepSpeed's ZeRO-3 has partitioned"
-        accepted = "an optimizer that is made before `deepspeed.initialize`, with update_ratio=0"
+        accepted = "an optimizer that is made before `deepspeed.initialize`"
         raise ArgumentTypeError("model_or_params", given, accepted)
     if p.numel() == 0:
         given = f"{type(p).__name__} of shape {tuple(p.shape)}"
@@ -123,7 +124,7 @@ def find_pairs(
 
     Raises:
         ArgumentError: such a layer has a gate, dropout, or a pair that the groups hold in part;
-            update ratios above 0 without any such layer, or under DeepSpeed's ZeRO.
+            update ratios above 0 without any such layer.
     """
     pairs: dict[str, LoraLayer] = {}
     index = group_indices(groups)
@@ -144,21 +145,8 @@ def find_pairs(
             raise ArgumentError("model_or_params", f"{name} with {reason}", accepted)
         pairs[name] = layer
     if not pairs and any(g["update_ratio"] for g in groups):
-        check_flattened(modules, index)
+        check_no_vectors(modules, index)
         given = "no swapped layer with a pair of its own"
         accepted = "a model that `swap_` changed, model=, or update_ratio=0"
         raise ArgumentError("model_or_params", given, accepted)
     return pairs
-
-
-def check_flattened(modules: list[nn.Module], params: Collection[Tensor]) -> None:
-    """Raise ArgumentError where something flattened the parameters of swapped layers into others.
-
-    DeepSpeed's ZeRO puts one vector, the part of all parameters that its process updates, into each
-    group. Where A and B of a layer lie in it, and which W they belong to, it alone knows.
-    """
-    held = {p for module in modules for p in module.parameters()}
-    if layer_names(modules) and held.isdisjoint(params):
-        given = "vectors of flattened parameters, as of DeepSpeed's ZeRO, without pairs"
-        accepted = "under ZeRO `DeltaLoRA(update_ratio=0)`, which is LoRA; DDP or `fully_shard`"
-        raise ArgumentError("model_or_params", given, accepted)

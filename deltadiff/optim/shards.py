@@ -95,24 +95,35 @@ def check_order(modules: Sequence[nn.Module], params: Sequence[Tensor]) -> None:
 def check_exchange(
     known: Collection[Tensor], params: Sequence[Tensor], counts: Iterable[Tensor]
 ) -> None:
-    """Raise SwapError where sharded parameters took the place of those that were trained.
+    """Raise SwapError where other parameters took the place of all those that were trained.
 
     Accelerate shards a model whose optimizer exists already, and puts the sharded parameters into
-    its groups. Before the first step nothing is lost by that; later the moments would be.
+    its groups. DeepSpeed's ZeRO puts vectors there, and one after the other if it has several.
+    Before the first step nothing is lost by that; later the moments would be.
 
     Args:
         known: the parameters of which the optimizer has a state.
         params: those that its groups hold now.
         counts: the steps done, on each device.
     """
-    gone = set(known) - set(params)
-    if not gone or not any(is_sharded(p) and p not in known for p in params):
+    gone, new = set(known) - set(params), set(params) - set(known)
+    if not gone or not new or any(map(is_sharded, gone)) or not any(map(int, counts)):
         return
-    if any(is_sharded(p) for p in gone) or not any(map(int, counts)):
-        return
-    given = "sharded parameters in the place of those that it trained, whose state would be lost"
-    accepted = "`accelerator.prepare(model, optimizer)` before the first step or `load_state_dict`"
-    raise SwapError("optimizer", given, accepted)
+    if any(map(is_sharded, new)):
+        given = (
+            "sharded parameters in the place of those that it trained, whose state would be lost"
+        )
+        accepted = (
+            "`accelerator.prepare(model, optimizer)` before the first step or `load_state_dict`"
+        )
+        raise SwapError("optimizer", given, accepted)
+    if len(gone) == len(known) and len(new) == len(params):
+        given = "other parameters in the place of all that it trained, whose state would be lost"
+        accepted = (
+            "`deepspeed.initialize` before the first step or `load_state_dict`, and one vector "
+            'under ZeRO: one param group, and a "sub_group_size" that it does not exceed'
+        )
+        raise SwapError("optimizer", given, accepted)
 
 
 class WholeFactors:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..checks import REMAINDER_DTYPES
 from ..layers.lora_layers import LoraLayer
-from ..ranks import local
+from ..ranks import is_partitioned, local, whole_shape
 
 
 def allocate_factor(p: Tensor, state: dict[str, Any], deltas: dict[Tensor, Tensor] | None) -> None:
     """Give lora_A or lora_B its "anchor" and "last"; in ``deltas``, if given, its p' - p."""
-    state.setdefault("anchor", torch.zeros_like(p.detach()))
-    state.setdefault("last", p.detach().clone())
+    like = p.new_zeros(whole_shape(p)) if is_partitioned(p) else p.detach()
+    state.setdefault("anchor", torch.zeros_like(like))
+    state.setdefault("last", like.clone())
     for own in (state["anchor"], state["last"]):
         if own.device != p.device or own.dtype != p.dtype:  # no `PendingDelta` moved it
             own.data = own.data.to(p.device, p.dtype)

@@ -176,6 +176,22 @@ class WeightUpdate:
         self._launched = True
         return True
 
+    def follow_vectors(self, t: int | None) -> None:
+        """Before AdamW of vectors that ZeRO put in the place of pairs, see `zero_vectors`.
+
+        ``t``: the iteration; None where it is known that the updates do not start in it.
+        """
+        for layer in self.layers.values():
+            delta = layer.delta
+            assert delta is not None  # `bind` gave it
+            if t == self.start_step + 1:
+                delta.begin_from_last()
+            delta.expect(layer.lora_A, layer.lora_B)
+
+    def factors(self) -> list[Tensor]:
+        """The pairs of the layers."""
+        return [p for m in self.layers.values() for p in (m.lora_A, m.lora_B)]
+
     # ------------------------------------------------ another lambda, another pair
 
     def check_can_end(self, argument: str, only_moved: bool) -> None:

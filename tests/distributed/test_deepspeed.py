@@ -1,9 +1,11 @@
-"""DeepSpeed's ZeRO: LoRA trains on its vectors; an update of W is refused, for it has no pairs."""
+"""DeepSpeed's ZeRO: AdamW trains its vectors, and a factored update of W follows the pairs."""
+
+import copy
 
 import pytest
 import torch
-from deepspeed_runs import flatten_groups, train_by_zero
-from fsdp_runs import make_base, make_model, make_peft_model, train, values
+from deepspeed_runs import Flattened, flatten_groups, train_by_zero, trained_values
+from fsdp_runs import METHODS, make_base, make_model, make_peft_model, parts_of, train, values
 from ranks import run_ranks, short_form
 
 from deltadiff import (
@@ -16,10 +18,12 @@ from deltadiff import (
     swap_,
     unswap_,
 )
-from deltadiff.errors import ArgumentError
+from deltadiff.errors import ArgumentError, SwapError
+from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.optim.dylora import DyLoRA
 
 PAIRS_ARE_GONE = "flattened parameters, as of DeepSpeed's ZeRO.*under ZeRO .*update_ratio=0"
+RATIOS = [0.5, 0.5, 0.5, 0.5, 0.25, 0.0, 0.5]
 
 
 def test_vectors_in_the_place_of_parameters_are_trained():
@@ -38,18 +42,164 @@ def test_vectors_in_the_place_of_parameters_are_trained():
     assert vector.equal(expected) and not vector.equal(torch.cat([p.flatten() for p in parts]))
 
 
+def train_on(model, optimizer, steps, ratios=RATIOS):
+    """Some steps, each with a lambda of its own; ``optimizer`` may be `Flattened`."""
+    own = getattr(optimizer, "optimizer", optimizer)
+    for t in steps:
+        own.param_groups[0]["update_ratio"] = ratios[t]
+        (ids,) = parts_of(t, 1)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("start_step", [0, 2])
 @pytest.mark.parametrize("make", [make_model, make_peft_model])
-@pytest.mark.parametrize("w_update", ["inplace", "factored"])
-def test_an_update_of_w_without_pairs_is_refused_before_anything_is_changed(make, w_update):
-    model = make()
-    optimizer = DeltaLoRA(model, w_update=w_update)
+def test_a_factored_update_follows_its_vector(make, start_step):
+    """The same bits as without vectors, under a lambda that changes; also from a state."""
+    how = {"lr": 5e-3, "w_update": "factored", "start_step": start_step}
+    one, flat, resumed = make(), make(), make()
+    train_on(one, DeltaLoRA(one, **how), range(7))
+    vector = Flattened(DeltaLoRA(flat, **how))
+    train_on(flat, vector, range(5))
+    saved = copy.deepcopy(vector.optimizer.state_dict())
+    other = Flattened(DeltaLoRA(resumed, **how))
+    other.optimizer.load_state_dict(saved)
+    (target,), (source,) = (o.optimizer.param_groups[0]["params"] for o in (other, vector))
+    target.data.copy_(source)
+    other.put_back()
+    for model, optimizer in ((flat, vector), (resumed, other)):
+        train_on(model, optimizer, range(5, 7))
+        assert trained_values(model) == trained_values(one)
+    without = make()
+    train_on(without, DeltaLoRA(without, **how), range(7), [0.0] * 7)
+    assert trained_values(without) != trained_values(one)
+
+
+def test_w_stays_while_others_write_the_pair_between_steps():
+    model = make_model()
+    optimizer = Flattened(DeltaLoRA(model, lr=5e-3, w_update="factored"))
+    train_on(model, optimizer, range(3))
+    (ids,) = parts_of(9, 1)
+    with torch.inference_mode():  # the first look at the model after the step
+        before = model(input_ids=ids).logits.clone()
+    layer = next(iter(lora_layers(model).values()))
+    x, kept = torch.randn(3, layer.in_features), layer.lora_B.detach().clone()
+    with torch.no_grad():
+        both = layer(x)
+        layer.lora_B.zero_()
+        added = layer(x) - x @ layer.weight.T
+        a, b, past = layer.lora_A, kept, layer.delta
+        expected = 0.5 * layer.scaling * (x @ a.T @ b.T - x @ past.anchor_A.T @ past.anchor_B.T)
+        assert expected.abs().max() > 1e-4
+        torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-6)
+        layer.lora_B.copy_(kept)
+        assert layer(x).equal(both) and model(input_ids=ids).logits.equal(before)
+
+
+def refusal(model, optimizer, error, match, calls=("step", "state_dict")):
+    vectors = [p for group in optimizer.param_groups for p in group["params"]]
+    for vector in vectors:
+        vector.grad = torch.ones_like(vector)
+    before = [vector.tolist() for vector in vectors], values(model)
+    for call in calls:
+        with pytest.raises(error, match=match):
+            getattr(optimizer, call)()
+    assert before == ([vector.tolist() for vector in vectors], values(model))
+
+
+def test_an_update_in_place_is_refused_before_anything_is_changed():
+    model = make_model()
+    optimizer = DeltaLoRA(model)
     flatten_groups(optimizer)
-    (vector,) = optimizer.param_groups[0]["params"]
-    vector.grad, before = torch.ones_like(vector), (vector.tolist(), values(model))
+    refusal(model, optimizer, ArgumentError, "w_update.*ZeRO, whose step leaves.*'factored'")
+
+
+def test_vectors_that_were_never_parameters_have_no_pairs():
+    model = make_model()
+    vector = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ArgumentError, match=PAIRS_ARE_GONE):
+        DeltaLoRA([vector.requires_grad_()], model=model, w_update="factored")
+
+
+@pytest.mark.parametrize("kind", [FusedAdamW, DeltaLoRA])
+def test_several_groups_are_refused(kind):
+    """ZeRO steps with one after the other, and the moments of the others would be lost."""
+    model = make_model()
+    how = {} if kind is FusedAdamW else {"w_update": "factored"}
+    optimizer = kind([{"params": layer} for layer in model.model.layers], **how)
+    flatten_groups(optimizer)
+    del optimizer.param_groups[1:]
+    refusal(model, optimizer, ArgumentError, "param_groups.*2 groups.*ZeRO.*one group", ["step"])
+
+
+def test_vectors_one_after_the_other_are_refused():
+    optimizer = FusedAdamW([torch.nn.Parameter(torch.ones(4))])
+    for refused in (False, True):
+        vector = torch.ones(2, requires_grad=True)
+        vector.grad = torch.ones(2)
+        optimizer.param_groups[0]["params"] = [vector]
+        if refused:
+            with pytest.raises(SwapError, match="all that it trained.*sub_group_size"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        assert vector.equal(torch.ones(2)) == refused
+
+
+def test_skipping_by_what_one_process_sees_is_refused():
+    model = make_model()
+    optimizer = DeltaLoRA(model, w_update="factored", skip_nonfinite=True)
+    flatten_groups(optimizer)
+    refusal(model, optimizer, ArgumentError, "skip_nonfinite.*ZeRO.*check_grad_overflow")
+
+
+def test_a_vector_on_another_device_is_refused():
+    model = make_model()
+    optimizer = DeltaLoRA(model, w_update="factored")
+    flatten_groups(optimizer)
+    group = optimizer.param_groups[0]
+    group["params"] = [torch.empty_like(group["params"][0], device="meta").requires_grad_()]
     for call in (optimizer.step, optimizer.state_dict):
-        with pytest.raises(ArgumentError, match=PAIRS_ARE_GONE):
+        with pytest.raises(ArgumentError, match="DeepSpeed trains on meta.*offload_optimizer"):
             call()
-    assert before == (vector.tolist(), values(model))
+
+
+NO_UPDATE = {"A.anchor": "no anchor of", "B.update": "no update of", "": "no update of"}
+
+
+@pytest.mark.parametrize("lost", NO_UPDATE)
+def test_a_state_that_lacks_a_part_of_a_layer_is_refused(lost):
+    """Of the first layer; "" means all of it."""
+    refused_state(lambda state: [state.pop(k) for k in first_keys(state, lost)], NO_UPDATE[lost])
+
+
+@pytest.mark.parametrize("change", [lambda t: t[1:], lambda t: None])
+def test_a_state_whose_anchors_do_not_fit_is_refused(change):
+    def put(state):
+        (key,) = first_keys(state, "A.anchor")
+        state[key] = change(state[key])
+
+    refused_state(put, "anchor of .*lora_A in state_dict")
+
+
+def first_keys(state, end):
+    return [key for key in state if "layers.0" in key and "q_proj" in key and key.endswith(end)]
+
+
+def refused_state(change, words):
+    model = make_model()
+    optimizer = Flattened(DeltaLoRA(model, lr=5e-3, w_update="factored"))
+    train_on(model, optimizer, range(3))
+    saved = copy.deepcopy(optimizer.optimizer.state_dict())
+    change(saved["state"][0])
+    fresh = make_model()
+    other = Flattened(DeltaLoRA(fresh, w_update="factored"))
+    for one, held in ((model, optimizer), (fresh, other)):
+        before = trained_values(one)
+        with pytest.raises(ArgumentError, match=words):
+            held.optimizer.load_state_dict(saved)
+        assert trained_values(one) == before
 
 
 def partition(model):
@@ -75,23 +225,24 @@ def test_parameters_that_are_partitioned_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("peft", short_form([False, True]))
+@pytest.mark.parametrize("method", short_form(["LoRA", "factored", "factored, K = 2"]))
 @pytest.mark.parametrize("stage", short_form([1, 2, 3]))
-def test_lora_under_zero(stage, peft):
+def test_training_under_zero(stage, method, peft):
     pytest.importorskip("deepspeed")
-    (first, resumed), other = run_ranks(train_by_zero, stage, "LoRA", peft)
-    assert [first, resumed] == other == [first] * 2
-    model = (make_peft_model if peft else make_model)()
-    train(model, DeltaLoRA(model, lr=5e-3, update_ratio=0))
-    for ours, theirs in zip(first, values(model), strict=True):
+    found, other = run_ranks(train_by_zero, stage, method, peft)
+    assert found == other == found[:1] * 3
+    dtype, how = METHODS[method]
+    model = (make_peft_model if peft else make_model)(dtype)
+    train(model, DeltaLoRA(model, lr=5e-3, **how))
+    for ours, theirs in zip(found[0], trained_values(model), strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("method", short_form(["in place", "factored"]))
 @pytest.mark.parametrize("stage", short_form([1, 2, 3]))
-def test_an_update_of_w_under_zero_is_refused(stage, method):
+def test_an_update_in_place_under_zero_is_refused(stage):
     pytest.importorskip("deepspeed")
-    with pytest.raises(AssertionError, match=PAIRS_ARE_GONE):
-        run_ranks(train_by_zero, stage, method)
+    with pytest.raises(AssertionError, match="ZeRO, whose step leaves.*'factored'"):
+        run_ranks(train_by_zero, stage, "in place")
 
 
 def test_dylora_has_no_ranks_there():

@@ -7,6 +7,8 @@ import torch.distributed as dist
 from fsdp_runs import METHODS, STEPS, make_model, make_peft_model, parts_of, values
 
 from deltadiff import DeltaLoRA
+from deltadiff.layers.lora_layers import lora_layers
+from deltadiff.layers.low_rank_sum import low_rank_sum
 
 
 def make_engine(model, optimizer, stage):
@@ -39,8 +41,16 @@ def result_in(engine, result=values):
         return result(engine.module)
 
 
+def trained_values(model):
+    """All parameters, and all that training added to each weight."""
+    sums = [low_rank_sum(name, [layer]) for name, layer in lora_layers(model).items()]
+    return values(model) + [(b @ a).flatten().tolist() for b, a in sums]
+
+
 def train_by_zero(rank, stage, method, peft=False):
-    """All parameters after some steps; and after the last two of them from a checkpoint."""
+    """`trained_values` after some steps; and after the last two of them from a checkpoint, once in
+    a new engine, and once in the engine that has done them.
+    """
     dtype, how = METHODS[method]
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +65,10 @@ def train_by_zero(rank, stage, method, peft=False):
                 train_engine(engine, rank, range(4))
                 engine.save_checkpoint(folders[0], tag="4")
             train_engine(engine, rank, range(4, STEPS))
-            found.append(result_in(engine))
+            found.append(result_in(engine, trained_values))
+        engine.load_checkpoint(folders[0], tag="4")
+        train_engine(engine, rank, range(4, STEPS))
+        found.append(result_in(engine, trained_values))
         dist.barrier()
     return found
 
@@ -65,3 +78,29 @@ def flatten_groups(optimizer):
     for group in optimizer.param_groups:
         flat = torch.cat([p.detach().flatten() for p in group["params"]])
         group["params"] = [flat.requires_grad_()]
+
+
+class Flattened:
+    """An optimizer of one param group that trains as under ZeRO-1, in one process."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.params = optimizer.param_groups[0]["params"]
+        flatten_groups(optimizer)
+
+    def step(self):
+        (vector,) = self.optimizer.param_groups[0]["params"]
+        vector.grad = torch.cat([p.grad.flatten() for p in self.params])
+        self.optimizer.step()
+        self.put_back()
+
+    def put_back(self):
+        """Bring the values of the vector into the parameters, as no version counter sees it."""
+        (vector,) = self.optimizer.param_groups[0]["params"]
+        parts = vector.detach().split([p.numel() for p in self.params])
+        for p, part in zip(self.params, parts, strict=True):
+            p.data.copy_(part.view_as(p))
+
+    def zero_grad(self):
+        for p in self.params:
+            p.grad = None

@@ -8,6 +8,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from ...errors import SwapError
+from ...ranks import is_partitioned
 from ..base_format import fused_branch
 from ..delta_state import (
     check_loadable,
@@ -210,6 +211,8 @@ class FusedLinear(HoldsPairs, Linear):
                 continue  # a part of a state, which says nothing of this adapter
             a, b = (state_dict[factor] for factor in pairs[name])
             lost = self.deltas.get(name) if saved[name] is None else None
+            if is_partitioned(self.lora_A[name].weight):
+                lost = None  # the state has no values of the pair either, see `load_delta`
             if lost is not None and lost.differs(a, b) and lost.changes_model():
                 warn_dropped(name, lost.in_weight)
                 if lost.in_weight and f"{prefix}base_layer.weight" not in state_dict:

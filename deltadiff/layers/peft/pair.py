@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ...ops.dispatch import Dispatch, choose_path
+from ...ranks import whole_shape
 from ..base_format import base_format
 from ..linear import is_conv1d, linear_shape
 from ..lora_layers import HoldsPairs, Place
@@ -73,7 +74,7 @@ class PeftPair:
 
     @property
     def r(self) -> int:
-        return self.lora_A.shape[0]
+        return whole_shape(self.lora_A)[0]
 
     @property
     def lora_alpha(self) -> float:
