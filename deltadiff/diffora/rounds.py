@@ -67,7 +67,8 @@ def search(
 
     Raises:
         ArgumentTypeError, ArgumentError: a value cannot be used; ``folder`` holds a search although
-            ``resume`` is off; the search to resume has other candidates or settings.
+            ``resume`` is off; the search to resume has other candidates or settings; several
+            processes search together.
         CheckpointError: the file of the search to resume is missing or garbled.
         NonFiniteLossError: a loss or gradient became inf or NaN; the message names the batch.
             ``state`` (and ``folder``) hold what was before that step.
@@ -84,6 +85,10 @@ def search(
     most = min(len(data.train), len(data.valid))
     if batch_size > most:
         raise ArgumentError("batch_size", batch_size, f"1 to {most}, the smaller part of the data")
+    if state.ranks.size > 1:
+        given = f"a search of {state.ranks.size} processes, which would all take the same batches"
+        accepted = "one process; or `Search.gate_step` and `inner_step`, with a part of each batch"
+        raise ArgumentError("state", given, accepted)
     settings = {
         "inner_steps": inner_steps,
         "batch_size": batch_size,

@@ -5,8 +5,8 @@ import torch
 from ranks import run_ranks
 from small_searches import batch, squares, stack
 
-from deltadiff.diffora import Search
-from deltadiff.errors import NonFiniteLossError
+from deltadiff.diffora import Search, search, split
+from deltadiff.errors import ArgumentError, NonFiniteLossError
 
 
 def part_of(pair, rank, size):
@@ -65,6 +65,21 @@ def test_two_processes_search_as_one_does():
             torch.testing.assert_close(
                 torch.tensor(mine), torch.tensor(theirs), rtol=2e-4, atol=2e-6
             )
+
+
+def searches_in_rounds(rank):
+    state = Search(stack("abc", "ab"), r=2)
+    data = split(8)
+    try:
+        search(state, lambda indices: None, data, rounds=1, inner_steps=1, batch_size=2)
+    except ArgumentError as error:
+        return str(error)
+
+
+def test_rounds_of_several_processes_are_refused():
+    """They would do the same work in each process, and write one file together."""
+    for told in run_ranks(searches_in_rounds):
+        assert "2 processes" in told and "`Search.gate_step` and `inner_step`" in told
 
 
 def test_a_loss_that_is_infinite_in_one_stops_all():
