@@ -6,11 +6,12 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from fsdp_runs import (
     METHODS,
+    load_checkpoint,
     make_model,
     make_peft_model,
+    save_checkpoint,
     shard,
     shard_peft,
     train,
@@ -22,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -58,19 +58,13 @@ def go_on(model, optimizer, rank):
 def save(rank, method, folder):
     model, optimizer = new_run(method)
     train(model, optimizer, rank, dist.get_world_size(), steps=4)
-    state, of_optimizer = get_state_dict(model, optimizer)
-    dcp.save({"model": state, "optimizer": of_optimizer}, checkpoint_id=folder)
+    save_checkpoint(model, optimizer, folder)
     return go_on(model, optimizer, rank)
 
 
 def load(rank, method, folder):
     model, optimizer = new_run(method)
-    state, of_optimizer = get_state_dict(model, optimizer)
-    found = {"model": state, "optimizer": of_optimizer}
-    dcp.load(found, checkpoint_id=folder)
-    set_state_dict(
-        model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
-    )
+    load_checkpoint(model, optimizer, folder)
     return go_on(model, optimizer, rank)
 
 

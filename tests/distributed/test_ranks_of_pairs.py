@@ -5,15 +5,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from fsdp_runs import make_base, parts_of, shard, values
+from fsdp_runs import load_checkpoint, make_base, parts_of, save_checkpoint, shard, values
 from ranks import run_ranks, short_form
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
-    set_state_dict,
 )
 
 from deltadiff import load_adapter, merge_, save_adapter, swap_
@@ -144,19 +142,13 @@ def go_on(model, optimizer):
 def save(rank, method, folder):
     model, optimizer = new_run(method)
     train(model, optimizer, rank, dist.get_world_size(), range(3))
-    of_model, of_optimizer = get_state_dict(model, optimizer)
-    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    save_checkpoint(model, optimizer, folder)
     return go_on(model, optimizer)
 
 
 def load(rank, method, folder):
     model, optimizer = new_run(method)
-    of_model, of_optimizer = get_state_dict(model, optimizer)
-    found = {"model": of_model, "optimizer": of_optimizer}
-    dcp.load(found, checkpoint_id=folder)
-    set_state_dict(
-        model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
-    )
+    load_checkpoint(model, optimizer, folder)
     return go_on(model, optimizer)
 
 

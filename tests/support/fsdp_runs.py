@@ -1,7 +1,9 @@
 """A small Llama with LoRA, sharded by FSDP2 or whole, and training runs on parts of batches."""
 
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from deltadiff import swap_
@@ -83,3 +85,19 @@ def shard_peft(model, alone=False, **options):
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+def save_checkpoint(model, optimizer, folder):
+    """What all processes have, in a folder."""
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+
+
+def load_checkpoint(model, optimizer, folder):
+    """What `save_checkpoint` wrote, also in another number of processes."""
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    found = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(found, checkpoint_id=folder)
+    set_state_dict(
+        model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
+    )
