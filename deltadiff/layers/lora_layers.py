@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 
 from ..errors import SwapError
+from ..ops.reference_blocks import LowRankLinear
 from .pending_delta import PendingDelta
 
 if TYPE_CHECKING:
@@ -92,6 +93,17 @@ class LoraLayer(Protocol):
 
 class HoldsPairs:
     """A module in a model whose forward pass is `lora_linear`."""
+
+    backend: str | None
+    in_features: int
+
+    def as_lora_linear(self, x: Tensor) -> LowRankLinear | None:
+        """What its forward pass multiplies x by; None where that is no `lora_linear` without more.
+
+        With dropout, or an input or weight that only the layer's own forward pass can take, it is
+        None. Parameters must be whole tensors when this is called.
+        """
+        raise NotImplementedError
 
     def pairs(self) -> dict[str, LoraLayer]:
         """Its pairs; the key is added to the name of the module, and empty where it has one."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import SwapError
 from ..ops.dispatch import Dispatch, choose_path
+from ..ops.reference_blocks import LowRankLinear
 from ..ranks import is_sharded
 from .base_format import base_format
 from .delta_state import (
@@ -172,6 +173,16 @@ class LoraLinear(HoldsPairs, LayerState):
         return choose_path(self.weight.device, self.weight.dtype, self.backend, layer, *how)
 
     def forward(self, x: Tensor) -> Tensor:
+        return base_format(self.weight).forward(self, x, *self._branch())
+
+    def as_lora_linear(self, x: Tensor) -> LowRankLinear | None:
+        if self.quantised or is_sharded(self.weight):
+            return None
+        a, b, scaling, gate, dropout = self._branch()
+        return None if dropout else LowRankLinear(self.matrix, a, b, gate, self.bias, scaling)
+
+    def _branch(self) -> tuple[Tensor, Tensor, float, Tensor | None, float]:
+        """(A, B, scaling, gate, dropout) of the low-rank branch in a forward pass now."""
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
         scaling, gate, dropout = self.scaling, self.gate, 0.0
@@ -186,7 +197,7 @@ class LoraLinear(HoldsPairs, LayerState):
                 given = f"lora_dropout={dropout} on a layer whose branch holds a Delta-LoRA update"
                 raise SwapError("lora_dropout", given, "0, or `merge_` first and swap again")
             a, b, gate, scaling = self.branch_delta.stack(a, b, scaling)
-        return base_format(self.weight).forward(self, x, a, b, scaling, gate, dropout)
+        return a, b, scaling, gate, dropout
 
     def extra_repr(self) -> str:
         dropout = f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..text import align_columns
 from .coverage import Coverage, find_coverage
+from .lean.swap import LeanRow, in_words, lean_rows
 from .linear import is_peft_model
 from .lora_layers import lora_layers
 from .matrices import size_of
@@ -42,6 +43,8 @@ class SwapReport:
         trainable, total: how many parameters train now, and how many there are.
         notes: more lines.
         coverage: how much of the model's weight is adapted, and why the rest is not.
+        lean: the blocks that keep less for the backward pass (``swap_(lean=True)``), and those that
+            do not, with the reason.
     """
 
     rows: tuple[SwapRow, ...]
@@ -49,6 +52,7 @@ class SwapReport:
     total: int
     notes: tuple[str, ...] = ()
     coverage: Coverage | None = None
+    lean: tuple[LeanRow, ...] = ()
 
     def __str__(self) -> str:
         cells = [["module", "out x in", "r", "runs on", "reason"]]
@@ -68,7 +72,7 @@ class SwapReport:
         if self.coverage is not None:
             lines, adapted = self.coverage.lines(), self.coverage.percent(self.coverage.adapted)
             summary += f"; {adapted} of the model's weight is adapted"
-        return "\n".join([align_columns(cells), summary, *lines, *self.notes])
+        return "\n".join([align_columns(cells), summary, *lines, *in_words(self.lean), *self.notes])
 
 
 def swap_report(model: nn.Module) -> SwapReport:
@@ -92,4 +96,5 @@ def swap_report(model: nn.Module) -> SwapReport:
         total=sum(n for n, _ in sizes),
         notes=tuple(notes),
         coverage=find_coverage(model),
+        lean=tuple(lean_rows(model)),
     )

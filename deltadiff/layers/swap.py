@@ -15,6 +15,7 @@ from ..errors import ArgumentError, ArgumentTypeError
 from ..ranks import check_not_partitioned
 from .base_format import base_format, check_backend
 from .fsdp_places import follow_layers
+from .lean.swap import make_lean_, undo_lean_
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
 from .lora_linear import LoraLinear, check_unsharded, own_layers
@@ -42,6 +43,7 @@ def swap_(
     modules_to_save: Collection[str] = (),
     backend: str | None = None,
     seed: int | None = None,
+    lean: bool | None = None,
 ) -> SwapReport:
     """Replace linear layers by fast LoRA layers, in place. Weights are shared, not copied.
 
@@ -73,6 +75,11 @@ def swap_(
             unless ``target_modules`` is a function, which then decides alone.
         backend: None chooses a path for each layer (see `choose_path`); a name asks for one.
         seed: fixes the initial values of A; None draws them from PyTorch's generator.
+        lean: whether blocks around the layers keep less for the backward pass. A gated MLP makes
+            the input of its last layer again, and layers behind an RMSNorm make theirs again from
+            the norm's own input. Results are equal to rounding. The report tells which blocks are
+            lean and why others are not. Compiled models decide for themselves what they keep. None
+            means where it costs no time: where the Triton kernels run.
 
     Returns:
         A report of the layers, their paths and the reasons; it prints as a table.
@@ -86,6 +93,8 @@ def swap_(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
+    if lean is not None and not isinstance(lean, bool):
+        raise ArgumentTypeError("lean", repr(lean), "True, False or None")
     if is_peft_model(model):
         settled = {
             "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
@@ -97,7 +106,7 @@ def swap_(
             if value != defaults[name].default:
                 accepted = "the default, because PEFT's configuration of this model settles it"
                 raise ArgumentError(name, repr(value), accepted)
-        return swap_peft_(model, target_modules, backend)
+        return swap_peft_(model, target_modules, backend, lean)
     check_int("r", r, 1)
     if check_number("lora_alpha", lora_alpha, 0) == 0:
         raise ArgumentError("lora_alpha", lora_alpha, "a number above 0")
@@ -140,6 +149,7 @@ def swap_(
     _replace(model, layers.items())
     for layer in layers.values():
         layer.share_with_base()
+    make_lean_(model, lean)
     report = swap_report(model)
     if not small:
         return report
@@ -163,6 +173,7 @@ def unswap_(model: nn.Module) -> nn.Module:
         from .peft.fuse import unfuse_
 
         unfuse_(model)
+        undo_lean_(model)
         return model
     own = own_layers(model, "unswap_", "")
     check_unsharded(own, "unswap_")
@@ -174,6 +185,7 @@ def unswap_(model: nn.Module) -> nn.Module:
 
 def take_out(model: nn.Module, replacements: dict[LoraLinear, nn.Module]) -> None:
     """Put eager layers in the place of swapped ones, with the swapped ones' weights and biases."""
+    undo_lean_(model)
     for layer, eager in replacements.items():
         layer.leave_base()
         eager.train(layer.training)

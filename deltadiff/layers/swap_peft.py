@@ -7,13 +7,16 @@ from torch import nn
 
 from ..errors import ArgumentError, SwapError
 from .base_format import check_backend
+from .lean.swap import make_lean_
 from .linear import is_peft
 from .lora_layers import lora_layers
 from .report import SwapReport, swap_report
 from .targets.choose import Targets, choose_modules
 
 
-def swap_peft_(model: nn.Module, target_modules: Targets, backend: str | None) -> SwapReport:
+def swap_peft_(
+    model: nn.Module, target_modules: Targets, backend: str | None, lean: bool | None
+) -> SwapReport:
     """`swap_` for a PEFT model."""
     from .peft.fuse import fuse_, tuner_layers, why_not_fusable
 
@@ -38,6 +41,7 @@ def swap_peft_(model: nn.Module, target_modules: Targets, backend: str | None) -
     for layer in fusable.values():
         _check_backend(layer, backend)
     fuse_(fusable.values(), model, backend)
+    make_lean_(model, lean)
     report = swap_report(model)
     active = [layer for layer in lora_layers(model).values() if layer.active]
     if all(layer.dispatch.backend == "peft" for layer in active):

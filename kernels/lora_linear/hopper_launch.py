@@ -60,6 +60,18 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
 
     x may be None where dA is not asked for.
     """
+    return _bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs)[:4]
+
+
+def bwd_before_da(dy, weight, lora_A, lora_B, kept, scaling, gate, needs):
+    """(dx, V, dB, dgate) with V (M, R rounded up to a multiple of 8) = s g dY B, so dA = V^T x."""
+    args = dy, None, weight, lora_A, lora_B, kept, scaling, gate, needs
+    dx, _, db, dgate, v = _bwd(*args)
+    return dx, v, db, dgate
+
+
+def _bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
+    """(dx, dA, dB, dgate, V)."""
     (m, n), k, r = dy.shape, weight.shape[1], lora_A.shape[0]
     need_x, need_A, need_B, need_gate = needs
     u, s = _kept_views(kept, r, dy.dtype)
@@ -80,7 +92,7 @@ def lora_linear_bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
             da = _product(v[:, :r].T, x, lora_A.dtype) if need_A else None
             db = _product(dy.T, u[:, :r], lora_B.dtype) if need_B else None
         dgate = gate_gradient(t, s, scaling, gate) if need_gate else None
-    return dx if need_x else None, da if need_A else None, db if need_B else None, dgate
+    return dx if need_x else None, da if need_A else None, db if need_B else None, dgate, v
 
 
 def fits_tma(t) -> bool:

@@ -1,5 +1,6 @@
 """Launches without Triton's inspection of every argument, which costs more than the launch."""
 
+import torch
 import triton
 
 _compiled: dict[tuple, object] = {}
@@ -32,6 +33,20 @@ def launch_cached(kernel, grid: tuple[int, ...], key, *args, **options) -> None:
         *grid, *(1,) * (3 - len(grid)), driver.get_current_stream(device),
         compiled.function, compiled.packed_metadata, None, None, None, *args,
     )  # fmt: skip
+
+
+def specialisation(*args) -> tuple:
+    """What Triton specialises on in these arguments, as a part of a key.
+
+    That is the dtype of a tensor and whether its address is a multiple of 16; and of a number,
+    whether it is 1, a multiple of 16, or too large for 32 bits.
+    """
+    return tuple(
+        (arg.dtype, arg.data_ptr() % 16 == 0)
+        if isinstance(arg, torch.Tensor)
+        else (arg == 1, arg % 16 == 0, arg >= 2**31)
+        for arg in args
+    )
 
 
 def _has_hooks() -> bool:

@@ -46,7 +46,7 @@ def compile_all(capability: int):
     import torch
     import triton.language as tl
 
-    from deltadiff.kernels import adamw_step, delta_update, step_counters
+    from deltadiff.kernels import adamw_step, delta_update, gated_product, rms_norm, step_counters
     from deltadiff.kernels.lora_linear import few_tokens, hopper_launch, portable
     from deltadiff.kernels.runtime import tuned
 
@@ -138,6 +138,23 @@ def compile_all(capability: int):
             [p], [p], [m], [m], torch.zeros(1), 1e-3, 0.9, 0.999, 1e-8, 0.01,
             [torch.empty(4096)], [p], one, one, one, [p], torch.zeros(1, dtype=torch.int32),
         )  # fmt: skip
+    for dtype in (bf16, fp16, fp32):
+        m, k = 512, 4096
+        x, w, e, g, dh = (torch.empty(s, dtype=dtype) for s in ((m, k), k, *[(m, 1024)] * 3))
+        for rounds_twice in (True, False):
+            case = f"{dtype} RMSNorm, rounds twice {rounds_twice}"
+            _, rstd = rms_norm.rms_norm(x, w, 1e-6, 0.0, rounds_twice)
+            rms_norm.rms_norm_again(x, w, rstd, 0.0, rounds_twice)
+            rms_norm.rms_norm_bwd(x, x, w, rstd, 0.0)
+        for activation in gated_product.ACTIVATIONS:
+            case = f"{dtype} {activation}"
+            gated_product.gated_product(e, g, activation)
+            gated_product.gated_product_bwd(e, g, dh, activation, e, g)
+            for r in (16, gated_product.LARGEST_RANK):
+                v = torch.empty(m, r, dtype=dtype)
+                case = f"{dtype} {activation}, r {r}"
+                gated_product.gated_product_bwd_and_da(e, g, dh, v, r, activation, e, g)
+
     flags, count = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.int64)
     for found_inf in (None, one):
         case = f"found_inf {found_inf}"

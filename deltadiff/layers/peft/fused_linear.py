@@ -8,6 +8,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from ...errors import SwapError
+from ...ops.reference_blocks import LowRankLinear
 from ...ranks import is_partitioned
 from ..base_format import fused_branch
 from ..delta_state import (
@@ -76,6 +77,13 @@ class FusedLinear(HoldsPairs, Linear):
             route.read()
         a, b, scaling, gate, dropout = self._product(route)
         return fused_branch(x, route.matrix, route.bias, a, b, scaling, gate, dropout, self.backend)
+
+    def as_lora_linear(self, x: Tensor) -> LowRankLinear | None:
+        route = find_route(self, x)
+        if route is None or route.units:
+            return None
+        a, b, scaling, gate, dropout = self._product(route)
+        return None if dropout else LowRankLinear(route.matrix, a, b, gate, route.bias, scaling)
 
     def _product(self, route: Route) -> tuple[Tensor, Tensor, float, Tensor | None, float]:
         """(A, B, scaling, gate, dropout) of the one low-rank product of the active adapters."""

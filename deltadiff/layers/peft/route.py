@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ...checks import HALF_DTYPES
 from ...ranks import is_unit
+from ..hooks import HOOKS
 from ..linear import is_conv1d
-from .rules import HOOKS, active_adapters, why_not_now, why_peft
+from .rules import active_adapters, why_not_now, why_peft
 from .units import dtype_in_passes
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from ...checks import HALF_DTYPES
 from ...ops.transforms import TRANSFORMED, transformed
 from ...ranks import is_sharded, is_unit, plain_kind
 from ..base_format import base_format
+from ..hooks import HOOKS
 from ..linear import is_conv1d
 from ..targets.eligible import has_same_product, is_tensor_parallel
 from .units import (
@@ -21,10 +22,6 @@ from .units import (
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear
-
-
-# Where PyTorch keeps what happens when a module is called and happens nowhere else.
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def active_adapters(layer: "Linear") -> list[str]:

@@ -1,0 +1,254 @@
+"""`csrc/lora_linear_autograd.cpp` in Python, and the two passes that both of them run."""
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError
+from . import reference
+from .dispatch import CPP_MISSING, LAUNCHERS, Kernel, keeps_x, kernel_at, runs_of
+from .remade import Remade
+
+with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
+    from ..kernels.lora_linear import hopper_launch, hopper_plan
+    from ..kernels.runtime.plan import CannotPlanError
+
+
+def kernel_of(tokens: int, weight: Tensor, r: int, dropout: bool, backend: str) -> Kernel:
+    """The kernel that runs a call for which ``backend`` was chosen."""
+    return kernel_at(runs_of(backend, (*weight.shape, r, weight.dtype, dropout)), tokens)
+
+
+def _launch_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, kept) of the kernel that runs this call; x (M, K)."""
+    m, r = x.shape[0], lora_A.shape[0]
+    kernel = kernel_of(m, weight, r, seed is not None, backend)
+    kept = None
+    if kernel.backend != backend:  # it keeps less, but the backend's calls all keep one shape
+        kept = x.new_empty(_kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
+    mask = {} if seed is None else {"dropout": dropout, "seed": seed}  # some kernels have none
+    launch = LAUNCHERS[kernel.name].lora_linear_fwd
+    return launch(x, weight, lora_A, lora_B, scaling, gate, bias, kept, **mask)
+
+
+def _launch_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> Sequence[Tensor | None]:
+    """(dx, dA, dB, dgate) of the kernel that ran the forward pass; dy (M, N)."""
+    kernel = kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
+    mask = {} if seed is None else {"dropout": dropout, "seed": seed}
+    launch = LAUNCHERS[kernel.name].lora_linear_bwd
+    return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
+
+
+def bwd_before_da(
+    dy: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    backend: str,
+) -> Sequence[Tensor | None]:
+    """(dx, V, dB, dgate) of a backward pass: V (M, r or more) = s g dY B, and dA = V^T x of any x.
+
+    All are None, and nothing was computed, where another kernel than that of sm_90 runs the call.
+    """
+    if kernel_of(dy.shape[0], weight, lora_A.shape[0], False, backend).name != "hopper":
+        return [None] * 4
+    return hopper_launch.bwd_before_da(
+        dy, weight, lora_A, lora_B, kept, scaling, gate, (needs[0], False, *needs[2:])
+    )
+
+
+def _reference_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+) -> Sequence[Tensor | None]:
+    """(dx, dA, dB, dgate) by PyTorch's own operations, for derivatives of these in turn.
+
+    The forward pass cannot know that they will be wanted, so a backend's kernels may have run it.
+    """
+    need_x, _, need_B, need_gate = needs
+    if not any(needs):
+        return [None] * 4
+    if x is None:
+        if need_B or need_gate:
+            raise BackendUnavailableError(
+                "backend",
+                "a second derivative where lora_A is frozen, for which x was not kept",
+                "backend='reference', which keeps all that these need",
+            )
+        x = dy.new_zeros(dy.shape[0], weight.shape[1]).requires_grad_(need_x)  # dx is without x
+    create_graph, device = torch.is_grad_enabled(), dy.device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        # Aliases, so that no gradient goes on from one of them to another that it was made of.
+        leaves = [None if t is None else t.view_as(t) for t in (x, lora_A, lora_B, gate)]
+        x, a, b, gate = leaves
+        assert x is not None and a is not None and b is not None
+        y = reference.lora_linear_ref(
+            x, weight, a, b, scaling=scaling * (1 - dropout), gate=gate,
+            dropout=dropout, seed=0 if seed is None else seed,
+        )  # fmt: skip
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [next(grads) if need else None for need in needs]
+
+
+def _kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
+    """Shape of what the forward pass keeps.
+
+    It depends on the backend but not on the kernel, so that torch.compile has one shape for every
+    number of tokens.
+    """
+    return hopper_launch.kept_shape(m, r, gated) if backend == "hopper" else (m, r)
+
+
+def passes(native: bool) -> tuple[Any, Any]:
+    """The forward and the backward pass, called as `_launch_fwd` and `_launch_bwd` are.
+
+    ``native``: through PyTorch's dispatcher, which costs the host less and reaches C++.
+    """
+    if native:
+        return torch.ops.deltadiff.lora_linear_fwd, torch.ops.deltadiff.lora_linear_bwd
+    return _launch_fwd, _launch_bwd
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """What `csrc/lora_linear_autograd.cpp` does.
+
+    It is used where that is not built, where Triton interprets, and for an x that the backward pass
+    makes again, see `remade.py`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gate: Tensor | None,
+        bias: Tensor | None,
+        dropout: float,
+        seed: Tensor | None,
+        backend: str,
+        native: bool,
+        remade: Remade | None,
+    ) -> Tensor:
+        rows = x.reshape(-1, weight.shape[1])
+        y, s = passes(native)[0](
+            rows, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
+        )  # fmt: skip
+        need_gate = gate is not None and gate.requires_grad
+        sources: Sequence[Tensor | None] = (None,)
+        ctx.again = None
+        if keeps_x(backend, lora_A.requires_grad, need_gate):
+            sources = (x,)
+            if remade is not None:
+                sources, ctx.again = remade.sources, remade.again
+                ctx.again.add_reader()
+        ctx.save_for_backward(weight, lora_A, lora_B, gate, s, seed, *sources)
+        ctx.scaling, ctx.dropout, ctx.backend, ctx.native = scaling, dropout, backend, native
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, lora_A, lora_B, gate, s, seed, *sources = ctx.saved_tensors
+        x = sources[0] if ctx.again is None else ctx.again(*sources)
+        need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
+        needs = [need_x, need_A, need_B, need_gate]
+        n, k = weight.shape
+        leading, dy = dy.shape[:-1], dy.reshape(-1, n)
+        rows = None if x is None else x.reshape(-1, k)
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # from is_grads_batched=True
+        if torch.is_grad_enabled() or batched:
+            dx, da, db, dgate = _reference_bwd(
+                dy, rows, weight, lora_A, lora_B, ctx.scaling, gate, needs, ctx.dropout, seed
+            )
+        else:
+            dx, da, db, dgate = passes(ctx.native)[1](
+                dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
+                ctx.dropout, seed, ctx.backend,
+            )  # fmt: skip
+        dx = None if dx is None else dx.view(*leading, k)
+        dbias = dy.sum(0, dtype=torch.float32).to(weight.dtype) if need_bias else None
+        return dx, None, da, db, None, dgate, dbias, *[None] * 5
+
+
+if not CPP_MISSING:
+    torch.library.impl("deltadiff::lora_linear_fwd_python", "default")(_launch_fwd)
+    torch.library.impl("deltadiff::lora_linear_bwd_python", "default")(_launch_bwd)
+    _derivable = torch.library.Library("deltadiff", "IMPL")  # lives as long as this module
+    _derivable.impl("lora_linear_bwd_reference", _reference_bwd, "CompositeImplicitAutograd")
+
+    @torch.library.register_fake("deltadiff::lora_linear_fwd")
+    def _fwd_shapes(
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gate: Tensor | None,
+        bias: Tensor | None,
+        dropout: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """The shapes of y and of what this backend keeps, for torch.compile."""
+        shape = _kept_shape(backend, x.shape[0], lora_A.shape[0], gate is not None)
+        dtype = x.dtype if backend == "cpp" else torch.float32
+        return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shape, dtype=dtype)
+
+    @torch.library.impl("deltadiff::lora_linear_plan", "default")
+    def _plan(
+        x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Tensor | bool | None
+    ) -> list[int]:
+        """The launches of a pass for C++, empty where Python must launch.
+
+        C++ asks once for each kind of call for which backend "hopper" was chosen.
+        """
+        if kernel_of(x.shape[0], weight, lora_A.shape[0], False, "hopper").name != "hopper":
+            return []
+        try:
+            return hopper_plan.lora_linear_plan(x, weight, lora_A, lora_B, *rest)
+        except (CannotPlanError, AttributeError, KeyError) as error:  # of another Triton
+            warnings.warn(f"deltadiff launches from Python, slower: {error!r}", stacklevel=2)
+            return []
