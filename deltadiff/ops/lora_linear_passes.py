@@ -1,0 +1,237 @@
+"""The two passes of `lora_linear`, launched from Python, and their autograd.
+
+`csrc/lora_linear_autograd.cpp` is `LoraLinearFunction` in C++, for matrices of ordinary numbers. A
+weight of 4 bits (`FourBit`) is decoded in each pass and forgotten after it: nothing of the size of
+W is kept for the backward pass. The memory comes from PyTorch's allocator, which gives the layers
+that run one after another on a stream the same block again: one workspace for each stream, and in
+each CUDA graph, that nobody has to look after.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendUnavailableError
+from . import reference
+from .decode_4bit import FourBit, decoded
+from .dispatch import CPP_MISSING, LAUNCHERS, Kernel, keeps_x, kernel_at, runs_of
+
+with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
+    from ..kernels.lora_linear import hopper_launch, hopper_plan
+    from ..kernels.runtime.plan import CannotPlanError
+
+
+def reached_from_cpp(backend: str, device: torch.device) -> bool:
+    """Whether torch.ops.deltadiff's operations of `lora_linear` reach the kernels of a backend."""
+    reached = backend == "cpp" or (backend != "reference" and device.type == "cuda")
+    return reached and not CPP_MISSING
+
+
+def _kernel_of(tokens: int, weight: Tensor, r: int, dropout: bool, backend: str) -> Kernel:
+    """The kernel that runs a call for which ``backend`` was chosen."""
+    return kernel_at(runs_of(backend, (*weight.shape, r, weight.dtype, dropout)), tokens)
+
+
+def launch_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, kept) of the kernel that runs this call; x (M, K)."""
+    m, r = x.shape[0], lora_A.shape[0]
+    kernel = _kernel_of(m, weight, r, seed is not None, backend)
+    kept = None
+    if kernel.backend != backend:  # it keeps less, but the backend's calls all keep one shape
+        kept = x.new_empty(kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
+    mask = {} if seed is None else {"dropout": dropout, "seed": seed}  # some kernels have none
+    launch = LAUNCHERS[kernel.name].lora_linear_fwd
+    return launch(x, weight, lora_A, lora_B, scaling, gate, bias, kept, **mask)
+
+
+def launch_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> Sequence[Tensor | None]:
+    """(dx, dA, dB, dgate) of the kernel that ran the forward pass; dy (M, N)."""
+    kernel = _kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
+    mask = {} if seed is None else {"dropout": dropout, "seed": seed}
+    launch = LAUNCHERS[kernel.name].lora_linear_bwd
+    return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
+
+
+def _reference_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+) -> Sequence[Tensor | None]:
+    """(dx, dA, dB, dgate) by PyTorch's own operations, for derivatives of these in turn.
+
+    The forward pass cannot know that they will be wanted, so a backend's kernels may have run it.
+    """
+    need_x, _, need_B, need_gate = needs
+    if not any(needs):
+        return [None] * 4
+    if x is None:
+        if need_B or need_gate:
+            raise BackendUnavailableError(
+                "backend",
+                "a second derivative where lora_A is frozen, for which x was not kept",
+                "backend='reference', which keeps all that these need",
+            )
+        x = dy.new_zeros(dy.shape[0], weight.shape[1]).requires_grad_(need_x)  # dx is without x
+    create_graph, device = torch.is_grad_enabled(), dy.device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        # Aliases, so that no gradient goes on from one of them to another that it was made of.
+        leaves = [None if t is None else t.view_as(t) for t in (x, lora_A, lora_B, gate)]
+        x, a, b, gate = leaves
+        assert x is not None and a is not None and b is not None
+        y = reference.lora_linear_ref(
+            x, weight, a, b, scaling=scaling * (1 - dropout), gate=gate,
+            dropout=dropout, seed=0 if seed is None else seed,
+        )  # fmt: skip
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [next(grads) if need else None for need in needs]
+
+
+def kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
+    """Shape of what the forward pass keeps.
+
+    It depends on the backend but not on the kernel, so that torch.compile has one shape for every
+    number of tokens.
+    """
+    return hopper_launch.kept_shape(m, r, gated) if backend == "hopper" else (m, r)
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """`csrc/lora_linear_autograd.cpp` in Python, for where that is not built, Triton interprets, or
+    the weight has 4 bits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | FourBit,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gate: Tensor | None,
+        bias: Tensor | None,
+        dropout: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        rows = x.reshape(-1, lora_A.shape[1])
+        rest = lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
+        if isinstance(weight, FourBit):
+            tensors: Sequence[Tensor | None] = weight.tensors
+            ctx.blocksizes = weight.blocksizes
+            y, s = torch.ops.deltadiff.lora_linear_4bit_fwd(
+                rows, *tensors, *ctx.blocksizes, *rest
+            )  # fmt: skip
+        else:
+            tensors, ctx.blocksizes = (weight,), None
+            y, s = launch_fwd(rows, weight, *rest)
+        need_gate = gate is not None and gate.requires_grad
+        kept_x = x if keeps_x(backend, lora_A.requires_grad, need_gate) else None
+        ctx.save_for_backward(kept_x, lora_A, lora_B, gate, s, seed, *tensors)
+        ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
+        return y.view(*x.shape[:-1], lora_B.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, gate, s, seed, *tensors = ctx.saved_tensors
+        need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
+        needs = [need_x, need_A, need_B, need_gate]
+        n, k = lora_B.shape[0], lora_A.shape[1]
+        leading, dy = dy.shape[:-1], dy.reshape(-1, n)
+        rows = None if x is None else x.reshape(-1, k)
+        rest = ctx.scaling, gate, needs, ctx.dropout, seed
+        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # from is_grads_batched=True
+        if torch.is_grad_enabled() or batched:
+            weight = tensors[0]
+            if ctx.blocksizes:
+                packed = FourBit.from_parts(tensors, (n, k), ctx.blocksizes)
+                weight = decoded(packed, dy.dtype, ctx.backend)
+            grads = _reference_bwd(dy, rows, weight, lora_A, lora_B, *rest)
+        elif ctx.blocksizes:
+            grads = torch.ops.deltadiff.lora_linear_4bit_bwd(
+                dy, rows, *tensors, *ctx.blocksizes, lora_A, lora_B, s, *rest, ctx.backend
+            )
+        else:
+            (weight,) = tensors
+            grads = launch_bwd(dy, rows, weight, lora_A, lora_B, s, *rest, ctx.backend)
+        dx, da, db, dgate = (g if n else None for g, n in zip(grads, needs, strict=True))
+        dx = None if dx is None else dx.view(*leading, k)
+        dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype) if need_bias else None
+        return dx, None, da, db, None, dgate, dbias, None, None, None
+
+
+if not CPP_MISSING:
+    torch.library.impl("deltadiff::lora_linear_fwd_python", "default")(launch_fwd)
+    torch.library.impl("deltadiff::lora_linear_bwd_python", "default")(launch_bwd)
+    _derivable = torch.library.Library("deltadiff", "IMPL")  # lives as long as this module
+    _derivable.impl("lora_linear_bwd_reference", _reference_bwd, "CompositeImplicitAutograd")
+
+    @torch.library.register_fake("deltadiff::lora_linear_fwd")
+    def _fwd_shapes(
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        gate: Tensor | None,
+        bias: Tensor | None,
+        dropout: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """The shapes of y and of what this backend keeps, for torch.compile."""
+        shape = kept_shape(backend, x.shape[0], lora_A.shape[0], gate is not None)
+        dtype = x.dtype if backend == "cpp" else torch.float32
+        return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shape, dtype=dtype)
+
+    @torch.library.impl("deltadiff::lora_linear_plan", "default")
+    def _plan(
+        x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *rest: Tensor | bool | None
+    ) -> list[int]:
+        """The launches of a pass for C++, empty where Python must launch.
+
+        C++ asks once for each kind of call for which backend "hopper" was chosen.
+        """
+        if _kernel_of(x.shape[0], weight, lora_A.shape[0], False, "hopper").name != "hopper":
+            return []
+        try:
+            return hopper_plan.lora_linear_plan(x, weight, lora_A, lora_B, *rest)
+        except (CannotPlanError, AttributeError, KeyError) as error:  # of another Triton
+            warnings.warn(f"deltadiff launches from Python, slower: {error!r}", stacklevel=2)
+            return []
