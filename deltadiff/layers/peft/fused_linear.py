@@ -1,15 +1,16 @@
-"""`FusedLinear`: PEFT's ``lora.Linear`` with `lora_linear` as its forward pass."""
+"""`Fused`: a layer of PEFT with `lora_linear` as its forward pass; `FusedLinear`: PEFT's Linear."""
 
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners import lora
 from torch import Tensor, nn
 
 from ...errors import SwapError
+from ...ops.decode_4bit import FourBit
 from ...ranks import is_partitioned
-from ..base_format import fused_branch
+from ..base_format import four_bit_branch, fused_branch
 from ..delta_state import (
     check_loadable,
     delta_to_state,
@@ -37,10 +38,11 @@ class Deltas(dict[str, PendingDelta]):
             raise AttributeError(name) from None
 
 
-class FusedLinear(HoldsPairs, Linear):
-    """PEFT's layer; `fuse.fuse_` makes it of a ``lora.Linear`` by changing its class.
+class Fused(HoldsPairs, lora.LoraLayer):
+    """PEFT's layer; `fuse.fuse_` makes it of one by changing its class.
 
     Attributes:
+        peft_class: the class that it had.
         deltas: what Delta-LoRA has added so far, by adapter.
         backend: as for `swap_`.
         keeps_active: whether an adapter that is being added stays inactive.
@@ -49,6 +51,7 @@ class FusedLinear(HoldsPairs, Linear):
             only where Delta-LoRA updates W in place.
     """
 
+    peft_class: type
     deltas: Deltas
     backend: str | None
     unmerged: Tensor
@@ -57,7 +60,7 @@ class FusedLinear(HoldsPairs, Linear):
 
     def _get_name(self) -> str:
         """PEFT's name, which `print` shows and PEFT's ``get_layer_status`` reports."""
-        return Linear.__name__
+        return self.peft_class.__name__
 
     def pairs(self) -> dict[str, LoraLayer]:
         pairs = {name: PeftPair(self, name) for name in self.lora_A}
@@ -74,8 +77,10 @@ class FusedLinear(HoldsPairs, Linear):
     def _fused_forward(self, route: Route, x: Tensor) -> Tensor:
         if route.units:
             route.read()
-        a, b, scaling, gate, dropout = self._product(route)
-        return fused_branch(x, route.matrix, route.bias, a, b, scaling, gate, dropout, self.backend)
+        weight, product = route.matrix, self._product(route)
+        if isinstance(weight, FourBit):
+            return four_bit_branch(x, self.base_layer, weight, *product, self.backend)
+        return fused_branch(x, weight, route.bias, *product, self.backend)
 
     def _product(self, route: Route) -> tuple[Tensor, Tensor, float, Tensor | None, float]:
         """(A, B, scaling, gate, dropout) of the one low-rank product of the active adapters."""
@@ -181,7 +186,7 @@ class FusedLinear(HoldsPairs, Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_route": None}  # a copy has other parameters
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "FusedLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> "Fused":
         before = self.get_base_layer().weight.detach()
         super()._apply(fn, recurse)
         for name, delta in self.deltas.items():
@@ -219,3 +224,9 @@ class FusedLinear(HoldsPairs, Linear):
                     lost.end_update(a, b)  # W cannot be taken back
                     continue
             load_delta(PeftPair(self, name), saved[name], a, b)
+
+
+class FusedLinear(Fused, lora.Linear):
+    """``lora.Linear``, on an ``nn.Linear`` or a `Conv1D`."""
+
+    peft_class = lora.Linear
