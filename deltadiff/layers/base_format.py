@@ -1,23 +1,27 @@
 """How the base weight of a layer is stored: the one table that knows what each format allows.
 
 A *dense* weight holds ordinary floating-point numbers: `lora_linear` multiplies by it, and
-Delta-LoRA and `merge_` write into it. Only the base layer's own forward pass can multiply by a
-*quantised* weight; the low-rank branch is added to the result, and the weight is never written.
+Delta-LoRA and `merge_` write into it. A *quantised* weight is never written. `lora_linear` decodes
+the 4 bits of bitsandbytes (see `four_bit`). Only the base layer's own forward pass can multiply by
+other formats; the low-rank branch is added to the result.
 
 To support another format, write its forward pass here and make `base_format` find its entry.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import DTYPES, HALF_DTYPES
-from ..ops.dispatch import choose_path
+from ..ops.decode_4bit import FourBit
+from ..ops.dispatch import Dispatch, choose_path
 from ..ops.lora_linear import lora_linear
-from .linear import linear_shape
+from ..ranks import is_sharded
+from .four_bit import as_four_bit, casts, compute_dtype, four_bit_path, has_kernel, is_four_bit
+from .linear import is_conv1d, linear_shape
 
 if TYPE_CHECKING:
     from .linear import LinearLayer
@@ -32,32 +36,33 @@ class BaseFormat:
         forward: computes y from (layer, x, A, B, scaling, gate, dropout), for x (...,
             in_features), A (rank, in_features), B (out_features, rank), gate None or on the rank,
             and the probability of dropout.
-        quantised: True where no kernel of `lora_linear` can multiply by the weight.
+        weight: what `lora_linear` multiplies by, from (layer, x, rank); None where the forward pass
+            is not one call of it.
+        path: what runs the layer, and why, for (base layer, rank, dropout, backend).
         writable: whether an update may be written into the weight.
         adapter_dtypes: the dtypes that A and B may have, the default last.
     """
 
     forward: Callable[["LoraLinear", Tensor, Tensor, Tensor, float, Tensor | None, float], Tensor]
-    quantised: bool
+    weight: Callable[["LoraLinear", Tensor, int], Tensor | FourBit | None]
+    path: Callable[[Any, int, float, str | None], Dispatch]
     writable: bool
     adapter_dtypes: tuple[torch.dtype, ...]
 
 
 def base_format(weight: Tensor) -> BaseFormat:
     """The format in which ``weight`` is stored."""
-    return _DENSE.get(weight.dtype, _QUANTISED)
+    return _FOUR_BIT if is_four_bit(weight) else _DENSE.get(weight.dtype, _QUANTISED)
 
 
 def check_backend(base_layer: "LinearLayer", r: int, dropout: float, backend: str | None) -> None:
     """Raise BackendUnavailableError where ``backend`` cannot run a branch beside this layer."""
-    w = base_layer.weight
-    if not base_format(w).quantised:
-        choose_path(w.device, w.dtype, backend, (*linear_shape(base_layer), r), dropout > 0)
+    base_format(base_layer.weight).path(base_layer, r, dropout, backend)
 
 
 def fused_branch(
     x: Tensor,
-    matrix: Tensor,
+    weight: Tensor | FourBit,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -69,9 +74,31 @@ def fused_branch(
     """One call of `lora_linear`; with dropout, PyTorch's generator gives the seed of the mask."""
     seed = torch.randint(2**63 - 1, (), device=x.device) if dropout else 0
     return lora_linear(
-        x, matrix, a, b, scaling=scaling, gate=gate, bias=bias,
+        x, weight, a, b, scaling=scaling, gate=gate, bias=bias,
         dropout=dropout, seed=seed, backend=backend,
     )  # fmt: skip
+
+
+def four_bit_branch(
+    x: Tensor,
+    base: Any,
+    weight: FourBit,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    dropout: float,
+    backend: str | None,
+) -> Tensor:
+    """`fused_branch` in the dtype in which a 4-bit layer computes, given out in that of x."""
+    dtype, bias = compute_dtype(base, x), base.bias
+    bias = None if bias is None else bias.to(dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):  # the layer pays no heed to it
+            y = fused_branch(x.to(dtype), weight, bias, a, b, scaling, gate, dropout, backend)
+    else:
+        y = fused_branch(x.to(dtype), weight, bias, a, b, scaling, gate, dropout, backend)
+    return y.to(x.dtype)
 
 
 def _fused(
@@ -101,12 +128,54 @@ def _beside_base_layer(
     return layer.base_layer(x) + scaling * (s @ b.to(x.dtype).T)
 
 
+def _four_bit(
+    layer: "LoraLinear",
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    base, backend = layer.base_layer, layer.backend
+    weight, dtype = as_four_bit(base), compute_dtype(base, x)
+    if not isinstance(weight, FourBit) or not has_kernel(base, dtype, a.shape[0], dropout, backend):
+        return _beside_base_layer(layer, x, a, b, scaling, gate, dropout)
+    return four_bit_branch(x, base, weight, a, b, scaling, gate, dropout, backend)
+
+
+def _dense_weight(layer: "LoraLinear", x: Tensor, r: int) -> Tensor | None:
+    return None if is_sharded(layer.weight) else layer.matrix
+
+
+def _four_bit_weight(layer: "LoraLinear", x: Tensor, r: int) -> FourBit | None:
+    base, weight = layer.base_layer, as_four_bit(layer.base_layer)
+    fused = not casts(base, x) and has_kernel(base, x.dtype, r, 0.0, layer.backend)
+    return weight if isinstance(weight, FourBit) and fused else None
+
+
+def _no_weight(layer: "LoraLinear", x: Tensor, r: int) -> None:
+    return None
+
+
+def _dense_path(base: Any, r: int, dropout: float, backend: str | None) -> Dispatch:
+    w, layer = base.weight, (*linear_shape(base), r)
+    return choose_path(w.device, w.dtype, backend, layer, dropout > 0, is_conv1d(base))
+
+
+def _own_product(base: Any, r: int, dropout: float, backend: str | None) -> Dispatch:
+    return Dispatch("reference", f"{base.weight.dtype} weight: the base layer's own product")
+
+
 def _dense(dtype: torch.dtype) -> BaseFormat:
     adapter_dtypes = (dtype, torch.float32) if dtype in HALF_DTYPES else (dtype,)
-    return BaseFormat(_fused, quantised=False, writable=True, adapter_dtypes=adapter_dtypes)
+    return BaseFormat(_fused, _dense_weight, _dense_path, True, adapter_dtypes)
+
+
+def _quantised(forward: Any, weight: Any, path: Any) -> BaseFormat:
+    return BaseFormat(forward, weight, path, False, (torch.float32,))
 
 
 _DENSE = {dtype: _dense(dtype) for dtype in DTYPES}
-_QUANTISED = BaseFormat(
-    _beside_base_layer, quantised=True, writable=False, adapter_dtypes=(torch.float32,)
-)
+_FOUR_BIT = _quantised(_four_bit, _four_bit_weight, four_bit_path)
+_QUANTISED = _quantised(_beside_base_layer, _no_weight, _own_product)

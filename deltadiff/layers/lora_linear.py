@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import SwapError
-from ..ops.dispatch import Dispatch, choose_path
+from ..ops.dispatch import Dispatch
 from ..ops.reference_blocks import LowRankLinear
 from ..ranks import is_sharded
 from .base_format import base_format
@@ -156,30 +156,21 @@ class LoraLinear(HoldsPairs, LayerState):
         return None if self.gate is None else "a gate"
 
     @property
-    def quantised(self) -> bool:
-        """Whether only the base layer itself can multiply by ``weight``; see `BaseFormat`."""
-        return base_format(self.weight).quantised
-
-    @property
     def dispatch(self) -> Dispatch:
         """Which backend, and which kernels of it, run this layer in training, and why."""
-        if self.quantised:
-            return Dispatch(
-                "reference", f"{self.weight.dtype} weight: the base layer's own product"
-            )
         rank = self.r if self.branch_delta is None else self.branch_delta.rank
-        layer = (self.out_features, self.in_features, rank)
-        how = self.lora_dropout > 0, self.transposed
-        return choose_path(self.weight.device, self.weight.dtype, self.backend, layer, *how)
+        path = base_format(self.weight).path
+        return path(self.base_layer, rank, self.lora_dropout, self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
         return base_format(self.weight).forward(self, x, *self._branch())
 
     def as_lora_linear(self, x: Tensor) -> LowRankLinear | None:
-        if self.quantised or is_sharded(self.weight):
-            return None
         a, b, scaling, gate, dropout = self._branch()
-        return None if dropout else LowRankLinear(self.matrix, a, b, gate, self.bias, scaling)
+        weight = base_format(self.weight).weight(self, x, a.shape[0])
+        if dropout or weight is None:
+            return None
+        return LowRankLinear(weight, a, b, gate, self.bias, scaling)
 
     def _branch(self) -> tuple[Tensor, Tensor, float, Tensor | None, float]:
         """(A, B, scaling, gate, dropout) of the low-rank branch in a forward pass now."""

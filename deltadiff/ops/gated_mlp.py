@@ -6,6 +6,7 @@ Where a kernel makes dA of the outer layer beside the gradients of that product,
 written again.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,37 +15,40 @@ from torch import Tensor
 
 from ..checks import check_matrix
 from ..errors import ArgumentError, BackendUnavailableError
+from .decode_4bit import FourBit, decoded
 from .dispatch import keeps_x
 from .gated_product import gated_product, gated_product_bwd, gated_product_bwd_and_da, takes_da
 from .lora_linear import autocast_dtype, check_lora_linear, path_of
-from .lora_linear_autograd import bwd_before_da, passes
+from .lora_linear_passes import bwd_before_da, put_together, run_bwd, run_fwd, taken_apart
 from .reference_blocks import ACTIVATIONS, LowRankLinear, gated_mlp_ref
 from .remade import Remade, remade_of
 
-_TENSORS = 5  # of each layer, as in `LowRankLinear`
+_TENSORS = 4  # of each layer that may have gradients: lora_A, lora_B, gate, bias
 
 
 class _Layer(NamedTuple):
-    """The tensors of one layer, and which backend runs it."""
+    """The arguments of a layer, and the backend that runs it."""
 
-    weight: Tensor
+    weight: Tensor | FourBit
     lora_A: Tensor
     lora_B: Tensor
     gate: Tensor | None
     bias: Tensor | None
     scaling: float
     backend: str
-    native: bool
 
     def trained(self) -> list[bool]:
         """For each tensor, and x before them, whether it may need a gradient."""
         tensors = self.lora_A, self.lora_B, self.gate, self.bias
         return [True, *(t is not None and t.requires_grad for t in tensors)]
 
+    def reads_x(self, needs: Sequence[bool]) -> bool:
+        """Whether the backward pass reads x, if it has to give these gradients."""
+        return keeps_x(self.backend, needs[1], needs[3])
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and what the backward pass needs beside x."""
-        run = passes(self.native)[0]
-        return run(
+        return run_fwd(
             x, self.weight, self.lora_A, self.lora_B, self.scaling, self.gate, self.bias,
             0.0, None, self.backend,
         )  # fmt: skip
@@ -52,18 +56,17 @@ class _Layer(NamedTuple):
     def backward(
         self, dy: Tensor, x: Tensor | None, kept: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """The gradients of x, and of the tensors of the layer in order."""
-        run = passes(self.native)[1]
-        dx, *gradients = run(
+        """The gradients of x, lora_A, lora_B, gate and bias."""
+        gradients = run_bwd(
             dy, x, self.weight, self.lora_A, self.lora_B, kept, self.scaling, self.gate, needs[:4],
             0.0, None, self.backend,
         )  # fmt: skip
-        return [dx, None, *gradients, self._bias_gradient(dy, needs)]
+        return [*gradients, self._bias_gradient(dy, needs)]
 
     def backward_before_da(
         self, dy: Tensor, kept: Tensor, needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        """The same but dA, with V (M, r or more) behind dx, from which and x dA = V^T x.
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """V (M, r or more), for dA = V^T x, and `backward`'s gradients without that of lora_A.
 
         V is None where no kernel gives it; then nothing was computed.
         """
@@ -72,69 +75,78 @@ class _Layer(NamedTuple):
             self.backend,
         )  # fmt: skip
         if v is None:
-            return [None, None]
-        return [dx, v, None, None, *gradients, self._bias_gradient(dy, needs)]
+            return None, []
+        return v, [dx, None, *gradients, self._bias_gradient(dy, needs)]
 
     def _bias_gradient(self, dy: Tensor, needs: Sequence[bool]) -> Tensor | None:
-        return dy.sum(0, dtype=torch.float32).to(self.weight.dtype) if needs[4] else None
-
-    def reads_x(self, needs: Sequence[bool]) -> bool:
-        """Whether the backward pass reads x, if it has to give these gradients."""
-        return keeps_x(self.backend, needs[1], needs[3])
+        return dy.sum(0, dtype=torch.float32).to(dy.dtype) if needs[4] else None
 
 
 class _Plan(NamedTuple):
-    """All of a call that is no tensor of a layer. The outer layer comes last."""
+    """What is no tensor in a call. The outer layer comes last."""
 
     activation: str
-    rest: tuple[tuple[float, str, bool], ...]  # scaling, backend, native, of each layer
-    remade: Remade | None
+    rest: tuple[tuple[float, str], ...]  # scaling and backend of each layer
 
-    def layers(self, tensors: Sequence[Any]) -> list[_Layer]:
+    def layers(self, weights: Sequence[Any], tensors: Sequence[Any]) -> list[_Layer]:
         """The layers, whose tensors come one after the other in ``tensors``."""
         each = zip(*[iter(tensors)] * _TENSORS, strict=True)
-        return [
-            _Layer._make((*of_layer, *rest)) for of_layer, rest in zip(each, self.rest, strict=True)
-        ]
+        parts = zip(weights, each, self.rest, strict=True)
+        return [_Layer._make((w, *of_layer, *rest)) for w, of_layer, rest in parts]
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor | None) -> Tensor:
-        *inner, outer = plan.layers(tensors)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        plan: _Plan,
+        weights: Sequence[Tensor | FourBit],
+        remade: Remade | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        *inner, outer = plan.layers(weights, tensors)
         rows = x.reshape(-1, x.shape[-1])
         outputs, kept = zip(*(layer.forward(rows) for layer in inner), strict=True)
         e, g = _halves(outputs)
         h = gated_product(e, g, plan.activation)
         y, kept_outer = outer.forward(h)
         sources: Sequence[Tensor | None] = (None,)
-        again = None
+        ctx.again = None
         if any(layer.reads_x(layer.trained()) for layer in inner):
             sources = (x,)
-            if plan.remade is not None:
-                sources, again = plan.remade.sources, plan.remade.again
-                again.add_reader()
-        ctx.save_for_backward(*tensors, *outputs, *kept, kept_outer, *sources)
-        ctx.plan, ctx.again = plan._replace(remade=None), again
+            if remade is not None:
+                sources, ctx.again = remade.sources, remade.again
+                ctx.again.add_reader()
+        taken = [taken_apart(weight) for weight in weights]
+        ctx.frames = [(len(parts), frame) for parts, frame in taken]
+        parts = (t for parts, _ in taken for t in parts)
+        ctx.save_for_backward(*parts, *tensors, *outputs, *kept, kept_outer, *sources)
+        ctx.plan = plan
         return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, count = ctx.plan, len(ctx.plan.rest)
         saved = iter(ctx.saved_tensors)
-        tensors = [next(saved) for _ in range(_TENSORS * count)]
-        outputs = [next(saved) for _ in range(count - 1)]
-        kept = [next(saved) for _ in range(count)]
+
+        def take(n: int) -> list[Any]:
+            return list(itertools.islice(saved, n))
+
+        weights = [put_together(take(n), frame) for n, frame in ctx.frames]
+        tensors, outputs, kept = take(_TENSORS * count), take(count - 1), take(count)
         sources = tuple(saved)
         x = sources[0] if ctx.again is None else ctx.again(*sources)
-        need_x, _, *rest = ctx.needs_input_grad
+        layers = plan.layers(weights, tensors)
+        need_x, _, _, _, *rest = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _derivable(dy, x, plan, tensors, [need_x, *rest])
-        *inner, outer = plan.layers(tensors)
-        needs = [(True, *rest[i + 1 : i + _TENSORS]) for i in range(0, len(rest), _TENSORS)]
+            dx, *found = _derivable(dy, x, layers, plan.activation, [need_x, *rest])
+            return dx, None, None, None, *found
+        *inner, outer = layers
+        needs = [(True, *rest[i : i + _TENSORS]) for i in range(0, len(rest), _TENSORS)]
         leading, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
         d_outputs, last = _outer_backward(outer, dy, outputs, kept.pop(), needs[-1], plan)
-        rows = None if x is None else x.reshape(-1, inner[0].weight.shape[1])
+        rows = None if x is None else x.reshape(-1, inner[0].lora_A.shape[1])
         dx, gradients = None, []
         for layer, d_output, keep, need in zip(inner, d_outputs, kept, needs, strict=False):
             more, *of_layer = layer.backward(d_output, rows, keep, (need_x, *need[1:]))
@@ -142,7 +154,7 @@ class _GatedMlp(torch.autograd.Function):
             if need_x:
                 dx = more if dx is None else dx.add_(more)
         dx = None if dx is None else dx.view(*leading, dx.shape[1])
-        return dx, None, *gradients, *last
+        return dx, None, None, None, *gradients, *last
 
 
 def _outer_backward(
@@ -160,11 +172,12 @@ def _outer_backward(
     e, g = _halves(outputs)
     r, v = layer.lora_A.shape[0], None
     if needs[1] and takes_da(e, r):
-        dh, v, *gradients = layer.backward_before_da(dy, kept, needs)
+        v, gradients = layer.backward_before_da(dy, kept, needs)
     if v is None:
         h = gated_product(e, g, plan.activation) if layer.reads_x(needs) else None
-        dh, *gradients = layer.backward(dy, h, kept, needs)
+        gradients = layer.backward(dy, h, kept, needs)
         del h
+    dh, *gradients = gradients
     assert dh is not None  # it was asked for
     if not _keeps_graph():
         d_outputs = list(outputs)
@@ -177,7 +190,7 @@ def _outer_backward(
         gated_product_bwd(e, g, dh, plan.activation, de, dg)
     else:
         da = gated_product_bwd_and_da(e, g, dh, v, r, plan.activation, de, dg)
-        gradients[1] = da.to(layer.lora_A.dtype)
+        gradients[0] = da.to(layer.lora_A.dtype)
     return d_outputs, gradients
 
 
@@ -194,22 +207,33 @@ def _keeps_graph() -> bool:
 
 
 def _derivable(
-    dy: Tensor, x: Tensor | None, plan: _Plan, tensors: Sequence[Any], needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    dy: Tensor,
+    x: Tensor | None,
+    layers: Sequence[_Layer],
+    activation: str,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
     """The gradients by PyTorch's own operations, for derivatives of these in turn."""
     if x is None:
         given = "a second derivative where no lora_A of the inner layers is trained"
         raise BackendUnavailableError("gated_mlp", given, "a model without lean blocks")
+    # Aliases, so that no gradient goes on from one of them to another that it was made of.
+    tensors = [t for q in layers for t in (q.lora_A, q.lora_B, q.gate, q.bias)]
     leaves: list[Any] = [t if t is None else t.view_as(t) for t in (x, *tensors)]
     each = zip(*[iter(leaves[1:])] * _TENSORS, strict=True)
-    scalings = (scaling for scaling, *_ in plan.rest)
-    *inner, outer = (LowRankLinear._make((*q, s)) for q, s in zip(each, scalings, strict=True))
-    y = gated_mlp_ref(leaves[0], inner, outer, plan.activation)
+    *inner, outer = (
+        LowRankLinear._make((_matrix(q.weight, dy.dtype, q.backend), *parts, q.scaling))
+        for q, parts in zip(layers, each, strict=True)
+    )
+    y = gated_mlp_ref(leaves[0], inner, outer, activation)
     wanted = [need and t is not None for need, t in zip(needed, leaves, strict=True)]
     inputs = [t for t, want in zip(leaves, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    dx, *gradients = (next(found) if want else None for want in wanted)
-    return dx, None, *gradients
+    return [next(found) if want else None for want in wanted]
+
+
+def _matrix(weight: Tensor | FourBit, dtype: torch.dtype, backend: str) -> Tensor:
+    return decoded(weight, dtype, backend) if isinstance(weight, FourBit) else weight
 
 
 def gated_mlp(
@@ -255,35 +279,37 @@ def gated_mlp(
     sizes = {layer.weight.shape[0] for layer in inner}
     if len(sizes) > 1 or width % 2:
         raise ArgumentError("inner", f"outputs of {width} in all", "two equal halves")
-    check_matrix("outer.weight", outer.weight)
+    if not isinstance(outer.weight, FourBit):
+        check_matrix("outer.weight", outer.weight)
     if outer.weight.shape[1] != width // 2:
         given = "x".join(map(str, outer.weight.shape))
         raise ArgumentError("outer", f"a weight of {given}", f"{width // 2} columns")
     _check(x.new_empty((0, width // 2)), outer)
     layers = (*inner, outer)
     paths = [
-        path_of(x, layer.weight, layer.lora_A, backend, False)
+        path_of(x, layer.weight, layer.lora_A, backend, False)[0]
         for layer, backend in zip(layers, backends[-len(layers) :], strict=True)
     ]
-    if any(backend == "reference" for backend, _ in paths):
+    if "reference" in paths:
+        *inner, outer = (
+            q._replace(weight=_matrix(q.weight, x.dtype, path))
+            for q, path in zip(layers, paths, strict=True)
+        )
         return gated_mlp_ref(x, inner, outer, activation)
     plan = _Plan(
-        activation,
-        tuple((layer.scaling, *path) for layer, path in zip(layers, paths, strict=True)),
-        remade_of(x),
+        activation, tuple((q.scaling, path) for q, path in zip(layers, paths, strict=True))
     )
-    return _GatedMlp.apply(x, plan, *(t for layer in layers for t in _tensors(layer)))
+    weights = [q.weight if isinstance(q.weight, FourBit) else q.weight.detach() for q in layers]
+    tensors = (t for q in layers for t in (q.lora_A, q.lora_B, q.gate, q.bias))
+    return _GatedMlp.apply(x, plan, weights, remade_of(x), *tensors)
 
 
 def _cast(layer: LowRankLinear, dtype: torch.dtype) -> LowRankLinear:
     """The layer as autocast multiplies by it: W and the bias in ``dtype``."""
     bias = None if layer.bias is None else layer.bias.to(dtype)
+    if isinstance(layer.weight, FourBit):
+        return layer._replace(bias=bias)
     return layer._replace(weight=layer.weight.detach().to(dtype), bias=bias)
-
-
-def _tensors(layer: LowRankLinear) -> tuple[Tensor | None, ...]:
-    weight = layer.weight.detach()
-    return weight, layer.lora_A, layer.lora_B, layer.gate, layer.bias
 
 
 def _check(x: Tensor, layer: LowRankLinear) -> None:

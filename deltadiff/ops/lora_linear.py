@@ -15,15 +15,17 @@ from ..checks import (
 )
 from ..errors import ArgumentTypeError
 from . import reference
-from .dispatch import CPP_MISSING, check_backend, choose_path
-from .lora_linear_autograd import LoraLinearFunction
+from .decode_4bit import FourBit, check_4bit, decoded
+from .dispatch import check_backend, choose_path
+from .lora_linear_4bit import lora_linear_4bit
+from .lora_linear_passes import LoraLinearFunction, reached_from_cpp
 from .remade import remade_of
 from .transforms import transformed
 
 
 def check_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FourBit,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -32,13 +34,19 @@ def check_lora_linear(
 ) -> None:
     """Raise where the arguments of `lora_linear` do not fit each other."""
     check_plain("x", x)
-    check_matrix("weight", weight)
+    if isinstance(weight, FourBit):
+        check_4bit("weight", weight)
+    else:
+        check_matrix("weight", weight)
     check_matrix("lora_A", lora_A)
     check_number("scaling", scaling)
     (n, k), r = weight.shape, lora_A.shape[0]
     adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    check_tensor("x", x, (*x.shape[:-1], k), x.device, (weight.dtype,))
-    check_tensor("weight", weight, (n, k), x.device, DTYPES)
+    if isinstance(weight, FourBit):
+        check_tensor("x", x, (*x.shape[:-1], k), weight.device, DTYPES)
+    else:
+        check_tensor("x", x, (*x.shape[:-1], k), x.device, (weight.dtype,))
+        check_tensor("weight", weight, (n, k), x.device, DTYPES)
     check_tensor("lora_A", lora_A, (r, k), x.device, adapter_dtypes)
     check_tensor("lora_B", lora_B, (n, r), x.device, (lora_A.dtype,))
     if bias is not None:
@@ -51,12 +59,14 @@ def check_lora_linear(
 # -------------------------------------------------------------------------------- lora_linear
 
 
-def _layer(weight: Tensor, lora_A: Tensor) -> tuple[tuple[int, int, int], bool]:
+def _layer(weight: Tensor | FourBit, lora_A: Tensor) -> tuple[tuple[int, int, int], bool]:
     """(out_features, in_features, r), and whether W is stored (in, out), for `choose_path`."""
     try:
-        (n, k), r, transposed = weight.shape, lora_A.shape[0], weight.stride(1) != 1
+        (n, k), r = weight.shape, lora_A.shape[0]
+        transposed = not isinstance(weight, FourBit) and weight.stride(1) != 1
     except (AttributeError, ValueError, IndexError, RuntimeError):
-        check_matrix("weight", weight)  # these two name what does not fit
+        if not isinstance(weight, FourBit):  # these two name what does not fit
+            check_matrix("weight", weight)
         check_matrix("lora_A", lora_A)
         raise
     if torch.compiler.is_compiling():  # makes constants of them where it treats sizes as variables
@@ -65,7 +75,7 @@ def _layer(weight: Tensor, lora_A: Tensor) -> tuple[tuple[int, int, int], bool]:
 
 
 def path_of(
-    x: Tensor, weight: Tensor, lora_A: Tensor, backend: str | None, dropout: bool
+    x: Tensor, weight: Tensor | FourBit, lora_A: Tensor, backend: str | None, dropout: bool
 ) -> tuple[str, bool]:
     """The backend that runs a call, and whether torch.ops.deltadiff reaches it."""
     if backend is not None:
@@ -96,13 +106,12 @@ def _lora_linear_path(
 ) -> tuple[str, bool]:
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
     backend = choose_path(device, dtype, asked, layer, *how, transformed()).backend
-    reached = backend == "cpp" or (backend != "reference" and device.type == "cuda")
-    return backend, reached and not CPP_MISSING
+    return backend, reached_from_cpp(backend, device)
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FourBit,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -130,7 +139,9 @@ def lora_linear(
     Args:
         x: (..., K), any leading shape and strides, also empty; float32, bfloat16, float16 or
             float64.
-        weight: (N, K), the dtype of x (under autocast both are cast to the autocast dtype).
+        weight: (N, K), the dtype of x (under autocast both are cast to the autocast dtype). Or a
+            `FourBit` of this shape, which is decoded in the dtype of x in each pass; nothing of the
+            size of W is kept for the backward pass, except by the reference.
         lora_A: (r, K), the dtype of x or float32 (the usual mixed case; its gradient is then
             float32).
         lora_B: (N, r), the dtype of lora_A.
@@ -154,10 +165,12 @@ def lora_linear(
         raise ArgumentTypeError("x", type(x).__name__, "a torch.Tensor")
     compute = autocast_dtype(x)
     if compute is not None:
-        check_matrix("weight", weight)
         if bias is not None:
             check_plain("bias", bias)
-        x, weight = x.to(compute), weight.detach().to(compute)
+        x = x.to(compute)
+        if not isinstance(weight, FourBit):
+            check_matrix("weight", weight)
+            weight = weight.detach().to(compute)
         bias = None if bias is None else bias.to(compute)
     if type(scaling) is not float:
         scaling = check_number("scaling", scaling)
@@ -171,7 +184,7 @@ def lora_linear(
     remade = None
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         remade = remade_of(x)
-    if native and remade is None:
+    if native and remade is None and not isinstance(weight, FourBit):
         try:
             return torch.ops.deltadiff.lora_linear(*kernel_args)
         except Exception as raised:  # C++ says only that something does not fit
@@ -183,8 +196,12 @@ def lora_linear(
             del error
     check_lora_linear(*args)
     if backend == "reference":
+        matrix = decoded(weight, x.dtype, backend) if isinstance(weight, FourBit) else weight
         return reference.lora_linear_ref(
-            *args[:4], scaling=scaling, gate=gate, bias=bias, dropout=p,
+            x, matrix, lora_A, lora_B, scaling=scaling, gate=gate, bias=bias, dropout=p,
             seed=0 if mask_seed is None else mask_seed,
         )  # fmt: skip
-    return LoraLinearFunction.apply(x, weight.detach(), *kernel_args[2:], native, remade)
+    weight = weight if isinstance(weight, FourBit) else weight.detach()
+    if torch.compiler.is_compiling() and isinstance(weight, FourBit):
+        return lora_linear_4bit(x, weight, *kernel_args[2:])
+    return LoraLinearFunction.apply(x, weight, *kernel_args[2:], remade)

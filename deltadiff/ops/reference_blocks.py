@@ -1,7 +1,7 @@
 """The specification of the operations on whole blocks, as `reference.py` is of those on layers."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,9 +48,9 @@ def rms_norm_again_ref(
 
 
 class LowRankLinear(NamedTuple):
-    """The arguments of one `lora_linear`, all but x; ``weight`` is W, (out, in)."""
+    """The arguments of one `lora_linear`, all but x; W is (out, in)."""
 
-    weight: Tensor
+    weight: Any  # a Tensor; `gated_mlp` takes a `FourBit` too
     lora_A: Tensor
     lora_B: Tensor
     gate: Tensor | None

@@ -46,9 +46,17 @@ def compile_all(capability: int):
     import torch
     import triton.language as tl
 
-    from deltadiff.kernels import adamw_step, delta_update, gated_product, rms_norm, step_counters
+    from deltadiff.kernels import (
+        adamw_step,
+        decode_4bit,
+        delta_update,
+        gated_product,
+        rms_norm,
+        step_counters,
+    )
     from deltadiff.kernels.lora_linear import few_tokens, hopper_launch, portable
     from deltadiff.kernels.runtime import tuned
+    from deltadiff.ops.decode_4bit import FourBit
 
     case = ""
 
@@ -113,6 +121,19 @@ def compile_all(capability: int):
             case = f"hopper, {dtype} adapters {adapter_dtype}, {m} tokens, r {r}, gate {entries}"
             gate = torch.empty(entries) if entries else None
             lora(m, dtype, adapter_dtype, r, gate, kernels=hopper_launch)
+
+    for dtype, k, nested in (
+        (bf16, 1024, True),
+        (fp16, 1024, False),
+        (fp32, 1024, True),
+        (bf16, 1023, True),
+    ):
+        case = f"{dtype}, K {k}, {'nested' if nested else 'plain'} absmax"
+        absmax = torch.empty(1024, dtype=torch.uint8 if nested else fp32)
+        scales = (torch.empty(4), torch.empty(256), torch.empty(())) if nested else (None,) * 3
+        tensors = torch.empty(1024 * 32, dtype=torch.uint8), absmax, torch.empty(16), *scales
+        weight = FourBit(*tensors, (64, k), 64, 256)
+        decode_4bit.decode_4bit(weight, torch.empty(weight.shape, dtype=dtype))
 
     step = torch.empty((), dtype=torch.int64)
     for dtype, roundings in (
@@ -204,6 +225,7 @@ def test_kernels_compile_without_spills(compiled, capability):
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
         "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
         "delta_update_kernel", "adamw_step_kernel", "advance_counters_kernel",
+        "decode_4bit_kernel",
     }  # fmt: skip
     most = [(LIMITS["tuned"] if k["case"].startswith("row") else limit)["spilled"] for k in kernels]
     assert [k for k, m in zip(kernels, most, strict=True) if k["spilled"] > m] == []

@@ -31,7 +31,7 @@ def test_calls_with_few_tokens_on_sm_90_are_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     dispatch.choose_path.cache_clear()
     monkeypatch.setattr(
-        "deltadiff.layers.lora_linear.choose_path",
+        "deltadiff.layers.base_format.choose_path",
         lambda device, dtype, *layer: dispatch.choose_path(gpu, torch.bfloat16, *layer),
     )
     model = Model()

@@ -4,13 +4,27 @@ import random
 
 import pytest
 import torch
-from wrong_arguments import adamw_step_call, delta_update_call, draw, lora_linear_call
+from wrong_arguments import (
+    adamw_step_call,
+    decode_4bit_call,
+    delta_update_call,
+    draw,
+    lora_linear_call,
+)
 
 import deltadiff
 from deltadiff.errors import ArgumentError
+from deltadiff.ops.decode_4bit import FourBit, decode_4bit
 
 CASES = 60  # for each seed
+
+
+def decode(dtype, backend, **parts):
+    return decode_4bit(FourBit(**parts), dtype, backend=backend)
+
+
 MAKERS = {
+    "decode_4bit": lambda device, _: decode_4bit_call(decode, device),
     "lora_linear": lambda device, _: lora_linear_call(deltadiff.lora_linear, device),
     "delta_update_": lambda *how: delta_update_call(deltadiff.delta_update_, *how),
     "adamw_step_": lambda *how: adamw_step_call(deltadiff.adamw_step_, *how),

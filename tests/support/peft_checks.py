@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deltadiff import swap_
 from deltadiff.layers import base_format
 from deltadiff.layers.peft.fuse import tuner_layers
-from deltadiff.layers.peft.fused_linear import FusedLinear
+from deltadiff.layers.peft.fused_linear import Fused
 from deltadiff.layers.report import SwapReport
 
 
@@ -23,7 +23,7 @@ def fused_calls(model: nn.Module) -> Iterator[Counter[str]]:
     names = {m: name for name, m in model.named_modules()}
     counts: Counter[str] = Counter()
     running: list[str] = []
-    forward, multiply = FusedLinear.forward, base_format.lora_linear
+    forward, multiply = Fused.forward, base_format.lora_linear
 
     def named_forward(self, *args, **kwargs):
         running.append(names.get(self, "?"))
@@ -36,7 +36,7 @@ def fused_calls(model: nn.Module) -> Iterator[Counter[str]]:
         counts[running[-1]] += 1
         return multiply(*args, **kwargs)
 
-    with mock.patch.object(FusedLinear, "forward", named_forward):
+    with mock.patch.object(Fused, "forward", named_forward):
         with mock.patch.object(base_format, "lora_linear", counted):
             yield counts
 
@@ -101,7 +101,7 @@ def layers_named(model: nn.Module, report: SwapReport) -> dict[str, str]:
     rows = {row.module.partition("[")[0]: row.path for row in report.rows}
     left_out = sum(int(note.split()[0]) for note in report.notes)
     layers = tuner_layers(model)
-    idle = [name for name, m in layers.items() if isinstance(m, FusedLinear) and name not in rows]
-    others = [name for name, m in layers.items() if not isinstance(m, FusedLinear)]
+    idle = [name for name, m in layers.items() if isinstance(m, Fused) and name not in rows]
+    others = [name for name, m in layers.items() if not isinstance(m, Fused)]
     assert left_out == len(others) + len(idle), f"{idle} and {others} beside {report.notes}"
     return rows | dict.fromkeys(others + idle, "peft")

@@ -97,6 +97,25 @@ def lora_linear_call(op, device):
     return Call(op, arguments, wrong)
 
 
+def decode_4bit_call(op, device):
+    """A weight of 5 x 60 numbers, whose absmax is quantised in turn."""
+    sizes = {"packed": 150, "absmax": 10, "code": 16, "scale": 1, "scale_code": 256}
+    tensors = {name: torch.ones(size, device=device) for name, size in sizes.items()}
+    tensors |= {name: tensors[name].to(torch.uint8) for name in ("packed", "absmax")}
+    tensors["offset"] = torch.ones((), device=device)
+    wrong = {name: [*wrong_tensor(t), None, t.double()] for name, t in tensors.items()}
+    for name in ("code", "scale_code"):  # which have gaps
+        wrong[name].append(tensors[name].repeat_interleave(2)[::2])
+    blocksizes = [*INTS, None, -1, 0, 16, 63, 64.0, 8192]
+    wrong |= {"blocksize": [*blocksizes, 128], "scale_blocksize": blocksizes}
+    wrong["shape"] = [*INTS, None, (), (5,), (5, 60, 1), (0, 60), (-5, -60), (5, 2**40), "ab"]
+    wrong["dtype"] = [torch.int8, torch.complex64, "float32", None, 3, torch.ones(2, 2)]
+    wrong["backend"] = BACKENDS
+    settings = {"shape": (5, 60), "blocksize": 32, "scale_blocksize": 256}
+    arguments = {**tensors, **settings, "dtype": torch.float32, "backend": None}
+    return Call(op, arguments, wrong)
+
+
 def delta_update_call(op, device, random_):
     half = random_.random() < 0.7
     ws = [torch.ones(6, 8, dtype=BF16 if half else F32, device=device) for _ in range(2)]

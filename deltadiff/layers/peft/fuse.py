@@ -1,6 +1,7 @@
 """`fuse_` and `unfuse_`: give PEFT's layers in a model the fused forward pass, and take it away."""
 
 from collections.abc import Collection
+from typing import Any
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -8,16 +9,30 @@ from torch import nn
 
 from ...errors import SwapError
 from ..targets.weight_readers import find_readers
-from .fused_linear import Deltas, FusedLinear
+from .fused_linear import Deltas, Fused, FusedLinear
 from .rules import kind_of
 from .tuner_models import TUNER_MODELS
 
 
-def fuse_(layers: Collection[lora.Linear], model: nn.Module, backend: str | None) -> None:
+def fused_class(module: nn.Module) -> type[Fused] | None:
+    """The class that makes a layer of PEFT faster, or has done so; None where there is none."""
+    kind = type(module)
+    if issubclass(kind, Fused):
+        return kind
+    if kind is lora.Linear:
+        return FusedLinear
+    if (kind.__module__, kind.__name__) == ("peft.tuners.lora.bnb", "Linear4bit"):
+        from .fused_linear_4bit import FusedLinear4bit
+
+        return FusedLinear4bit
+    return None
+
+
+def fuse_(layers: Collection[Any], model: nn.Module, backend: str | None) -> None:
     """Give these layers of ``model`` the fused forward pass; their parameters stay as they are."""
     for layer in layers:
-        if not isinstance(layer, FusedLinear):
-            layer.__class__ = FusedLinear
+        if not isinstance(layer, Fused):
+            layer.__class__ = fused_class(layer)
             layer.deltas = Deltas()
         layer.backend = backend
     for module in model.modules():
@@ -31,7 +46,7 @@ def unfuse_(model: nn.Module) -> None:
     Raises:
         SwapError: a layer holds an update of Delta-LoRA, of which PEFT knows nothing.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, FusedLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Fused)}
     for name, layer in layers.items():
         if any(delta.changes_model() for delta in layer.deltas.values()):
             given = "a layer of PEFT with an update of Delta-LoRA, which PEFT cannot hold"
@@ -40,7 +55,7 @@ def unfuse_(model: nn.Module) -> None:
     for layer in layers.values():
         for name in ("deltas", "backend", "_route"):
             layer.__dict__.pop(name, None)
-        layer.__class__ = lora.Linear
+        layer.__class__ = layer.peft_class
     pefts = {ours: theirs for theirs, ours in TUNER_MODELS.items()}
     for module in model.modules():
         if type(module) in pefts:
@@ -55,7 +70,7 @@ def why_not_fusable(module: nn.Module) -> str | None:
         if holder is not module and type(holder).__module__.startswith("peft."):
             return f"{kind_of(holder)}, which holds its forward pass"
         return "hooks that hold its forward pass: call `swap_` before they are put on"
-    if kind is lora.Linear or kind is FusedLinear:
+    if fused_class(module) is not None:
         return None
     if isinstance(module, lora.Linear) and kind.__name__.startswith("FSDP"):
         return "it is sharded: call `swap_` before `fully_shard`"
@@ -73,7 +88,7 @@ def describe_others(model: nn.Module) -> list[str]:
     found: dict[tuple[str, str], list[str]] = {}
     for name, module in layers.items():
         inside = any(name.startswith(f"{other}.") for other in layers)  # that one reads it rightly
-        if not isinstance(module, FusedLinear):
+        if not isinstance(module, Fused):
             reason = why_not_fusable(module) or "`swap_` was not called since it was added"
             found.setdefault(("run its own forward pass", reason), []).append(name)
         elif module in readers and not inside:  # then its pair gets no gradient in PEFT's model

@@ -1,16 +1,17 @@
-"""`FusedLinear`: PEFT's ``lora.Linear`` with `lora_linear` as its forward pass."""
+"""`Fused`: a layer of PEFT with `lora_linear` as its forward pass; `FusedLinear`: PEFT's Linear."""
 
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
+from peft.tuners import lora
 from torch import Tensor, nn
 
 from ...errors import SwapError
+from ...ops.decode_4bit import FourBit
 from ...ops.reference_blocks import LowRankLinear
 from ...ranks import is_partitioned
-from ..base_format import fused_branch
+from ..base_format import four_bit_branch, fused_branch
 from ..delta_state import (
     check_loadable,
     delta_to_state,
@@ -19,6 +20,7 @@ from ..delta_state import (
     load_delta,
     take_saved_delta,
 )
+from ..four_bit import casts
 from ..lora_layers import HoldsPairs, LoraLayer
 from ..pending_delta import PendingDelta
 from .pair import PeftPair
@@ -38,10 +40,11 @@ class Deltas(dict[str, PendingDelta]):
             raise AttributeError(name) from None
 
 
-class FusedLinear(HoldsPairs, Linear):
-    """PEFT's layer; `fuse.fuse_` makes it of a ``lora.Linear`` by changing its class.
+class Fused(HoldsPairs, lora.LoraLayer):
+    """PEFT's layer; `fuse.fuse_` makes it of one by changing its class.
 
     Attributes:
+        peft_class: the class that it had.
         deltas: what Delta-LoRA has added so far, by adapter.
         backend: as for `swap_`.
         keeps_active: whether an adapter that is being added stays inactive.
@@ -50,6 +53,7 @@ class FusedLinear(HoldsPairs, Linear):
             only where Delta-LoRA updates W in place.
     """
 
+    peft_class: type
     deltas: Deltas
     backend: str | None
     unmerged: Tensor
@@ -58,7 +62,7 @@ class FusedLinear(HoldsPairs, Linear):
 
     def _get_name(self) -> str:
         """PEFT's name, which `print` shows and PEFT's ``get_layer_status`` reports."""
-        return Linear.__name__
+        return self.peft_class.__name__
 
     def pairs(self) -> dict[str, LoraLayer]:
         pairs = {name: PeftPair(self, name) for name in self.lora_A}
@@ -75,12 +79,16 @@ class FusedLinear(HoldsPairs, Linear):
     def _fused_forward(self, route: Route, x: Tensor) -> Tensor:
         if route.units:
             route.read()
-        a, b, scaling, gate, dropout = self._product(route)
-        return fused_branch(x, route.matrix, route.bias, a, b, scaling, gate, dropout, self.backend)
+        weight, product = route.matrix, self._product(route)
+        if isinstance(weight, FourBit):
+            return four_bit_branch(x, self.base_layer, weight, *product, self.backend)
+        return fused_branch(x, weight, route.bias, *product, self.backend)
 
     def as_lora_linear(self, x: Tensor) -> LowRankLinear | None:
         route = find_route(self, x)
         if route is None or route.units:
+            return None
+        if isinstance(route.matrix, FourBit) and casts(self.base_layer, x):
             return None
         a, b, scaling, gate, dropout = self._product(route)
         return None if dropout else LowRankLinear(route.matrix, a, b, gate, route.bias, scaling)
@@ -189,7 +197,7 @@ class FusedLinear(HoldsPairs, Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_route": None}  # a copy has other parameters
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "FusedLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> "Fused":
         before = self.get_base_layer().weight.detach()
         super()._apply(fn, recurse)
         for name, delta in self.deltas.items():
@@ -227,3 +235,9 @@ class FusedLinear(HoldsPairs, Linear):
                     lost.end_update(a, b)  # W cannot be taken back
                     continue
             load_delta(PeftPair(self, name), saved[name], a, b)
+
+
+class FusedLinear(Fused, lora.Linear):
+    """``lora.Linear``, on an ``nn.Linear`` or a `Conv1D`."""
+
+    peft_class = lora.Linear

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ...ops.dispatch import Dispatch, choose_path
+from ...ops.dispatch import Dispatch
 from ...ranks import whole_shape
 from ..base_format import base_format
 from ..linear import is_conv1d, linear_shape
@@ -14,7 +14,7 @@ from .rules import active_adapters, kind_of, why_peft
 
 if TYPE_CHECKING:
     from ..linear import LinearLayer
-    from .fused_linear import FusedLinear
+    from .fused_linear import Fused
 
 
 class PeftPair:
@@ -24,7 +24,7 @@ class PeftPair:
     share_group: str | None = None
     in_peft = True
 
-    def __init__(self, layer: "FusedLinear", name: str):
+    def __init__(self, layer: "Fused", name: str):
         self.layer, self.name = layer, name
 
     def __eq__(self, other: object) -> bool:
@@ -104,19 +104,13 @@ class PeftPair:
         return self.name in active_adapters(self.layer)
 
     @property
-    def quantised(self) -> bool:
-        return base_format(self.weight).quantised
-
-    @property
     def dispatch(self) -> Dispatch:
         reason = why_peft(self.layer)
         if reason is not None:
             return Dispatch("peft", f"PEFT's own forward: {reason}")
-        delta, w = self.delta, self.weight
+        delta, path = self.delta, base_format(self.weight).path
         r = self.r if delta is None or delta.in_weight else delta.rank
-        layer = (self.out_features, self.in_features, r)
-        how = self.lora_dropout > 0, self.transposed
-        return choose_path(w.device, w.dtype, self.layer.backend, layer, *how)
+        return path(self.holder, r, self.lora_dropout, self.layer.backend)
 
     @property
     def swapped_in(self) -> bool:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ...checks import HALF_DTYPES
+from ...kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
+from ...ops.decode_4bit import FourBit
 from ...ranks import is_unit
+from ..four_bit import as_four_bit, compute_dtype, is_four_bit_layer
 from ..hooks import HOOKS
 from ..linear import is_conv1d
 from .rules import active_adapters, why_not_now, why_peft
 from .units import dtype_in_passes
 
 if TYPE_CHECKING:
-    from .fused_linear import FusedLinear
+    from .fused_linear import Fused
 
 
 class Route:
@@ -26,15 +29,17 @@ class Route:
 
     Attributes:
         names: the active adapters that the layer has.
-        weight, matrix, bias: of the base layer; the matrix is W, (out_features, in_features).
+        weight, matrix, bias: of the base layer; the matrix is W, (out_features, in_features), which
+            `lora_linear` also takes in 4 bits.
         factors: A, B and the dropout module of each adapter.
         units: the modules that FSDP shards one by one. Their parameters are whole while they are
             called, see `run_inside`; outside of that, other tensors stand in their places.
     """
 
-    def __init__(self, layer: "FusedLinear"):
+    def __init__(self, layer: "Fused"):
         base, self.names = layer.base_layer, active_adapters(layer)
         self._base: Any = base
+        self._four_bit = is_four_bit_layer(base)
         self._transposed = is_conv1d(base)
         self._active = layer._active_adapter
         if not isinstance(self._active, str):
@@ -52,10 +57,11 @@ class Route:
             (m._parameters, key) for m in modules if m not in self.units for key in m._parameters
         ]
         self._places = [(owner, key, owner[key]) for owner, key in owners]
+        called = modules[1:] if self._four_bit else modules  # `as_four_bit` asks about the base
         self._hooks = [
-            (found, len(found)) for m in modules for found in (getattr(m, h) for h in HOOKS)
+            (found, len(found)) for m in called for found in (getattr(m, h) for h in HOOKS)
         ]
-        self._attributes = [m.__dict__ for m in modules]
+        self._attributes = [m.__dict__ for m in called]
         self._kinds = [(m, type(m)) for m in modules]
         tensors = [held for *_, held in self._places if isinstance(held, Tensor)]
         self._stored = [(t, t.dtype) for t in tensors]
@@ -65,13 +71,15 @@ class Route:
     def read(self) -> None:
         """Read the parameters anew, which stand in their places while the units run."""
         self.weight: Tensor = self._base.weight
-        self.matrix = self.weight.T if self._transposed else self.weight
+        self.matrix: Tensor | FourBit = self.weight.T if self._transposed else self.weight
+        if self._four_bit:
+            self.matrix = FourBit.of(self.weight)
         self.bias: Tensor | None = self._base.bias
         self.factors: list[tuple[Tensor, Tensor, nn.Module]] = [
             (a.weight, b.weight, dropout) for a, b, dropout in self._parts
         ]
 
-    def holds(self, layer: "FusedLinear", x: Tensor) -> bool:
+    def holds(self, layer: "Fused", x: Tensor) -> bool:
         """Whether `why_peft` would still find no objection to this call."""
         own = layer.__dict__
         if own["_disable_adapters"] or own["merged_adapters"]:
@@ -92,6 +100,11 @@ class Route:
                 return False
         if why_not_now() is not None:
             return False
+        if self._four_bit:  # what is beside the bytes may have been moved or made anew
+            matrix = as_four_bit(self._base)
+            if isinstance(matrix, str):
+                return False
+            self.matrix = matrix
         w, given = self.weight, type(x)
         stored, adapter = self._dtypes
         if w.requires_grad:
@@ -104,13 +117,16 @@ class Route:
         # Where the input is cast, and where several adapters meet, the rules are asked again.
         if not own["cast_input_dtype_enabled"] or len(self.names) > 1:
             return False
+        if self._four_bit:
+            accepted = torch.float32, compute_dtype(self._base, x)
+            return x.dtype in KERNEL_DTYPES and adapter in accepted
         if torch.is_autocast_enabled(w.device.type):
             compute = torch.get_autocast_dtype(w.device.type)
             return compute in HALF_DTYPES and adapter is torch.float32 and x.dtype.itemsize <= 4
         return x.dtype is stored
 
 
-def find_route(layer: "FusedLinear", x: Tensor) -> Route | None:
+def find_route(layer: "Fused", x: Tensor) -> Route | None:
     """The way of this call through `lora_linear`; None where PEFT's own forward pass runs it."""
     if torch.compiler.is_compiling():  # it runs no host code later, and could not follow `_route`
         return Route(layer) if why_peft(layer, x) is None else None

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...checks import HALF_DTYPES
+from ...checks import DTYPES, HALF_DTYPES
+from ...kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 from ...ops.transforms import TRANSFORMED, transformed
 from ...ranks import is_sharded, is_unit, plain_kind
-from ..base_format import base_format
+from ..four_bit import as_four_bit, has_kernel, is_four_bit_layer
 from ..hooks import HOOKS
 from ..linear import is_conv1d
 from ..targets.eligible import has_same_product, is_tensor_parallel
@@ -21,15 +22,15 @@ from .units import (
 )
 
 if TYPE_CHECKING:
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import LoraLayer
 
 
-def active_adapters(layer: "Linear") -> list[str]:
+def active_adapters(layer: "LoraLayer") -> list[str]:
     """The active adapters that this layer has."""
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def dropout_of(layer: "Linear", adapter: str) -> float:
+def dropout_of(layer: "LoraLayer", adapter: str) -> float:
     """The probability of an adapter's dropout now: 0 in evaluation."""
     drop = layer.lora_dropout[adapter]
     return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
@@ -42,7 +43,7 @@ def kind_of(module: object) -> str:
     return kind.__name__ if tuner == kind.__module__ else f"PEFT's {tuner}.{kind.__name__}"
 
 
-def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
+def why_peft(layer: "LoraLayer", x: Tensor | None = None) -> str | None:
     """None where `lora_linear` computes what PEFT's forward pass would, else the reason in words.
 
     ``x``: the input of the call. None asks about the calls to come, of the dtype of W.
@@ -52,14 +53,16 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
     if layer.merged_adapters:
         return "its adapters are merged"
     base = layer.base_layer
-    if plain_kind(base) is not nn.Linear and not is_conv1d(base) and not has_same_product(base):
+    four_bit = is_four_bit_layer(base)
+    plain = plain_kind(base) is nn.Linear or is_conv1d(base) or has_same_product(base)
+    if not plain and not four_bit:
         return f"its base layer is {kind_of(base)}"
     if is_tensor_parallel(base):
         return "tensor parallelism splits its base weight"
     names = active_adapters(layer)
     if not names:
         return "it has no active adapter"
-    modules = [base]
+    modules = [] if four_bit else [base]
     for name in names:
         reason = _why_not_adapter(layer, name)
         if reason is not None:
@@ -69,7 +72,10 @@ def why_peft(layer: "Linear", x: Tensor | None = None) -> str | None:
         return "dropout under several active adapters, each with a mask of its own"
     if any(map(_has_hooks, modules)):
         return "hooks on the modules inside of it"
-    return why_not_now() or _why_not_tensors(layer, base, names, x)
+    reason = why_not_now()
+    if reason is None and four_bit:
+        return _why_not_four_bit(layer, base, names, x)
+    return reason or _why_not_tensors(layer, base, names, x)
 
 
 def why_not_now() -> str | None:
@@ -85,7 +91,7 @@ def why_not_now() -> str | None:
 _PLAIN_VARIANTS = ("MiCALinearVariant",)
 
 
-def _why_not_adapter(layer: "Linear", name: str) -> str | None:
+def _why_not_adapter(layer: "LoraLayer", name: str) -> str | None:
     variant = type(layer.lora_variant.get(name)).__name__
     if name in layer.lora_variant and variant not in _PLAIN_VARIANTS:
         return f"a variant of LoRA: {variant}"
@@ -108,12 +114,12 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _why_not_tensors(
-    layer: "Linear", base: nn.Module, names: list[str], x: Tensor | None
+    layer: "LoraLayer", base: nn.Module, names: list[str], x: Tensor | None
 ) -> str | None:
     weight: Any = base.weight
     if weight.requires_grad:
         return "its base weight is trained"
-    if base_format(weight).quantised:
+    if weight.dtype not in DTYPES:
         return f"its base weight is {weight.dtype}"
     pairs = [m[name] for name in names for m in (layer.lora_A, layer.lora_B)]
     for module in (base, *pairs):
@@ -155,5 +161,41 @@ def _why_not_tensors(
     return None
 
 
-def _scalings(layer: "Linear", names: list[str]) -> list[float | Tensor]:
+def _why_not_four_bit(
+    layer: "LoraLayer", base: Any, names: list[str], x: Tensor | None
+) -> str | None:
+    """As `_why_not_tensors`, on a base layer of 4 bits, which takes inputs of any dtype."""
+    weight = as_four_bit(base)
+    if isinstance(weight, str):
+        return f"of its base layer, {weight}"
+    if base.weight.requires_grad:
+        return "its base weight is trained"
+    pairs = [m[name] for name in names for m in (layer.lora_A, layer.lora_B)]
+    if any(type(module.weight) is not nn.Parameter or is_unit(module) for module in pairs):
+        return "its parameters are no whole tensors"
+    if any(module.weight.device != weight.device for module in pairs):
+        return "its parameters are on several devices"
+    if any(isinstance(s, Tensor) and s.device != weight.device for s in _scalings(layer, names)):
+        return "its scaling is a tensor on another device"
+    given = base.weight.quant_state.dtype if x is None else x.dtype
+    compute = base.compute_dtype or given
+    if given not in KERNEL_DTYPES:
+        return f"an input of {given}"
+    dtypes = {module.weight.dtype for module in pairs}
+    if len(dtypes) > 1 or not dtypes <= {compute, torch.float32}:
+        return f"its adapters are {' and '.join(map(str, dtypes))} beside {compute}"
+    if not layer.cast_input_dtype_enabled and dtypes != {given}:
+        return "the cast of its input is disabled"
+    rank = sum(layer.lora_A[name].weight.shape[0] for name in names)
+    dropout = sum(dropout_of(layer, name) for name in names)
+    if not has_kernel(base, compute, rank, dropout, getattr(layer, "backend", None)):
+        return "no kernel for weights of 4 bits runs here"
+    if x is not None and type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"an input of type {type(x).__name__}"
+    if x is not None and x.device != weight.device:
+        return f"an input on {x.device}"
+    return None
+
+
+def _scalings(layer: "LoraLayer", names: list[str]) -> list[float | Tensor]:
     return [layer.scaling[name] for name in names]

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import SwapError
-from .fused_linear import FusedLinear
+from .fused_linear import Fused
 from .update_guards import check_kept
 
 
@@ -21,11 +21,11 @@ class _AsksFirst(BaseTuner):
 
     def _check_kept(self, call: str, in_use: Collection[str]) -> None:
         for layer in self.modules():
-            if isinstance(layer, FusedLinear):
+            if isinstance(layer, Fused):
                 check_kept(call, layer.changed_weight(), in_use)
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        layers = [layer for layer in self.modules() if isinstance(layer, FusedLinear)]
+        layers = [layer for layer in self.modules() if isinstance(layer, Fused)]
         for layer in layers:
             layer.keeps_active = True
         try:
@@ -69,7 +69,7 @@ class LoraModel(_AsksFirst, lora.LoraModel):
         """PEFT's. Only its combinations by SVD read what Delta-LoRA holds beside A and B."""
         self._check_kept("add_weighted_adapter", self.peft_config.keys() - set(adapters))
         for layer in self.modules():
-            held = layer.deltas if isinstance(layer, FusedLinear) else {}
+            held = layer.deltas if isinstance(layer, Fused) else {}
             changed = [n for n in adapters if n in held and held[n].changes_model()]
             if changed and "svd" not in combination_type:
                 given = f"{combination_type!r} of {changed[0]!r}, which Delta-LoRA trained"

@@ -2,8 +2,8 @@
 
 `swap_` puts another module in the place of a layer. That is right where the layer does no more than
 multiply its input by a whole, ordinary weight: whatever else it does would be dropped in silence.
-A quantised layer with a forward pass of its own is called as it is (see `base_format`), so that
-neither this forward pass nor a hook is lost.
+A quantised layer with a forward pass of its own is called as it is, so that neither this forward
+pass nor a hook is lost, except where `lora_linear` is known to compute the same (see `four_bit`).
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ...checks import DTYPES, dtype_name
 from ...ranks import is_partitioned, is_sharded, why_no_shard
+from ..four_bit import is_four_bit
 from ..linear import is_conv1d, linear_shape
 from ..lora_linear import LoraLinear
 from .weight_readers import find_readers
@@ -65,7 +66,7 @@ def why_not_linear(module: nn.Module, bypassed: str | None = None) -> str | None
     if w is None or "bias" not in module._parameters:
         return "its weight or bias is no parameter but computed (weight_norm, pruning, FSDP, ...)"
     reason = _why_not_weight(module, w)
-    if reason is None and w.dtype in DTYPES:
+    if reason is None and w.dtype in DTYPES and not is_four_bit(w):
         reason = _why_not_call(module)
     reason = reason or bypassed
     return _ON_META if reason is None and w.is_meta else reason
@@ -89,7 +90,7 @@ def _why_not_weight(module: "LinearLayer", w: Tensor) -> str | None:
         )
     if w.numel() == 0:
         return "a weight of 0 elements: sharded, or with a side of 0"
-    if w.dtype in _BYTES and _own_forward(module):
+    if (w.dtype in _BYTES or is_four_bit(w)) and _own_forward(module):
         return None
     if w.dtype not in DTYPES:
         return f"its weight is {dtype_name(w.dtype)}, a format that cannot be taken"

@@ -143,6 +143,30 @@ def test_peft_models():
     assert_equal_gradients(*results)
 
 
+@pytest.mark.parametrize("of_peft", [False, True], ids=["ours", "PEFT's"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["same", "other dtype"])
+def test_a_base_of_four_bits(of_peft, dtype):
+    results = []
+    for lean in (True, False):
+        model = build()
+        for layer in model.model.layers:
+            for block in (layer.mlp, layer.self_attn):
+                for name, m in list(block.named_children()):
+                    if type(m) is nn.Linear:
+                        setattr(block, name, four_bit(m, compute_dtype=dtype))
+        if of_peft:
+            config = peft.LoraConfig(r=2, target_modules="all-linear")
+            model = peft.get_peft_model(model, config)
+            report = swap_(model, lean=lean)
+        else:
+            report = swap_(model, r=2, lean=lean)
+        draw(model)
+        assert sum(row.what == "gated MLP" and not row.why_not for row in report.lean) == 2 * lean
+        found = gradients(model)
+        results.append({name: t for name, t in found.items() if "lora_" in name})
+    assert_equal_gradients(*results)
+
+
 def test_dropout_takes_the_layers_one_by_one():
     found = []
     for lean in (True, False):

@@ -29,7 +29,7 @@ def test_what_it_shows():
     assert pair.weight is layer.base_layer.weight and pair.matrix.shape == (6, 8)
     assert pair.lora_A is layer.lora_A["default"].weight
     assert pair.adapter == [pair.lora_A, pair.lora_B] and pair.holder is layer.base_layer
-    assert pair.active and pair.swapped_in and pair.in_peft and not pair.quantised
+    assert pair.active and pair.swapped_in and pair.in_peft
     assert pair.dispatch.backend == "reference" and pair.why_no_update() is None
 
 

@@ -1,4 +1,11 @@
-"""`csrc/lora_linear_autograd.cpp` in Python, and the two passes that both of them run."""
+"""The two passes of `lora_linear`, launched from Python, and their autograd.
+
+`csrc/lora_linear_autograd.cpp` is `LoraLinearFunction` in C++, for matrices of ordinary numbers. A
+weight of 4 bits (`FourBit`) is decoded in each pass and forgotten after it: nothing of the size of
+W is kept for the backward pass. The memory comes from PyTorch's allocator, which gives the layers
+that run one after another on a stream the same block again: one workspace for each stream, and in
+each CUDA graph, that nobody has to look after.
+"""
 
 import contextlib
 import warnings
@@ -10,6 +17,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailableError
 from . import reference
+from .decode_4bit import FourBit, decoded
 from .dispatch import CPP_MISSING, LAUNCHERS, Kernel, keeps_x, kernel_at, runs_of
 from .remade import Remade
 
@@ -18,12 +26,18 @@ with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatc
     from ..kernels.runtime.plan import CannotPlanError
 
 
-def kernel_of(tokens: int, weight: Tensor, r: int, dropout: bool, backend: str) -> Kernel:
+def reached_from_cpp(backend: str, device: torch.device) -> bool:
+    """Whether torch.ops.deltadiff's operations of `lora_linear` reach the kernels of a backend."""
+    reached = backend == "cpp" or (backend != "reference" and device.type == "cuda")
+    return reached and not CPP_MISSING
+
+
+def _kernel_of(tokens: int, weight: Tensor, r: int, dropout: bool, backend: str) -> Kernel:
     """The kernel that runs a call for which ``backend`` was chosen."""
     return kernel_at(runs_of(backend, (*weight.shape, r, weight.dtype, dropout)), tokens)
 
 
-def _launch_fwd(
+def launch_fwd(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
@@ -37,16 +51,16 @@ def _launch_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(y, kept) of the kernel that runs this call; x (M, K)."""
     m, r = x.shape[0], lora_A.shape[0]
-    kernel = kernel_of(m, weight, r, seed is not None, backend)
+    kernel = _kernel_of(m, weight, r, seed is not None, backend)
     kept = None
     if kernel.backend != backend:  # it keeps less, but the backend's calls all keep one shape
-        kept = x.new_empty(_kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
+        kept = x.new_empty(kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
     mask = {} if seed is None else {"dropout": dropout, "seed": seed}  # some kernels have none
     launch = LAUNCHERS[kernel.name].lora_linear_fwd
     return launch(x, weight, lora_A, lora_B, scaling, gate, bias, kept, **mask)
 
 
-def _launch_bwd(
+def launch_bwd(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -61,32 +75,10 @@ def _launch_bwd(
     backend: str,
 ) -> Sequence[Tensor | None]:
     """(dx, dA, dB, dgate) of the kernel that ran the forward pass; dy (M, N)."""
-    kernel = kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
+    kernel = _kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
     mask = {} if seed is None else {"dropout": dropout, "seed": seed}
     launch = LAUNCHERS[kernel.name].lora_linear_bwd
     return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
-
-
-def bwd_before_da(
-    dy: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    kept: Tensor,
-    scaling: float,
-    gate: Tensor | None,
-    needs: Sequence[bool],
-    backend: str,
-) -> Sequence[Tensor | None]:
-    """(dx, V, dB, dgate) of a backward pass: V (M, r or more) = s g dY B, and dA = V^T x of any x.
-
-    All are None, and nothing was computed, where another kernel than that of sm_90 runs the call.
-    """
-    if kernel_of(dy.shape[0], weight, lora_A.shape[0], False, backend).name != "hopper":
-        return [None] * 4
-    return hopper_launch.bwd_before_da(
-        dy, weight, lora_A, lora_B, kept, scaling, gate, (needs[0], False, *needs[2:])
-    )
 
 
 def _reference_bwd(
@@ -131,7 +123,7 @@ def _reference_bwd(
     return [next(grads) if need else None for need in needs]
 
 
-def _kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
+def kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
     """Shape of what the forward pass keeps.
 
     It depends on the backend but not on the kernel, so that torch.compile has one shape for every
@@ -140,28 +132,90 @@ def _kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
     return hopper_launch.kept_shape(m, r, gated) if backend == "hopper" else (m, r)
 
 
-def passes(native: bool) -> tuple[Any, Any]:
-    """The forward and the backward pass, called as `_launch_fwd` and `_launch_bwd` are.
+def run_fwd(
+    x: Tensor,
+    weight: Tensor | FourBit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, kept) of a forward pass by ``backend``; x (M, K)."""
+    rest = lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
+    if isinstance(weight, FourBit):
+        ops = torch.ops.deltadiff
+        return ops.lora_linear_4bit_fwd(x, *weight.tensors, *weight.blocksizes, *rest)
+    in_cpp = reached_from_cpp(backend, x.device)
+    run: Any = torch.ops.deltadiff.lora_linear_fwd if in_cpp else launch_fwd
+    return run(x, weight, *rest)
 
-    ``native``: through PyTorch's dispatcher, which costs the host less and reaches C++.
+
+def run_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | FourBit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> list[Tensor | None]:
+    """(dx, dA, dB, dgate) of a backward pass, None for each that is not needed; dy (M, N)."""
+    rest = lora_A, lora_B, kept, scaling, gate, needs, dropout, seed, backend
+    if isinstance(weight, FourBit):
+        run: Any = torch.ops.deltadiff.lora_linear_4bit_bwd
+        grads = run(dy, x, *weight.tensors, *weight.blocksizes, *rest)
+    else:
+        in_cpp = reached_from_cpp(backend, dy.device)
+        run = torch.ops.deltadiff.lora_linear_bwd if in_cpp else launch_bwd
+        grads = run(dy, x, weight, *rest)
+    return [g if need else None for g, need in zip(grads, needs, strict=True)]
+
+
+def bwd_before_da(
+    dy: Tensor,
+    weight: Tensor | FourBit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    backend: str,
+) -> Sequence[Tensor | None]:
+    """(dx, V, dB, dgate) of a backward pass: V (M, r or more) = s g dY B, and dA = V^T x of any x.
+
+    All are None, and nothing was computed, where another kernel than that of sm_90 runs the call.
     """
-    if native:
-        return torch.ops.deltadiff.lora_linear_fwd, torch.ops.deltadiff.lora_linear_bwd
-    return _launch_fwd, _launch_bwd
+    sizes = *weight.shape, lora_A.shape[0], dy.dtype, False
+    if kernel_at(runs_of(backend, sizes), dy.shape[0]).name != "hopper":
+        return [None] * 4
+    matrix = decoded(weight, dy.dtype, backend) if isinstance(weight, FourBit) else weight
+    return hopper_launch.bwd_before_da(
+        dy, matrix, lora_A, lora_B, kept, scaling, gate, (needs[0], False, *needs[2:])
+    )
 
 
 class LoraLinearFunction(torch.autograd.Function):
     """What `csrc/lora_linear_autograd.cpp` does.
 
-    It is used where that is not built, where Triton interprets, and for an x that the backward pass
-    makes again, see `remade.py`.
+    It is used where that is not built, where Triton interprets, for a weight of 4 bits, and for an
+    x that the backward pass makes again (see `remade.py`).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | FourBit,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
@@ -170,13 +224,10 @@ class LoraLinearFunction(torch.autograd.Function):
         dropout: float,
         seed: Tensor | None,
         backend: str,
-        native: bool,
-        remade: Remade | None,
+        remade: Remade | None = None,
     ) -> Tensor:
-        rows = x.reshape(-1, weight.shape[1])
-        y, s = passes(native)[0](
-            rows, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
-        )  # fmt: skip
+        rows = x.reshape(-1, lora_A.shape[1])
+        y, s = run_fwd(rows, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend)
         need_gate = gate is not None and gate.requires_grad
         sources: Sequence[Tensor | None] = (None,)
         ctx.again = None
@@ -185,37 +236,55 @@ class LoraLinearFunction(torch.autograd.Function):
             if remade is not None:
                 sources, ctx.again = remade.sources, remade.again
                 ctx.again.add_reader()
-        ctx.save_for_backward(weight, lora_A, lora_B, gate, s, seed, *sources)
-        ctx.scaling, ctx.dropout, ctx.backend, ctx.native = scaling, dropout, backend, native
-        return y.view(*x.shape[:-1], weight.shape[0])
+        tensors, ctx.frame = taken_apart(weight)
+        ctx.parts = len(tensors)
+        ctx.save_for_backward(lora_A, lora_B, gate, s, seed, *tensors, *sources)
+        ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
+        return y.view(*x.shape[:-1], lora_B.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, lora_A, lora_B, gate, s, seed, *sources = ctx.saved_tensors
+        lora_A, lora_B, gate, s, seed, *rest = ctx.saved_tensors
+        weight = put_together(rest[: ctx.parts], ctx.frame)
+        sources = rest[ctx.parts :]
         x = sources[0] if ctx.again is None else ctx.again(*sources)
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
         needs = [need_x, need_A, need_B, need_gate]
-        n, k = weight.shape
+        n, k = lora_B.shape[0], lora_A.shape[1]
         leading, dy = dy.shape[:-1], dy.reshape(-1, n)
         rows = None if x is None else x.reshape(-1, k)
+        last = ctx.scaling, gate, needs, ctx.dropout, seed
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # from is_grads_batched=True
         if torch.is_grad_enabled() or batched:
-            dx, da, db, dgate = _reference_bwd(
-                dy, rows, weight, lora_A, lora_B, ctx.scaling, gate, needs, ctx.dropout, seed
-            )
+            four_bit = isinstance(weight, FourBit)
+            matrix = decoded(weight, dy.dtype, ctx.backend) if four_bit else weight
+            grads = _reference_bwd(dy, rows, matrix, lora_A, lora_B, *last)
         else:
-            dx, da, db, dgate = passes(ctx.native)[1](
-                dy, rows, weight, lora_A, lora_B, s, ctx.scaling, gate, needs,
-                ctx.dropout, seed, ctx.backend,
-            )  # fmt: skip
+            grads = run_bwd(dy, rows, weight, lora_A, lora_B, s, *last, ctx.backend)
+        dx, da, db, dgate = grads
         dx = None if dx is None else dx.view(*leading, k)
-        dbias = dy.sum(0, dtype=torch.float32).to(weight.dtype) if need_bias else None
-        return dx, None, da, db, None, dgate, dbias, *[None] * 5
+        dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype) if need_bias else None
+        return dx, None, da, db, None, dgate, dbias, *[None] * 4
+
+
+Frame = tuple[tuple[int, int], tuple[int, int]] | None  # of a `FourBit`: its shape and blocksizes
+
+
+def taken_apart(weight: Tensor | FourBit) -> tuple[Sequence[Tensor | None], Frame]:
+    """The tensors of a weight, which autograd can keep, and what `put_together` needs beside."""
+    if isinstance(weight, FourBit):
+        return weight.tensors, (weight.shape, weight.blocksizes)
+    return (weight,), None
+
+
+def put_together(tensors: Sequence[Any], frame: Frame) -> Any:
+    """The weight, a Tensor or a `FourBit`, that was `taken_apart`."""
+    return tensors[0] if frame is None else FourBit.from_parts(tensors, *frame)
 
 
 if not CPP_MISSING:
-    torch.library.impl("deltadiff::lora_linear_fwd_python", "default")(_launch_fwd)
-    torch.library.impl("deltadiff::lora_linear_bwd_python", "default")(_launch_bwd)
+    torch.library.impl("deltadiff::lora_linear_fwd_python", "default")(launch_fwd)
+    torch.library.impl("deltadiff::lora_linear_bwd_python", "default")(launch_bwd)
     _derivable = torch.library.Library("deltadiff", "IMPL")  # lives as long as this module
     _derivable.impl("lora_linear_bwd_reference", _reference_bwd, "CompositeImplicitAutograd")
 
@@ -233,7 +302,7 @@ if not CPP_MISSING:
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """The shapes of y and of what this backend keeps, for torch.compile."""
-        shape = _kept_shape(backend, x.shape[0], lora_A.shape[0], gate is not None)
+        shape = kept_shape(backend, x.shape[0], lora_A.shape[0], gate is not None)
         dtype = x.dtype if backend == "cpp" else torch.float32
         return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shape, dtype=dtype)
 
@@ -245,7 +314,7 @@ if not CPP_MISSING:
 
         C++ asks once for each kind of call for which backend "hopper" was chosen.
         """
-        if kernel_of(x.shape[0], weight, lora_A.shape[0], False, "hopper").name != "hopper":
+        if _kernel_of(x.shape[0], weight, lora_A.shape[0], False, "hopper").name != "hopper":
             return []
         try:
             return hopper_plan.lora_linear_plan(x, weight, lora_A, lora_B, *rest)
