@@ -150,6 +150,22 @@ def model_table(records: Records) -> str:
     return markdown_table([*header, *(f"{name}, checkpointing" for name in header[-3:])], *rows)
 
 
+def whole_step_table(records: Records) -> str:
+    """A line for each way to train a model on a base, without and with checkpointing."""
+    keys = ("model", "base", "liger", "checkpointing")
+    rows = []
+    for (model, base, liger, on), found in grouped(records, *keys).items():
+        what = f"{model}, {base}{', Liger' * liger}{', checkpointing' * on}"
+        for r in sorted(found, key=lambda r: r["variant"] != "frozen"):
+            tokens = None if r["p50_ms"] is None else r["shape"]["M"] / r["p50_ms"] * 1e3
+            words = (VARIANT_NAMES[r["variant"]], r["method"], r["rounding"])
+            cells = [what, ", ".join(filter(None, words))]
+            cells += [r.get("note") or number(r["p50_ms"], ".0f"), number(r["over_floor"], ".3f")]
+            rows.append([*cells, number(tokens, ",.0f"), gib(r, ".1f")])
+    header = ["model", "by", "ms a step", "x frozen", "tokens/s", "peak GiB"]
+    return markdown_table(header, *rows)
+
+
 def search_table(records: Records) -> str:
     """A line for each case: the time of each variant, then the peak memory of each."""
     names = [name for name in VARIANT_NAMES if any(r["variant"] == name for r in records)]
@@ -374,6 +390,7 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "layer": (partial(by_machine, table=speed_table), measured("lora_linear")),
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),
         "model": (partial(by_machine, table=model_table), measured("model")),
+        "whole step": (partial(by_machine, table=whole_step_table), measured("whole_step")),
         "search": (partial(by_machine, table=search_table), measured("search")),
         "scaling": (scaling_table, lambda r: r["op"] == "scaling"),
         "scaling expected": (expected_table, lambda r: r["op"] == "scaling"),

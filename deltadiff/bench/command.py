@@ -17,6 +17,7 @@ from ..files import as_folder, make_folder
 from . import layer, model, search, step
 from .arguments import count, shape
 from .methods import Settings
+from .models import BASES, PRESETS
 from .peers import has_peft
 from .records import failed, write
 from .report import format_table, variant_text
@@ -71,6 +72,14 @@ def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a Hugging Face config.json")
+    parser.add_argument("--preset", choices=PRESETS, help="the shape of a known model instead")
+    parser.add_argument(
+        "--liger", action="store_true", default=None,
+        help="Liger's kernels for the rest of the model, in every method",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base", choices=BASES, help="how the weights of linear layers are stored (default bf16)"
+    )
     for name in ("steps", "batch", "sequence", "r"):
         text = f"default {getattr(Settings, name)} (on a CPU it may be less)"
         parser.add_argument(f"--{name}", type=count, metavar="N", help=text)

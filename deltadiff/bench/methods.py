@@ -27,7 +27,10 @@ class Settings:
     """The settings that all methods share.
 
     Attributes:
-        config: a Hugging Face config file; None is Llama-2-7B's shape, or on a CPU a small one.
+        config: a Hugging Face config file; None is ``preset``.
+        preset: a name of `models.PRESETS`; None is Llama-2-7B, or on a CPU a small model.
+        liger: whether all methods, and the frozen model, run with Liger's kernels.
+        base: a name of `models.BASES`.
         batch, sequence: texts per step, and the tokens of each.
         r: the rank of the pairs.
         dtype: of the model.
@@ -36,6 +39,9 @@ class Settings:
     """
 
     config: Path | None = None
+    preset: str | None = None
+    liger: bool = False
+    base: str = "bf16"
     batch: int = 4
     sequence: int = 2048
     r: int = 8
@@ -51,6 +57,7 @@ class Method:
     Attributes:
         variant: the library, as records name it.
         method, rounding: what it does, as records name it.
+        whole: whether it is measured in whole steps too: with a preset, Liger or a quantised base.
         checkpointed: whether it is also measured with gradient checkpointing, all layers adapted.
         attach: attach(model, names, batch, settings) puts it into a model: a context that yields
             its training step and leaves the model as it was, but for updates of W.
@@ -60,6 +67,7 @@ class Method:
     method: str
     rounding: str | None
     checkpointed: bool
+    whole: bool
     attach: Callable[[nn.Module, Names, Batch, Settings], AbstractContextManager[Step]]
 
     def adapter_dtype(self, settings: Settings) -> str:
@@ -74,25 +82,29 @@ def methods() -> tuple[Method, ...]:
     def peft(**how) -> Callable:
         return functools.partial(_peft, **how)
 
-    def deltadiff(**options) -> Callable:
-        return functools.partial(_deltadiff, options)
+    def deltadiff(lean: bool | None = None, **options) -> Callable:
+        return functools.partial(_deltadiff, options, lean)
 
     naive = peft(layer_dtype=True, naive_delta_lora=True)
     in_place = "Delta-LoRA in place"
     swapped = peft(layer_dtype=False, update_ratio=0.0)
     factored = peft(layer_dtype=False, update_ratio=UPDATE_RATIO)
     peers = (
-        Method("peft-swapped", "LoRA", None, True, swapped),
-        Method("peft-swapped", "Delta-LoRA factored", None, False, factored),
-        Method("peft", "LoRA", None, True, peft(layer_dtype=False)),
-        Method("peft-bf16", "LoRA", None, True, peft(layer_dtype=True)),
-        Method("peft-bf16", "naive Delta-LoRA", None, True, naive),
+        Method("peft-swapped", "LoRA", None, True, False, swapped),
+        Method("peft-swapped", "Delta-LoRA factored", None, False, False, factored),
+        Method("peft", "LoRA", None, True, False, peft(layer_dtype=False)),
+        Method("peft-bf16", "LoRA", None, True, True, peft(layer_dtype=True)),
+        Method("peft-bf16", "naive Delta-LoRA", None, True, False, naive),
     )
+    layers = deltadiff(update_ratio=0.0, lean=False)
     ours = (
-        Method("deltadiff", "LoRA", None, True, deltadiff(update_ratio=0.0)),
-        Method("deltadiff", in_place, "remainder", True, deltadiff(rounding="remainder")),
-        Method("deltadiff", in_place, "nearest", False, deltadiff(rounding="nearest")),
-        Method("deltadiff", "Delta-LoRA factored", None, False, deltadiff(w_update="factored")),
+        Method("deltadiff", "LoRA", None, True, True, deltadiff(update_ratio=0.0)),
+        Method("deltadiff-layers", "LoRA", None, True, True, layers),
+        Method("deltadiff", in_place, "remainder", True, True, deltadiff(rounding="remainder")),
+        Method("deltadiff", in_place, "nearest", False, False, deltadiff(rounding="nearest")),
+        Method(
+            "deltadiff", "Delta-LoRA factored", None, False, True, deltadiff(w_update="factored")
+        ),
     )
     return (*peers, *ours) if has_peft() else ours
 
@@ -118,11 +130,16 @@ def _randomise(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def _deltadiff(
-    options: Mapping, model: nn.Module, names: Names, batch: Batch, settings: Settings
+    options: Mapping,
+    lean: bool | None,
+    model: nn.Module,
+    names: Names,
+    batch: Batch,
+    settings: Settings,
 ) -> Iterator[Step]:
     swap_(
         model, r=settings.r, lora_alpha=ALPHA, target_modules=names,
-        adapter_dtype=settings.adapter_dtype,
+        adapter_dtype=settings.adapter_dtype, lean=lean,
     )  # fmt: skip
     try:
         _randomise(model)

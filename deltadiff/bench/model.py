@@ -20,10 +20,20 @@ from ..devices import free_memory
 from ..errors import ArgumentError
 from .clocks import sample, synchronize
 from .methods import Method, Names, Settings, forward_backward, methods
-from .models import LLAMA_7B, LLAMA_SMALL, Batch, build_model, random_batch, shape_of_file
+from .models import (
+    LLAMA_7B,
+    LLAMA_SMALL,
+    PRESETS,
+    Batch,
+    build_model,
+    random_batch,
+    shape_of_file,
+    to_nf4_,
+    use_liger_,
+)
 from .records import Timing, failure, record
 
-VARIANTS = ("frozen", "deltadiff", "peft-swapped", "peft", "peft-bf16")
+VARIANTS = ("frozen", "deltadiff", "deltadiff-layers", "peft-swapped", "peft", "peft-bf16")
 # The values of --targets. A model has one of the sets of names; None is all linear layers.
 TARGETS = {"q,v": (("q_proj", "v_proj"), ("query", "value")), "all": None}
 
@@ -56,22 +66,37 @@ def model_records(
     # transformers renames the methods that switch checkpointing; every release has the old names.
     warnings.filterwarnings("ignore", "`.*gradient_checkpointing", FutureWarning)
     shape = LLAMA_7B if device.type == "cuda" else LLAMA_SMALL
+    if settings.preset is not None:
+        shape = PRESETS[settings.preset]
     if settings.config is not None:
         shape = shape_of_file(settings.config)
+    whole = settings.preset is not None or settings.liger or settings.base != "bf16"
     model = build_model(shape, settings.dtype, device)
+    if settings.base == "nf4":
+        to_nf4_(model, settings.dtype)
+    if settings.liger:
+        use_liger_(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         batch = random_batch(model, shape, settings.batch, settings.sequence, device)
     batch.embeds.requires_grad_()
-    chosen = [m for m in methods() if wanted is None or m.variant in wanted]
+    chosen = [m for m in methods() if m.whole or not whole]
+    if not whole:
+        chosen = [m for m in chosen if m.variant != "deltadiff-layers"]
+    if settings.base != "bf16":  # nothing writes into such a weight
+        chosen = [m for m in chosen if m.rounding is None]
+    chosen = [m for m in chosen if wanted is None or m.variant in wanted]
     frozen_step = functools.partial(forward_backward, model, batch)
     for checkpoint in checkpointing:
         fields = {
-            "op": "model", "mode": "step", "graph": False, "model": shape.name,
+            "op": "whole_step" if whole else "model", "mode": "step", "graph": False,
+            "model": shape.name,
             "shape": {"M": batch.labels.numel(), "K": None, "N": None, "r": settings.r},
             "batch": settings.batch, "sequence": settings.sequence,
             "dtype": dtype_name(settings.dtype), "checkpointing": checkpoint,
         }  # fmt: skip
+        if whole:
+            fields |= {"liger": settings.liger, "base": settings.base}
         with _checkpointing(model, checkpoint):
             floor = _time(frozen_step, settings.steps, device)
             before, frozen = floor.seconds, [*floor.seconds]

@@ -37,6 +37,15 @@ LLAMA_8B = ModelShape(
     "Llama-3.1-8B",
     {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256},
 )
+QWEN3_8B = ModelShape(
+    "Qwen3-8B",
+    {
+        **_LLAMA, "model_type": "qwen3", "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+    },
+)  # fmt: skip
+PRESETS = {shape.name: shape for shape in (LLAMA_7B, LLAMA_8B, QWEN3_8B)}
+BASES = ("bf16", "nf4")  # how the weights of the linear layers are stored
 LLAMA_70B = ModelShape(
     "Llama-3.1-70B",
     {
@@ -107,6 +116,47 @@ def build_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> 
         accepted = "the config of a causal language model"
         raise ArgumentError("--config", f"{shape.config} ({error})", accepted) from error
     return model.train().requires_grad_(False)
+
+
+def use_liger_(model: nn.Module) -> None:
+    """Put Liger's kernels into a model of transformers, in place, as ``use_liger_kernel`` does.
+
+    Raises:
+        ArgumentError: liger-kernel is not installed.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance as apply
+    except ImportError as error:
+        accepted = "an installed liger-kernel: pip install liger-kernel"
+        raise ArgumentError("--liger", f"nothing ({error})", accepted) from error
+    apply(model=model)
+
+
+def to_nf4_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store the linear layers but the head as NF4, scales quantised again, in place.
+
+    Raises:
+        ArgumentError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        accepted = "an installed bitsandbytes: pip install bitsandbytes"
+        raise ArgumentError("--base", f"nf4, without bitsandbytes ({error})", accepted) from error
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not nn.Linear or layer is head:
+                continue
+            packed = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None,
+                compute_dtype=dtype, quant_type="nf4", device="meta",
+            )  # fmt: skip
+            packed.weight = bnb.nn.Params4bit(
+                layer.weight.detach(), requires_grad=False, quant_type="nf4", module=packed
+            ).to(layer.weight.device)  # which quantises it
+            packed.bias = layer.bias
+            setattr(parent, name, packed.train(layer.training))
 
 
 class Batch(NamedTuple):

@@ -13,6 +13,7 @@ from .report import VARIANT_NAMES
 # Colour-blind readers can tell those of one plot apart too.
 COLOURS = {
     "frozen": "#555555", "copy": "#555555", "deltadiff": "#0072b2", "deltadiff-fp32": "#56b4e9",
+    "deltadiff-layers": "#56b4e9",
     "eager": "#cc79a7", "peft-swapped": "#009e73", "peft": "#d55e00", "peft-bf16": "#e69f00",
     "peft-compiled": "#f0e442",
     "naive": "#d55e00", "addmm": "#e69f00", "torch-fused": "#009e73", "torch-foreach": "#cc79a7",
@@ -38,6 +39,7 @@ def plots(records: Sequence[dict], folder: Path) -> dict[Path, Plot]:
         "layer": (_draw_layer, "One LoRA linear layer, 4096 to 4096", _layer_records),
         "step": (_draw_step, "The optimizer step: achieved memory bandwidth", _step_records),
         "model": (_draw_model, "Training steps of a whole model", _model_records),
+        "whole-step": (_draw_whole_step, "Speed and memory of whole training steps", _whole_steps),
     }
     found = {}
     for gpu in dict.fromkeys(r["gpu"] for r in records):
@@ -229,3 +231,35 @@ def _draw_model(figure, records: Sequence[dict]) -> None:
 
 def _model_order(r: dict) -> tuple:
     return r["variant"] != "frozen", r["targets"] == "all"
+
+
+# ------------------------------------------------------------------------ whole steps
+
+
+def _whole_steps(records: Sequence[dict]) -> list[dict]:
+    return [r for r in records if r["op"] == "whole_step" and r["peak_mib"] is not None]
+
+
+def _draw_whole_step(figure, records: Sequence[dict]) -> None:
+    """Tokens a second against memory: a point for each way to train, a panel for each model."""
+    models = list(dict.fromkeys(r["model"] for r in records))
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    figure.set_size_inches(1 + 6.5 * len(models), 6)
+    shapes = {(False, "bf16"): "o", (True, "bf16"): "s", (False, "nf4"): "^", (True, "nf4"): "v"}
+    for axes, model in zip(panels, models, strict=True):
+        for r in (r for r in records if r["model"] == model):
+            at = r["peak_mib"] / 1024, r["shape"]["M"] / r["p50_ms"]
+            how = r["checkpointing"], r["base"]
+            name = VARIANT_NAMES[r["variant"]]
+            method = "" if r["method"] in (None, "LoRA") else f": {r['method']}"
+            axes.scatter(*at, s=90, marker=shapes[how], color=COLOURS[r["variant"]], alpha=0.8)
+            axes.annotate(f"{name}{method}", at, (6, 4), textcoords="offset points", fontsize=8)
+        axes.set_title(f"{model}, {r['batch']} x {r['sequence']} tokens")
+        axes.set_xlabel("peak GiB (less is better: left)")
+        axes.set_ylabel("thousand tokens / s (more is better: up)")
+        axes.margins(x=0.25, y=0.12)
+        axes.grid(alpha=0.3)
+    for (on, base), marker in shapes.items():
+        words = f"{base} base{', gradient checkpointing' if on else ''}"
+        panels[0].scatter([], [], marker=marker, color="#777777", label=words)
+    panels[0].legend(loc="best", fontsize=8)

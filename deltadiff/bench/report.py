@@ -8,6 +8,7 @@ VARIANT_NAMES = {  # in the order of columns and legends
     "frozen": "frozen (floor)",
     "copy": "copy (floor)",
     "deltadiff": "deltadiff",
+    "deltadiff-layers": "deltadiff, lean=False",
     "deltadiff-fp32": "deltadiff, fp32 adapters",
     "eager": "eager",
     "eager-cast": "eager, cast by hand",
@@ -34,7 +35,9 @@ def shape_text(fields: Mapping) -> str:
 
 def case_text(fields: Mapping) -> str:
     """The dtype, mode, rounding and whatever else tells cases of one shape apart."""
-    words = [fields["dtype"], fields["mode"], fields.get("targets"), fields.get("rounding")]
+    base = fields.get("base")
+    words = [base or fields["dtype"], fields["mode"], fields.get("targets")]
+    words += [fields.get("rounding"), "Liger" * bool(fields.get("liger"))]
     words += ["yields the delta" * bool(fields.get("delta"))]
     words += ["graph" * bool(fields["graph"]), "checkpointing" * bool(fields.get("checkpointing"))]
     return " ".join(word for word in words if word)

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import deltadiff
 from deltadiff import DeltaLoRA, swap_, unswap_
+from deltadiff.bench.models import to_nf4_
 from deltadiff.errors import ArgumentTypeError
 
 SIZES = {
@@ -146,14 +147,11 @@ def test_peft_models():
 @pytest.mark.parametrize("of_peft", [False, True], ids=["ours", "PEFT's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["same", "other dtype"])
 def test_a_base_of_four_bits(of_peft, dtype):
+    pytest.importorskip("bitsandbytes")
     results = []
     for lean in (True, False):
         model = build()
-        for layer in model.model.layers:
-            for block in (layer.mlp, layer.self_attn):
-                for name, m in list(block.named_children()):
-                    if type(m) is nn.Linear:
-                        setattr(block, name, four_bit(m, compute_dtype=dtype))
+        to_nf4_(model, dtype)
         if of_peft:
             config = peft.LoraConfig(r=2, target_modules="all-linear")
             model = peft.get_peft_model(model, config)
