@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FRONT = ROOT / "README.md"
 ALL = ROOT / "benchmarks" / "README.md"
 FLOORS = ("frozen", "copy")
+OURS = ("deltadiff", "deltadiff-4bit")
 STEP = ("delta_update", "adamw_step", "step")
 
 Records = Sequence[dict]
@@ -126,8 +127,8 @@ def speed_table(records: Records) -> str:
         if op == "lora_linear" and "eager" not in variants:
             continue  # a point of the plots only
         floor = next(variants[name] for name in floors if name in variants)
-        cells = [ratio(variants.get(name), bold=name == "deltadiff") for name in names]
-        ours = variants.get("deltadiff", {})
+        cells = [ratio(variants.get(name), bold=name in OURS) for name in names]
+        ours = next((variants[name] for name in OURS if name in variants), {})
         cells += [number(ours.get("host_ms"), ".3f"), number(ours.get("peak_mib"), ".1f")]
         rows.append([op, size, case, f"{floor['variant']} {floor['p50_ms']:.3f}", *cells])
     header = ["operation", "shape", "case", "floor, ms", *(VARIANT_NAMES[name] for name in names)]
@@ -388,6 +389,10 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "checks": (checks_table, lambda r: "op_suite" in r),
         "verify": (verify_table, lambda r: "error" in r),
         "layer": (partial(by_machine, table=speed_table), measured("lora_linear")),
+        "four bits": (
+            partial(by_machine, table=speed_table),
+            measured("lora_linear_4bit", "decode_4bit"),
+        ),
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),
         "model": (partial(by_machine, table=model_table), measured("model")),
         "whole step": (partial(by_machine, table=whole_step_table), measured("whole_step")),

@@ -18,7 +18,8 @@ from .timing import Case, Variant
 
 ALPHA = 16.0
 COMPILED = "peft-compiled"
-MIXED = ("deltadiff-fp32", "peft", "peft-swapped")  # float32 adapters, whatever the layer's dtype
+# These have adapters in the dtype of the layer, all others in float32.
+UNMIXED = ("frozen", "deltadiff", "eager", "peft-bf16", COMPILED)
 VARIANTS = (
     "frozen", "deltadiff", "deltadiff-fp32", "eager", "peft-swapped", "peft", "peft-bf16", COMPILED,
 )  # fmt: skip
@@ -92,8 +93,11 @@ def layer_case(
     dtype: torch.dtype,
     graph: bool = False,
     names: Iterable[str] = VARIANTS,
+    weight_bits: float | None = None,
 ) -> Case:
     """M tokens, K in, N out, rank r, in those variants of ``names`` that this dtype has.
+
+    ``weight_bits``: what an element of W takes, where that is not its dtype's (see `four_bit`).
 
     FLOPs: forward 2 M N K + 2 M r (K + N); backward 2 M N K + 4 M r (K + N).
     Bytes that must move: forward item (M K + N K + M N), backward item (2 M K + N K + M N), and
@@ -102,12 +106,14 @@ def layer_case(
     """
     backward = mode == "forward+backward"
     flops = (2 * m * n * k) * (1 + backward) + (2 * m * r * (k + n)) * (1 + 2 * backward)
-    items = (m * k + n * k + m * n) + backward * (2 * m * k + n * k + m * n)
+    of_weight = n * k * (1 if weight_bits is None else weight_bits / (8 * dtype.itemsize))
+    items = (m * k + of_weight + m * n) + backward * (2 * m * k + of_weight + m * n)
     items += r * (k + n) * (1 + 2 * backward)
     fields = {
-        "op": "lora_linear", "mode": mode, "graph": graph,
+        "op": "lora_linear" if weight_bits is None else "lora_linear_4bit",
+        "mode": mode, "graph": graph,
         "shape": {"M": m, "K": k, "N": n, "r": r}, "rounding": None,
-        "dtype": dtype_name(dtype), "bytes": items * dtype.itemsize, "flops": flops,
+        "dtype": dtype_name(dtype), "bytes": int(items * dtype.itemsize), "flops": flops,
     }  # fmt: skip
     if dtype != torch.bfloat16:
         names = [name for name in names if name != "peft-bf16"]
@@ -127,7 +133,7 @@ def _build(m, k, n, r, backward, dtype, names, device) -> dict[str, Variant]:
     dy = torch.randn(m, n, dtype=dtype, device=device)
 
     def variant(name: str) -> Variant:
-        adapter_dtype = torch.float32 if name in MIXED else dtype
+        adapter_dtype = dtype if name in UNMIXED else torch.float32
 
         def make() -> Callable:
             layer, inputs = LAYERS[name](weight, lora_A, lora_B, adapter_dtype)
@@ -162,10 +168,14 @@ def _frozen(weight, lora_A, lora_B, dtype):
     return _linear(weight), []
 
 
-def _deltadiff(weight, lora_A, lora_B, dtype):
-    model = nn.Sequential(_linear(weight))
+def deltadiff_layer(weight, lora_A, lora_B, dtype, linear=_linear, backend=None):
+    """``linear`` makes the base layer of the weight."""
+    model = nn.Sequential(linear(weight))
     r = lora_A.shape[0]
-    swap_(model, r=r, lora_alpha=ALPHA, target_modules=lambda *_: True, adapter_dtype=dtype)
+    swap_(
+        model, r=r, lora_alpha=ALPHA, target_modules=lambda *_: True, adapter_dtype=dtype,
+        backend=backend,
+    )  # fmt: skip
     layer = model[0]
     with torch.no_grad():
         layer.lora_A.copy_(lora_A)
@@ -179,11 +189,13 @@ def _eager(weight, lora_A, lora_B, dtype):
     return lambda x: lora_linear_ref(x, weight, *factors, scaling=scaling), factors
 
 
-def _peft(weight, lora_A, lora_B, dtype, swap=False):
+def peft_layer(weight, lora_A, lora_B, dtype, swap=False, linear=_linear):
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=lora_A.shape[0], lora_alpha=ALPHA, target_modules=["0"])
-    model = inject_adapter_in_model(config, nn.Sequential(_linear(weight)))
+    model = nn.Sequential(linear(weight))
+    model.is_loaded_in_4bit = linear is not _linear  # which PEFT asks
+    model = inject_adapter_in_model(config, model)
     if swap:
         swap_(model)
     layer = model[0]
@@ -202,18 +214,18 @@ def _peft(weight, lora_A, lora_B, dtype, swap=False):
 
 
 def _peft_compiled(weight, lora_A, lora_B, dtype):
-    layer, factors = _peft(weight, lora_A, lora_B, dtype)
+    layer, factors = peft_layer(weight, lora_A, lora_B, dtype)
     torch.compiler.reset()  # after another shape, sizes would be compiled as dynamic ones
     return torch.compile(layer, dynamic=False), factors
 
 
 LAYERS = {
     "frozen": _frozen,
-    "deltadiff": _deltadiff,
-    "deltadiff-fp32": _deltadiff,
+    "deltadiff": deltadiff_layer,
+    "deltadiff-fp32": deltadiff_layer,
     "eager": _eager,
-    "peft-swapped": functools.partial(_peft, swap=True),
-    "peft": _peft,
-    "peft-bf16": _peft,
+    "peft-swapped": functools.partial(peft_layer, swap=True),
+    "peft": peft_layer,
+    "peft-bf16": peft_layer,
     COMPILED: _peft_compiled,
 }
