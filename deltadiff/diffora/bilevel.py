@@ -28,7 +28,7 @@ from ..ranks import Ranks
 from .candidates import find_candidates, swapped_candidate
 from .gate_logits import GateLogits
 from .gates import GateMatrix
-from .search_state import check_state
+from .search_state import check_state, fingerprint
 from .step_log import Place, StepLog
 
 Loss = Callable[[], Tensor]
@@ -93,39 +93,50 @@ class Search:
         seed: int | None = None,
         process_group: "dist.ProcessGroup | None" = None,
     ):
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gate_lr", gate_lr)):
-            check_number(name, value, 0)
-        check_number("gate_weight_decay", gate_weight_decay, 0)
-        betas, gate_betas = check_betas(betas), check_betas(gate_betas)
-        if isinstance(model, nn.Module) and lora_layers(model):
-            raise SwapError("model", "a model that is swapped already", "an eager model")
-        self.model, self.candidates = model, find_candidates(model, target_modules, modules_to_save)
-        places = self.candidates.places
-        devices = {str(model.get_submodule(name).weight.device) for name in places}
-        if len(devices) > 1:
-            raise ArgumentError(
-                "model", f"candidates on {', '.join(sorted(devices))}", "one device"
+        self.ranks, self.model = Ranks(process_group), model
+        settings = {
+            "r": r, "lora_alpha": lora_alpha, "lr": lr, "betas": betas,
+            "weight_decay": weight_decay, "gate_lr": gate_lr, "gate_betas": gate_betas,
+            "gate_weight_decay": gate_weight_decay, "lora_dropout": lora_dropout,
+            "adapter_dtype": adapter_dtype,
+        }  # fmt: skip
+        with self.ranks.together():
+            for name in ("lr", "weight_decay", "gate_lr", "gate_weight_decay"):
+                check_number(name, settings[name], 0)
+            betas, gate_betas = check_betas(betas), check_betas(gate_betas)
+            if isinstance(model, nn.Module) and lora_layers(model):
+                raise SwapError("model", "a model that is swapped already", "an eager model")
+            self.candidates = find_candidates(model, target_modules, modules_to_save)
+            places = self.candidates.places
+            devices = {str(model.get_submodule(name).weight.device) for name in places}
+            if len(devices) > 1:
+                given = f"candidates on {', '.join(sorted(devices))}"
+                raise ArgumentError("model", given, "one device")
+        self.ranks.check_alike(settings)
+        try:
+            with self.ranks.together():
+                self.report = swap_(
+                    model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                    target_modules=lambda name, _: name in places, adapter_dtype=adapter_dtype,
+                    modules_to_save=modules_to_save, backend=backend, seed=seed,
+                )  # fmt: skip
+                self.layers = {name: swapped_candidate(model, name) for name in places}
+                self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+                self.optimizer = FusedAdamW(model, lr, betas, weight_decay=weight_decay)
+            self.ranks.check_alike(
+                {name: (tuple(p.shape), p.dtype) for name, p in self.trained.items()}
             )
-        self.report = swap_(
-            model, r=r, lora_alpha=lora_alpha, target_modules=lambda name, _: name in places,
-            lora_dropout=lora_dropout, adapter_dtype=adapter_dtype,
-            modules_to_save=modules_to_save, backend=backend, seed=seed,
-        )  # fmt: skip
-        self.layers = {name: swapped_candidate(model, name) for name in places}
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        except BaseException:
+            if lora_layers(model):
+                unswap_(model)
+            raise
         pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
         self.heads: dict[str, Tensor] = {
             name: p for name, p in self.trained.items() if id(p) not in pairs
         }
-        self.ranks = Ranks(process_group)
         with torch.no_grad():
             self.ranks.copy_first_(list(self.trained.values()))
         self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
-        try:
-            self.optimizer = FusedAdamW(self.trained.values(), lr, betas, weight_decay=weight_decay)
-        except ArgumentError:
-            unswap_(model)
-            raise
 
         self._gate_logits = GateLogits(self.candidates, self.layers)
         self.logits = self._gate_logits.logits
@@ -293,18 +304,23 @@ class Search:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` gave.
+        """Restore what `state_dict` gave; processes that search together all load the same.
 
         Raises:
             ArgumentError: the state is that of a search over other candidates or of other shapes,
-                or is none. The message names the first difference; nothing was changed.
+                or is none, or differs between the processes. The message names the first
+                difference; nothing was changed.
         """
         self._check_open()
         own = self._state()  # whatever the losses were that nobody has read yet
-        check_state(state, own)
+        with self.ranks.together():
+            check_state(state, own)
+        if self.ranks.size > 1:
+            self.ranks.check_alike({"state": fingerprint(state)})
         before = copy.deepcopy(own)
         try:
-            self._restore(state)
+            with self.ranks.together():
+                self._restore(state)
         except BaseException:  # an optimizer may refuse what it is given, and may do so late
             self._restore(before)
             raise
