@@ -86,6 +86,14 @@ def local(t: Any) -> Any:
     return t._local_tensor if is_sharded(t) else t
 
 
+def device_of_passes(t: Tensor) -> torch.device:
+    """Where forward passes use a parameter, which FSDP may keep on the CPU until then."""
+    kind = t.device_mesh.device_type if is_sharded(t) else t.device.type
+    if kind == t.device.type:
+        return t.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 @torch.no_grad()
 def whole(t: Tensor) -> Tensor:
     """All of a tensor, detached. Of a sharded one it is a copy, which all processes ask for."""
@@ -325,6 +333,11 @@ class Ranks:
             dist.all_reduce(flat, group=self.group)
             flat /= self.size
             torch._foreach_copy_(mine, _unflatten_dense_tensors(flat, mine))
+
+    def largest_(self, t: Tensor) -> None:
+        """Put the largest entries over all processes into a tensor, in place."""
+        if self.size > 1:
+            dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
 
     def wait(self) -> None:
         """Until all processes are here."""

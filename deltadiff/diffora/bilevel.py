@@ -9,10 +9,9 @@ validation data keeps A and B fixed, and a step on A and B with training data ke
 The host waits for the device only when it reads the losses of the last few steps (`StepLog`).
 """
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import torch
 import torch.distributed as dist
@@ -20,16 +19,18 @@ from torch import Tensor, nn
 
 from ..checks import check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError, NonFiniteLossError, SwapError
+from ..layers.fsdp_places import check_before_sharding, check_no_units
 from ..layers.lora_layers import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets.choose import Targets
 from ..optim.fused_adamw import FusedAdamW
-from ..ranks import Ranks
+from ..ranks import Ranks, copy_values, device_of_passes, is_sharded, local, whole
 from .candidates import find_candidates, swapped_candidate
 from .gate_logits import GateLogits
 from .gates import GateMatrix
 from .search_state import check_state, fingerprint
 from .step_log import Place, StepLog
+from .trained_params import ORDER, TrainedParams
 
 Loss = Callable[[], Tensor]
 
@@ -106,6 +107,7 @@ class Search:
             betas, gate_betas = check_betas(betas), check_betas(gate_betas)
             if isinstance(model, nn.Module) and lora_layers(model):
                 raise SwapError("model", "a model that is swapped already", "an eager model")
+            check_before_sharding("Search", model, ORDER)
             self.candidates = find_candidates(model, target_modules, modules_to_save)
             places = self.candidates.places
             devices = {str(model.get_submodule(name).weight.device) for name in places}
@@ -121,7 +123,7 @@ class Search:
                     modules_to_save=modules_to_save, backend=backend, seed=seed,
                 )  # fmt: skip
                 self.layers = {name: swapped_candidate(model, name) for name in places}
-                self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+                self.trained = TrainedParams(model)
                 self.optimizer = FusedAdamW(model, lr, betas, weight_decay=weight_decay)
             self.ranks.check_alike(
                 {name: (tuple(p.shape), p.dtype) for name, p in self.trained.items()}
@@ -144,13 +146,16 @@ class Search:
             [self.logits], lr=gate_lr, betas=gate_betas, weight_decay=gate_weight_decay,
             fused=True,  # only this one skips a step without a read of ``found_inf`` by the host
         )  # fmt: skip
+        self._start_log()
+        self.round = self.index = 0
+        self.gate_losses: list[float] = []
+        self.inner_losses: list[float] = []
+
+    def _start_log(self) -> None:
         self.log = StepLog(self.logits.device)
         for optimizer in (self.optimizer, self.gate_optimizer):
             # Optimizers read this attribute, which GradScaler sets too, but do not declare it.
             optimizer.found_inf = self.log.failed  # type: ignore[union-attr]
-        self.round = self.index = 0
-        self.gate_losses: list[float] = []
-        self.inner_losses: list[float] = []
 
     # ---------------------------------------------------------------------- steps
 
@@ -171,8 +176,8 @@ class Search:
                 inf or NaN. That step and those after it were not taken.
             SwapError: the search was closed.
         """
-        self._check_open()
-        with self._pairs_fixed(), self._gate_logits.trained():
+        self._look()
+        with self.trained.fixed(), self._gate_logits.trained():
             value = self._evaluate(loss)
             (self.logits.grad,) = torch.autograd.grad(value, [self.logits])
         mean = value.detach().clone()
@@ -186,23 +191,12 @@ class Search:
         ``loss`` computes the loss of a batch of training data; everything else is as in
         `gate_step`.
         """
-        self._check_open()
+        self._look()
         value = self._evaluate(loss)
         value.backward()
         place, mean = (self.round, self.index + 1), value.detach().clone()
         self._take(self.optimizer, place, mean, list(self.trained.values()))
         return mean
-
-    @contextlib.contextmanager
-    def _pairs_fixed(self) -> Iterator[None]:
-        """While the block runs, A, B and the heads do not require gradients."""
-        for p in self.trained.values():
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in self.trained.values():
-                p.requires_grad_(True)
 
     @staticmethod
     def _evaluate(loss: Loss) -> Tensor:
@@ -225,10 +219,14 @@ class Search:
         ``loss`` and the gradients become their means over all processes, which therefore agree.
         """
         if self.ranks.size > 1:
-            for p in params:  # a module that this part of the batch did not use
+            whole = [p for p in params if not is_sharded(p)]
+            for p in whole:  # a module that this part of the batch did not use
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.ranks.average_([loss, *(p.grad for p in params if p.grad is not None)])
-        self.log.judge(loss, [p.grad for p in params if p.grad is not None])
+            self.ranks.average_([loss, *(p.grad for p in whole if p.grad is not None)])
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        self.log.judge(loss, [g for g in grads if g.numel()])
+        if self.trained.sharded:  # others saw other parts of the gradients
+            self.ranks.largest_(self.log.failed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.log.note((self.round, self.index), place, loss)
@@ -267,36 +265,62 @@ class Search:
     def close(self) -> None:
         """Put the eager layers back; what the search found can still be read.
 
-        The model is as it was before the search, also the values of ``modules_to_save``.
+        The model is as it was before the search, also the values of ``modules_to_save``; if it was
+        sharded meanwhile it stays so, and all processes call this.
         """
-        self._check_open()
+        self._look()
+        unswap_(self.model)
         for layer in self.layers.values():
             layer.gate = None
-        unswap_(self.model)
         for name, before in self._heads_before.items():
             p = self.trained[name]
-            self.heads[name] = p.detach().clone()
-            p.copy_(before)
+            self.heads[name] = whole(p).clone()
+            copy_values(p, before)
 
-    def _check_open(self) -> None:
-        """Raise SwapError unless the layers of the search are still in the model."""
+    def _look(self) -> None:
+        """Follow what became of the model since the last call.
+
+        Raises:
+            SwapError: the layers of the search are in the model no more; or `fully_shard` was
+                called on one of them, or after the first step.
+            ArgumentError: other processes hold parts of the model than search together.
+        """
         if not all(layer.swapped_in for layer in self.layers.values()):
             accepted = "a search whose layers are still in the model"
             raise SwapError("search", "one that was closed (or a model un-swapped)", accepted)
+        if not self.trained.follow(self.ranks, started=bool(self.round or self.index)):
+            return
+        check_no_units("Search", self.layers)
+        self.heads = {name: self.trained[name] for name in self.heads}
+        self.optimizer.param_groups[0]["params"] = list(self.trained.values())
+        device = device_of_passes(next(iter(self.trained.values())))
+        if device != self.logits.device:  # `fully_shard` moved the model
+            self._gate_logits.move_to(device)
+            self._start_log()
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict:
-        """Everything that another search needs to continue bit by bit; tensors are not copied."""
+        """Everything that another search needs to continue bit by bit.
+
+        Tensors are not copied. Of a model that is sharded they are whole, so that it does not
+        matter how the other one is sharded, and all processes call this.
+        """
+        self._look()
         self.check()
         return self._state()
 
     def _state(self) -> dict:
+        of_optimizer = self.optimizer.state_dict()
+        of_optimizer["state"] = {
+            i: {key: whole(t) for key, t in entry.items()}
+            for i, entry in of_optimizer["state"].items()
+        }
         return {
             "candidates": {"layers": self.candidates.layers, "modules": self.candidates.modules},
-            "trained": {name: p.detach() for name, p in self.trained.items()},
+            "trained": {name: whole(p) for name, p in self.trained.items()},
             "logits": self.logits.detach(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": of_optimizer,
             "gate_optimizer": self.gate_optimizer.state_dict(),
             "place": (self.round, self.index),
             "losses": (self.gate_losses, self.inner_losses),
@@ -311,7 +335,7 @@ class Search:
                 or is none, or differs between the processes. The message names the first
                 difference; nothing was changed.
         """
-        self._check_open()
+        self._look()
         own = self._state()  # whatever the losses were that nobody has read yet
         with self.ranks.together():
             check_state(state, own)
@@ -330,7 +354,7 @@ class Search:
         self.gate_optimizer.load_state_dict(state["gate_optimizer"])
         self.logits.copy_(state["logits"])
         for name, p in self.trained.items():
-            p.copy_(state["trained"][name])
+            copy_values(p, state["trained"][name])
         self._gate_logits.update_inner_gates()
         self.log.clear()
         self.round, self.index = state["place"]

@@ -48,9 +48,10 @@ class StepLog:
 
     def judge(self, loss: Tensor, grads: list[Tensor]) -> None:
         """Set `failed` where the loss (0-dim) or an entry of a gradient is not finite."""
-        norms = torch._foreach_norm(grads, float("inf"))  # of two dtypes, with a 16-bit head
-        largest = torch.stack([norm.float() for norm in norms]).max()
-        failed = ~(loss.isfinite() & largest.isfinite())
+        norms = torch._foreach_norm(grads, float("inf")) if grads else ()
+        # There are two dtypes with a 16-bit head, and two devices where FSDP offloads.
+        numbers = [t.to(self.failed.device, torch.float32) for t in (loss, *norms)]
+        failed = ~torch.stack(numbers).isfinite().all()
         self.failed.copy_(torch.maximum(self.failed, failed.float()))
 
     def note(self, before: Place, after: Place, loss: Tensor) -> None:

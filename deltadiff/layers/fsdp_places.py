@@ -1,11 +1,27 @@
-"""`follow_layers`: FSDP's own notes of where parameters stand, after layers took others' places."""
+"""What FSDP2 (`fully_shard`) says of a model: which modules it took, and where parameters stand."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from ..errors import SwapError
 from ..ranks import is_unit
+
+
+def check_before_sharding(call: str, model: nn.Module, order: str) -> None:
+    """Raise SwapError where a call comes after `fully_shard`; ``order`` says what comes when."""
+    if any(map(is_unit, model.modules())):
+        given = f"a model that `fully_shard` has sharded before `{call}`"
+        raise SwapError("model", given, order)
+
+
+def check_no_units(call: str, layers: Mapping[str, Any]) -> None:
+    """Raise SwapError where `fully_shard` was called on a layer itself, which another replaces."""
+    for name, layer in layers.items():
+        if is_unit(layer):
+            given = f"{name}, on which `fully_shard` was called itself"
+            raise SwapError(call, given, "a unit around it, such as its block or the model")
 
 
 def follow_layers(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import dtype_name, wide_dtype
-from ..errors import SwapError
 from ..ops.reference import join_remainder
-from ..ranks import add_up, check_not_partitioned, is_unit, local, own_part, reshard, whole
+from ..ranks import add_up, check_not_partitioned, local, own_part, reshard, whole
 from ..text import align_columns
+from .fsdp_places import check_no_units
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes
@@ -76,10 +76,7 @@ def merge_(model: nn.Module) -> MergeReport:
     """
     check_not_partitioned("merge_", model)
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
-    for name, layer in layers.items():
-        if is_unit(layer):
-            given = f"{name}, on which `fully_shard` was called itself"
-            raise SwapError("merge_", given, "a unit around it, such as its block or the model")
+    check_no_units("merge_", layers)
     reshard(model)
     check_writable(layers, [model])
     rows, past = [], dict[str, int]()

@@ -12,12 +12,12 @@ from torch import nn
 
 from ..checks import check_dropout, check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
-from ..ranks import check_not_partitioned
+from ..ranks import check_not_partitioned, reshard
 from .base_format import base_format, check_backend
-from .fsdp_places import follow_layers
+from .fsdp_places import check_no_units, follow_layers
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
-from .lora_linear import LoraLinear, check_unsharded, own_layers
+from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
 from .report import SwapReport, swap_report
 from .swap_peft import swap_peft_
@@ -152,10 +152,12 @@ def unswap_(model: nn.Module) -> nn.Module:
 
     What Delta-LoRA wrote into W in place stays there. The low-rank branch is dropped (call `merge_`
     instead to keep it). PEFT's layers get PEFT's own forward pass back and keep all that they have.
+    A model that FSDP shards stays sharded.
 
     Raises:
         SwapError: the model has no swapped layer; or a layer of PEFT holds an update of Delta-LoRA,
-            of which PEFT knows nothing; or the model is sharded. Nothing was changed.
+            of which PEFT knows nothing; or `fully_shard` was called on a layer itself. Nothing was
+            changed.
     """
     layers = swapped_layers(model)
     check_not_partitioned("unswap_", model)
@@ -165,7 +167,8 @@ def unswap_(model: nn.Module) -> nn.Module:
         unfuse_(model)
         return model
     own = own_layers(model, "unswap_", "")
-    check_unsharded(own, "unswap_")
+    check_no_units("unswap_", own)
+    reshard(model)
     take_out(model, {layer: layer.base_layer for layer in own.values()})
     restore_required_grad(model)
     drop_notes(model)
