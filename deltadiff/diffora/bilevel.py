@@ -41,10 +41,13 @@ class Search:
     The model is swapped until `close`. AdamW trains A and B; Adam trains the logits, as in DARTS.
     B starts at 0, so a gate has no gradient before the first inner step.
 
-    Where several processes search together, each gives `gate_step` and `inner_step` the loss of its
-    part of the batch. The search itself averages losses and gradients over them, so the model is a
-    plain one, not wrapped for data parallelism; and all have the same pairs and gates in each step,
-    from the values of the first process.
+    Where several processes search together, all of them make one with the same arguments, and each
+    gives `gate_step` and `inner_step` the loss of its part of the batch. The search itself averages
+    losses and gradients over them, so the model is a plain one, not wrapped for data parallelism;
+    and all have the same pairs and gates in each step, from the values of the first process.
+
+    FSDP2 may shard the model: make the search, then call `fully_shard`, then take steps, in which
+    all processes run the same modules. Gates and logits belong to no module and stay whole.
 
     Args:
         model: an eager model, whose candidates are on one device.
@@ -105,9 +108,8 @@ class Search:
             for name in ("lr", "weight_decay", "gate_lr", "gate_weight_decay"):
                 check_number(name, settings[name], 0)
             betas, gate_betas = check_betas(betas), check_betas(gate_betas)
-            if isinstance(model, nn.Module) and lora_layers(model):
-                raise SwapError("model", "a model that is swapped already", "an eager model")
-            check_before_sharding("Search", model, ORDER)
+            if isinstance(model, nn.Module):
+                _check_state_of(model)
             self.candidates = find_candidates(model, target_modules, modules_to_save)
             places = self.candidates.places
             devices = {str(model.get_submodule(name).weight.device) for name in places}
@@ -359,3 +361,13 @@ class Search:
         self.log.clear()
         self.round, self.index = state["place"]
         self.gate_losses, self.inner_losses = map(list, state["losses"])
+
+
+def _check_state_of(model: nn.Module) -> None:
+    """Raise SwapError unless a model is eager, and neither sharded nor wrapped."""
+    if lora_layers(model):
+        raise SwapError("model", "a model that is swapped already", "an eager model")
+    check_before_sharding("Search", model, ORDER)
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        accepted = "the model inside of it, because a search averages gradients itself"
+        raise SwapError("model", "a DistributedDataParallel", accepted)

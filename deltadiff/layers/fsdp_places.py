@@ -24,14 +24,24 @@ def check_no_units(call: str, layers: Mapping[str, Any]) -> None:
             raise SwapError(call, given, "a unit around it, such as its block or the model")
 
 
+def follow_training(model: nn.Module) -> None:
+    """Let FSDP reduce gradients in the dtype of the parameters that are trained now.
+
+    It settles that in its first forward pass. Units that train several dtypes it refuses itself.
+    """
+    for group in _all_groups(model):
+        trained = [p.sharded_param for p in group.fsdp_params if p.sharded_param.requires_grad]
+        if len({p.dtype for p in trained}) == 1:
+            group._init_mp_dtypes()
+
+
 def follow_layers(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
     """Let FSDP put whole parameters into the new layers, which hold the sharded ones already.
 
     FSDP notes the module and the name of each parameter when `fully_shard` is called. Parameters
     that the new layer does not have are gathered no more.
     """
-    units: list[Any] = [m for m in model.modules() if is_unit(m)]
-    for group in (group for unit in units for group in _groups(unit)):
+    for group in _all_groups(model):
         kept = []
         for p in group.fsdp_params:
             place = p._module_info
@@ -53,8 +63,14 @@ def follow_layers(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> No
             group._register_state_dict_hooks()
 
 
+def _all_groups(model: nn.Module) -> list[Any]:
+    """FSDP's groups of parameters, of all units of a model."""
+    units: list[Any] = [m for m in model.modules() if is_unit(m)]
+    return [group for unit in units for group in _groups(unit)]
+
+
 def _groups(unit: Any) -> list[Any]:
-    """The groups of parameters of a unit; older versions of torch have one at most."""
+    """The groups of a unit; older versions of torch have one at most."""
     state = unit._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups

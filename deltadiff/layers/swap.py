@@ -14,7 +14,7 @@ from ..checks import check_dropout, check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..ranks import check_not_partitioned, reshard
 from .base_format import base_format, check_backend
-from .fsdp_places import check_no_units, follow_layers
+from .fsdp_places import check_no_units, follow_layers, follow_training
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
 from .lora_linear import LoraLinear, own_layers
@@ -171,6 +171,7 @@ def unswap_(model: nn.Module) -> nn.Module:
     reshard(model)
     take_out(model, {layer: layer.base_layer for layer in own.values()})
     restore_required_grad(model)
+    follow_training(model)
     drop_notes(model)
     return model
 
