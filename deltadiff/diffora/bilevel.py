@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError, NonFiniteLossError, SwapError
-from ..layers.fsdp_places import check_before_sharding, check_no_units
+from ..layers.fsdp_places import check_before_sharding
 from ..layers.lora_layers import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets.choose import Targets
@@ -290,14 +290,16 @@ class Search:
         if not all(layer.swapped_in for layer in self.layers.values()):
             accepted = "a search whose layers are still in the model"
             raise SwapError("search", "one that was closed (or a model un-swapped)", accepted)
-        if not self.trained.follow(self.ranks, started=bool(self.round or self.index)):
-            return
-        check_no_units("Search", self.layers)
-        self.heads = {name: self.trained[name] for name in self.heads}
-        self.optimizer.param_groups[0]["params"] = list(self.trained.values())
+        started = bool(self.round or self.index)
+        if self.trained.follow(self.ranks, self.layers, started):
+            self.heads = {name: self.trained[name] for name in self.heads}
+            self.optimizer.param_groups[0]["params"] = list(self.trained.values())
         device = device_of_passes(next(iter(self.trained.values())))
-        if device != self.logits.device:  # `fully_shard` moved the model
+        if device != self.logits.device:  # `fully_shard` or `to` moved the model
+            self.check()
             self._gate_logits.move_to(device)
+            for entry in self.gate_optimizer.state.values():
+                entry |= {key: t.to(device) for key, t in entry.items()}
             self._start_log()
 
     # ------------------------------------------------------------------ checkpoints

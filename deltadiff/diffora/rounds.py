@@ -81,8 +81,8 @@ def search(
             step.
         Interrupted: Ctrl-C or SIGTERM stopped the search, in the main thread; its value is the path
             of the file that holds it. A signal to one process stops all of them after the same
-            step: the next one whose loss they read, which on a GPU is one in ten. In another
-            thread, an exception of ``progress`` stops it.
+            step, the next after which they read losses: on a GPU one in ten. In another thread, an
+            exception of ``progress`` stops it.
     """
     ranks = state.ranks
     with ranks.together():
@@ -128,8 +128,7 @@ def search(
 
     def stopped() -> int:
         """The signal that a process got, or 0; the same in all of them."""
-        taken = state.round * (inner_steps + 1) + state.index
-        if ranks.size > 1 and taken % state.log.read_every:
+        if ranks.size > 1 and not state.log.all_read:
             return 0  # they would have to wait for their devices
         return max(ranks.gather(interrupt[0] if interrupt else 0))
 

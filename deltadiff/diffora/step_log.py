@@ -42,6 +42,11 @@ class StepLog:
         self._unread: list[tuple[Place, Place, Tensor]] = []
 
     @property
+    def all_read(self) -> bool:
+        """Whether the host knows the losses of all steps, so that it need not wait for them."""
+        return not self._unread
+
+    @property
     def due(self) -> bool:
         """Whether it is time to `read`."""
         return len(self._unread) >= self.read_every

@@ -1,6 +1,6 @@
 """`TrainedParams`: what the inner steps of a search train, whole or sharded by FSDP2."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, SwapError
+from ..layers.fsdp_places import check_no_units
 from ..ranks import Ranks, is_sharded, reshard
 
 ORDER = "`Search`, then `fully_shard`, then the steps"
@@ -45,18 +46,19 @@ class TrainedParams(dict[str, Tensor]):
         """Whether there are others."""
         return len(self.whole) < len(self)
 
-    def follow(self, ranks: Ranks, started: bool) -> bool:
+    def follow(self, ranks: Ranks, layers: Mapping[str, nn.Module], started: bool) -> bool:
         """Take the parameters that stand in the model now.
 
         Args:
             ranks: the processes that search together.
+            layers: the swapped layers, by name, whose places others take after the search.
             started: whether steps were taken, whose moments belong to the parameters so far.
 
         Returns:
             Whether there are other parameters than before.
 
         Raises:
-            SwapError: there are, after the first step.
+            SwapError: there are, after the first step; or `fully_shard` was called on a layer.
             ArgumentError: other processes hold parts of the model than search together.
         """
         if not self._moved():
@@ -68,6 +70,7 @@ class TrainedParams(dict[str, Tensor]):
             given = "other parameters than before in the model, after steps of the search"
             accepted = f"{ORDER}; or its `state_dict`, which a new search can load"
             raise SwapError("search", given, accepted)
+        check_no_units("Search", layers)
         now = {name: held[key] for name, (held, key) in self._places.items()}
         check_mesh(ranks, now.values())
         self.update(now)
