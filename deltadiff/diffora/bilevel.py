@@ -44,7 +44,8 @@ class Search:
     Where several processes search together, all of them make one with the same arguments, and each
     gives `gate_step` and `inner_step` the loss of its part of the batch. The search itself averages
     losses and gradients over them, so the model is a plain one, not wrapped for data parallelism;
-    and all have the same pairs and gates in each step, from the values of the first process.
+    and all have the same pairs and gates in each step, from the values of the first process. Over
+    NCCL, each calls `torch.cuda.set_device` before.
 
     FSDP2 may shard the model: make the search, then call `fully_shard`, then take steps, in which
     all processes run the same modules. Gates and logits belong to no module and stay whole.
@@ -109,7 +110,7 @@ class Search:
                 check_number(name, settings[name], 0)
             betas, gate_betas = check_betas(betas), check_betas(gate_betas)
             if isinstance(model, nn.Module):
-                _check_state_of(model)
+                _check_eager(model)
             self.candidates = find_candidates(model, target_modules, modules_to_save)
             places = self.candidates.places
             devices = {str(model.get_submodule(name).weight.device) for name in places}
@@ -221,13 +222,13 @@ class Search:
         ``loss`` and the gradients become their means over all processes, which therefore agree.
         """
         if self.ranks.size > 1:
-            whole = [p for p in params if not is_sharded(p)]
-            for p in whole:  # a module that this part of the batch did not use
+            own = [p for p in params if not is_sharded(p)]  # FSDP averages the others
+            for p in own:  # a module that this part of the batch did not use
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.ranks.average_([loss, *(p.grad for p in whole if p.grad is not None)])
+            self.ranks.average_([loss, *(p.grad for p in own if p.grad is not None)])
         grads = [local(p.grad) for p in params if p.grad is not None]
         self.log.judge(loss, [g for g in grads if g.numel()])
-        if self.trained.sharded:  # others saw other parts of the gradients
+        if self.trained.sharded:  # other processes judged other parts of the gradients
             self.ranks.largest_(self.log.failed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -309,6 +310,10 @@ class Search:
 
         Tensors are not copied. Of a model that is sharded they are whole, so that it does not
         matter how the other one is sharded, and all processes call this.
+
+        Raises:
+            NonFiniteLossError: as in `check`.
+            SwapError: the search was closed, which put back the values of ``modules_to_save``.
         """
         self._look()
         self.check()
@@ -365,7 +370,7 @@ class Search:
         self.gate_losses, self.inner_losses = map(list, state["losses"])
 
 
-def _check_state_of(model: nn.Module) -> None:
+def _check_eager(model: nn.Module) -> None:
     """Raise SwapError unless a model is eager, and neither sharded nor wrapped."""
     if lora_layers(model):
         raise SwapError("model", "a model that is swapped already", "an eager model")

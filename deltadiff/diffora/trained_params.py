@@ -38,7 +38,7 @@ class TrainedParams(dict[str, Tensor]):
 
     @property
     def whole(self) -> list[Tensor]:
-        """Those of which each process has all, so that nobody else averages their gradients."""
+        """Those of which each process has all."""
         return [p for p in self.values() if not is_sharded(p)]
 
     @property
@@ -72,7 +72,7 @@ class TrainedParams(dict[str, Tensor]):
             raise SwapError("search", given, accepted)
         check_no_units("Search", layers)
         now = {name: held[key] for name, (held, key) in self._places.items()}
-        check_mesh(ranks, now.values())
+        _check_mesh(ranks, now.values())
         self.update(now)
         return True
 
@@ -97,7 +97,7 @@ class TrainedParams(dict[str, Tensor]):
                 p.requires_grad_(True)
 
 
-def check_mesh(ranks: Ranks, params: Collection[Tensor]) -> None:
+def _check_mesh(ranks: Ranks, params: Collection[Tensor]) -> None:
     """Raise ArgumentError unless sharded parameters lie on the processes that search together."""
     for p in params:
         if is_sharded(p):
