@@ -296,7 +296,7 @@ class Ranks:
                 other, also = theirs.get(name, ("", "nothing"))
                 if one != other:
                     given = f"{shown} in process 0 and {also} in process {rank}"
-                    raise ArgumentError(name, given, "the same in all processes of a group")
+                    raise ArgumentError(name, given, "the same in all of them")
 
     @contextmanager
     def together(self) -> Iterator[None]:
