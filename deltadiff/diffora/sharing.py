@@ -46,7 +46,7 @@ def apply_(
     """Swap the modules of a selection, in place, for stage 2 (Algorithm 1, line 11).
 
     To shard the model by FSDP2, call `apply_`, then `fully_shard`, then make the optimizer; layers
-    that share a pair belong into one unit.
+    that share a pair belong to one unit.
 
     Train the model with `DeltaLoRA`: with ``update_ratio=0`` the method is DiffoRA; above 0 the
     weights of the selected modules are updated too, while the shared pairs still get plain AdamW.

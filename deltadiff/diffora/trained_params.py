@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, SwapError
-from ..layers.fsdp_places import check_no_units
+from ..layers.fsdp_places import check_replaceable
 from ..ranks import Ranks, is_sharded, reshard
 
 ORDER = "`Search`, then `fully_shard`, then the steps"
@@ -70,7 +70,7 @@ class TrainedParams(dict[str, Tensor]):
             given = "other parameters than before in the model, after steps of the search"
             accepted = f"{ORDER}; or its `state_dict`, which a new search can load"
             raise SwapError("search", given, accepted)
-        check_no_units("Search", layers)
+        check_replaceable("Search", self._model, layers)
         now = {name: held[key] for name, (held, key) in self._places.items()}
         _check_mesh(ranks, now.values())
         self.update(now)

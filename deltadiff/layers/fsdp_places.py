@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import SwapError
-from ..ranks import is_unit
+from ..ranks import is_sharded, is_unit, why_no_shard
 
 
 def check_before_sharding(call: str, model: nn.Module, order: str) -> None:
@@ -16,12 +16,20 @@ def check_before_sharding(call: str, model: nn.Module, order: str) -> None:
         raise SwapError("model", given, order)
 
 
-def check_no_units(call: str, layers: Mapping[str, Any]) -> None:
-    """Raise SwapError where `fully_shard` was called on a layer itself, which another replaces."""
+def check_replaceable(call: str, model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Raise SwapError where no other layer can take the place of one that is sharded.
+
+    FSDP can be told in which modules its parameters stand. The hooks of tensor parallelism stay
+    with the layer that is taken out.
+    """
+    sharded = any(map(is_unit, model.modules()))
     for name, layer in layers.items():
         if is_unit(layer):
             given = f"{name}, on which `fully_shard` was called itself"
             raise SwapError(call, given, "a unit around it, such as its block or the model")
+        if is_sharded(layer.weight) and (not sharded or why_no_shard(layer.weight) is not None):
+            given = f"{name}, whose weight tensor parallelism splits"
+            raise SwapError(call, given, "a whole model, or one that `fully_shard` shards")
 
 
 def follow_training(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from ..checks import dtype_name, wide_dtype
 from ..ops.reference import join_remainder
 from ..ranks import add_up, check_not_partitioned, local, own_part, reshard, whole
 from ..text import align_columns
-from .fsdp_places import check_no_units
+from .fsdp_places import check_replaceable
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes
@@ -70,13 +70,14 @@ def merge_(model: nn.Module) -> MergeReport:
 
     Raises:
         SwapError: the model has no swapped layer, or has layers of PEFT; or `fully_shard` was
-            called on a layer itself, which another one is to replace.
+            called on a layer itself, which another one is to replace, or tensor parallelism splits
+            one.
         ArgumentTypeError, ArgumentError: a weight that cannot be written (quantised, tied,
             shared); nothing was changed.
     """
     check_not_partitioned("merge_", model)
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
-    check_no_units("merge_", layers)
+    check_replaceable("merge_", model, layers)
     reshard(model)
     check_writable(layers, [model])
     rows, past = [], dict[str, int]()

@@ -14,7 +14,7 @@ from ..checks import check_dropout, check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
 from ..ranks import check_not_partitioned, reshard
 from .base_format import base_format, check_backend
-from .fsdp_places import check_no_units, follow_layers, follow_training
+from .fsdp_places import check_replaceable, follow_layers, follow_training
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
 from .lora_linear import LoraLinear, own_layers
@@ -156,8 +156,8 @@ def unswap_(model: nn.Module) -> nn.Module:
 
     Raises:
         SwapError: the model has no swapped layer; or a layer of PEFT holds an update of Delta-LoRA,
-            of which PEFT knows nothing; or `fully_shard` was called on a layer itself. Nothing was
-            changed.
+            of which PEFT knows nothing; or `fully_shard` was called on a layer itself, or tensor
+            parallelism splits one. Nothing was changed.
     """
     layers = swapped_layers(model)
     check_not_partitioned("unswap_", model)
@@ -167,7 +167,7 @@ def unswap_(model: nn.Module) -> nn.Module:
         unfuse_(model)
         return model
     own = own_layers(model, "unswap_", "")
-    check_no_units("unswap_", own)
+    check_replaceable("unswap_", model, own)
     reshard(model)
     take_out(model, {layer: layer.base_layer for layer in own.values()})
     restore_required_grad(model)
