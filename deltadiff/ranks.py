@@ -5,10 +5,12 @@ makes them of parameters: split by rows over the processes. A *unit* is a module
 `fully_shard` was called.
 """
 
+import hashlib
+import pickle
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 
 FSDP = "torch.distributed.fsdp"
+
+Value = TypeVar("Value")
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -80,6 +84,14 @@ def is_sharded(t: Tensor) -> "TypeGuard[DTensor]":
 def local(t: Any) -> Any:
     """The part of a tensor that this process holds, in the same memory; all of it, if whole."""
     return t._local_tensor if is_sharded(t) else t
+
+
+def device_of_passes(t: Tensor) -> torch.device:
+    """Where forward passes use a parameter, which FSDP may keep on the CPU until then."""
+    kind = t.device_mesh.device_type if is_sharded(t) else t.device.type
+    if kind == t.device.type:
+        return t.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 @torch.no_grad()
@@ -158,15 +170,10 @@ def copy_values(target: Tensor, source: Tensor) -> None:
 
 def check_alike(argument: str, value: object, sharded: Tensor) -> None:
     """Raise ArgumentError unless all processes of a sharded tensor have one value; all call it."""
-    if not is_sharded(sharded):
-        return
-    mesh = sharded.device_mesh
-    for dim in range(mesh.ndim):
-        found: list[object] = [None] * mesh.size(dim)
-        dist.all_gather_object(found, value, group=mesh.get_group(dim))
-        if any(other != value for other in found):
-            given = f"{found} in the processes of one model"
-            raise ArgumentError(argument, given, "the same in all of them")
+    if is_sharded(sharded):
+        mesh = sharded.device_mesh
+        for dim in range(mesh.ndim):
+            Ranks(mesh.get_group(dim)).check_alike({argument: value})
 
 
 def own_part(t: Tensor, sharded: Tensor) -> Tensor:
@@ -232,11 +239,16 @@ def why_no_shard(t: Tensor) -> str | None:
 class Ranks:
     """The processes of a group. One process alone needs no group, and then nothing is sent.
 
+    All processes of the group call each method, in the same order.
+
     Args:
         group: None is the default group where `torch.distributed` runs, else this process alone.
 
     Attributes:
         rank, size: the number of this process in the group, and how many there are.
+
+    Raises:
+        ArgumentError: this process does not belong to the group.
     """
 
     def __init__(self, group: "dist.ProcessGroup | None" = None):
@@ -244,12 +256,74 @@ class Ranks:
         self.group = group
         self.size = dist.get_world_size(group) if running else 1
         self.rank = dist.get_rank(group) if running else 0
+        if self.rank < 0:
+            given = "a group that this process does not belong to"
+            raise ArgumentError("process_group", given, "a group of this process, or None")
+
+    # ---------------------------------------------------------------------- agreement
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all processes, by their numbers. They can be pickled."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def of_first(self, value: Value) -> Value:
+        """The value of the first process, which can be pickled."""
+        sent = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(sent, self._first, group=self.group)
+        return sent[0]
+
+    def check_alike(self, values: Mapping[str, object]) -> None:
+        """Raise ArgumentError, in all processes, unless each has the same values.
+
+        Args:
+            values: by the names of arguments. They are the same where their `repr` is.
+        """
+        if self.size == 1:
+            return
+        texts = {name: repr(value) for name, value in values.items()}
+        mine = {
+            name: (hashlib.sha256(text.encode()).hexdigest(), f"{text:.60}")
+            for name, text in texts.items()
+        }
+        first, *others = self.gather(mine)
+        for rank, theirs in enumerate(others, 1):
+            for name in {**first, **theirs}:
+                one, shown = first.get(name, ("", "nothing"))
+                other, also = theirs.get(name, ("", "nothing"))
+                if one != other:
+                    given = f"{shown} in process 0 and {also} in process {rank}"
+                    raise ArgumentError(name, given, "the same in all of them")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that raises in all processes where it raises in one.
+
+        A process in which it did not fail raises the error of the first one in which it did. In the
+        block a process does not wait for the others, which may have failed by then.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        failures = self.gather(None if failure is None else _to_send(failure))
+        if failure is not None:
+            raise failure
+        for rank, theirs in enumerate(failures):
+            if theirs is not None:
+                raise theirs from RuntimeError(f"process {rank} of {self.size} raised this error")
+
+    # ------------------------------------------------------------------------ tensors
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Put the mean over all processes into each tensor, in place.
 
-        All processes call it with tensors of the same shapes, dtypes and order. What is not finite
-        in one process is not finite in any afterwards.
+        The tensors have the same shapes, dtypes and order in all of them. What is not finite in one
+        process is not finite in any afterwards.
         """
         if self.size == 1:
             return
@@ -260,6 +334,11 @@ class Ranks:
             flat /= self.size
             torch._foreach_copy_(mine, _unflatten_dense_tensors(flat, mine))
 
+    def largest_(self, t: Tensor) -> None:
+        """Put the largest entries over all processes into a tensor, in place."""
+        if self.size > 1:
+            dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
@@ -269,6 +348,18 @@ class Ranks:
         """Put the values of the first process into the tensors of all, in place."""
         if self.size == 1:
             return
-        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for t in tensors:
-            dist.broadcast(t, first, group=self.group)
+            dist.broadcast(t, self._first, group=self.group)
+
+    @property
+    def _first(self) -> int:
+        """The number of the first process among all that there are."""
+        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
+
+
+def _to_send(error: Exception) -> Exception:
+    """The error as other processes can get it, which is a text where it cannot be pickled."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever the class of a stranger's error does
+        return RuntimeError(f"{type(error).__name__}: {error}")

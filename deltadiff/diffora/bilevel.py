@@ -9,10 +9,9 @@ validation data keeps A and B fixed, and a step on A and B with training data ke
 The host waits for the device only when it reads the losses of the last few steps (`StepLog`).
 """
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import torch
 import torch.distributed as dist
@@ -20,16 +19,18 @@ from torch import Tensor, nn
 
 from ..checks import check_betas, check_number
 from ..errors import ArgumentError, ArgumentTypeError, NonFiniteLossError, SwapError
+from ..layers.fsdp_places import check_before_sharding
 from ..layers.lora_layers import lora_layers
 from ..layers.swap import swap_, unswap_
 from ..layers.targets.choose import Targets
 from ..optim.fused_adamw import FusedAdamW
-from ..ranks import Ranks
+from ..ranks import Ranks, copy_values, device_of_passes, is_sharded, local, whole
 from .candidates import find_candidates, swapped_candidate
 from .gate_logits import GateLogits
 from .gates import GateMatrix
-from .search_state import check_state
+from .search_state import check_state, fingerprint
 from .step_log import Place, StepLog
+from .trained_params import ORDER, TrainedParams
 
 Loss = Callable[[], Tensor]
 
@@ -40,10 +41,14 @@ class Search:
     The model is swapped until `close`. AdamW trains A and B; Adam trains the logits, as in DARTS.
     B starts at 0, so a gate has no gradient before the first inner step.
 
-    Where several processes search together, each gives `gate_step` and `inner_step` the loss of its
-    part of the batch. The search itself averages losses and gradients over them, so the model is a
-    plain one, not wrapped for data parallelism; and all have the same pairs and gates in each step,
-    from the values of the first process.
+    Where several processes search together, all of them make one with the same arguments, and each
+    gives `gate_step` and `inner_step` the loss of its part of the batch. The search itself averages
+    losses and gradients over them, so the model is a plain one, not wrapped for data parallelism;
+    and all have the same pairs and gates in each step, from the values of the first process. Over
+    NCCL, each calls `torch.cuda.set_device` before.
+
+    FSDP2 may shard the model: make the search, then call `fully_shard`, then take steps, in which
+    all processes run the same modules. Gates and logits belong to no module and stay whole.
 
     Args:
         model: an eager model, whose candidates are on one device.
@@ -93,39 +98,50 @@ class Search:
         seed: int | None = None,
         process_group: "dist.ProcessGroup | None" = None,
     ):
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gate_lr", gate_lr)):
-            check_number(name, value, 0)
-        check_number("gate_weight_decay", gate_weight_decay, 0)
-        betas, gate_betas = check_betas(betas), check_betas(gate_betas)
-        if isinstance(model, nn.Module) and lora_layers(model):
-            raise SwapError("model", "a model that is swapped already", "an eager model")
-        self.model, self.candidates = model, find_candidates(model, target_modules, modules_to_save)
-        places = self.candidates.places
-        devices = {str(model.get_submodule(name).weight.device) for name in places}
-        if len(devices) > 1:
-            raise ArgumentError(
-                "model", f"candidates on {', '.join(sorted(devices))}", "one device"
+        self.ranks, self.model = Ranks(process_group), model
+        settings = {
+            "r": r, "lora_alpha": lora_alpha, "lr": lr, "betas": betas,
+            "weight_decay": weight_decay, "gate_lr": gate_lr, "gate_betas": gate_betas,
+            "gate_weight_decay": gate_weight_decay, "lora_dropout": lora_dropout,
+            "adapter_dtype": adapter_dtype,
+        }  # fmt: skip
+        with self.ranks.together():
+            for name in ("lr", "weight_decay", "gate_lr", "gate_weight_decay"):
+                check_number(name, settings[name], 0)
+            betas, gate_betas = check_betas(betas), check_betas(gate_betas)
+            if isinstance(model, nn.Module):
+                _check_eager(model)
+            self.candidates = find_candidates(model, target_modules, modules_to_save)
+            places = self.candidates.places
+            devices = {str(model.get_submodule(name).weight.device) for name in places}
+            if len(devices) > 1:
+                given = f"candidates on {', '.join(sorted(devices))}"
+                raise ArgumentError("model", given, "one device")
+        self.ranks.check_alike(settings)
+        try:
+            with self.ranks.together():
+                self.report = swap_(
+                    model, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                    target_modules=lambda name, _: name in places, adapter_dtype=adapter_dtype,
+                    modules_to_save=modules_to_save, backend=backend, seed=seed,
+                )  # fmt: skip
+                self.layers = {name: swapped_candidate(model, name) for name in places}
+                self.trained = TrainedParams(model)
+                self.optimizer = FusedAdamW(model, lr, betas, weight_decay=weight_decay)
+            self.ranks.check_alike(
+                {name: (tuple(p.shape), p.dtype) for name, p in self.trained.items()}
             )
-        self.report = swap_(
-            model, r=r, lora_alpha=lora_alpha, target_modules=lambda name, _: name in places,
-            lora_dropout=lora_dropout, adapter_dtype=adapter_dtype,
-            modules_to_save=modules_to_save, backend=backend, seed=seed,
-        )  # fmt: skip
-        self.layers = {name: swapped_candidate(model, name) for name in places}
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        except BaseException:
+            if lora_layers(model):
+                unswap_(model)
+            raise
         pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
         self.heads: dict[str, Tensor] = {
             name: p for name, p in self.trained.items() if id(p) not in pairs
         }
-        self.ranks = Ranks(process_group)
         with torch.no_grad():
             self.ranks.copy_first_(list(self.trained.values()))
         self._heads_before = {name: p.detach().clone() for name, p in self.heads.items()}
-        try:
-            self.optimizer = FusedAdamW(self.trained.values(), lr, betas, weight_decay=weight_decay)
-        except ArgumentError:
-            unswap_(model)
-            raise
 
         self._gate_logits = GateLogits(self.candidates, self.layers)
         self.logits = self._gate_logits.logits
@@ -133,13 +149,16 @@ class Search:
             [self.logits], lr=gate_lr, betas=gate_betas, weight_decay=gate_weight_decay,
             fused=True,  # only this one skips a step without a read of ``found_inf`` by the host
         )  # fmt: skip
+        self._start_log()
+        self.round = self.index = 0
+        self.gate_losses: list[float] = []
+        self.inner_losses: list[float] = []
+
+    def _start_log(self) -> None:
         self.log = StepLog(self.logits.device)
         for optimizer in (self.optimizer, self.gate_optimizer):
             # Optimizers read this attribute, which GradScaler sets too, but do not declare it.
             optimizer.found_inf = self.log.failed  # type: ignore[union-attr]
-        self.round = self.index = 0
-        self.gate_losses: list[float] = []
-        self.inner_losses: list[float] = []
 
     # ---------------------------------------------------------------------- steps
 
@@ -160,8 +179,8 @@ class Search:
                 inf or NaN. That step and those after it were not taken.
             SwapError: the search was closed.
         """
-        self._check_open()
-        with self._pairs_fixed(), self._gate_logits.trained():
+        self._look()
+        with self.trained.fixed(), self._gate_logits.trained():
             value = self._evaluate(loss)
             (self.logits.grad,) = torch.autograd.grad(value, [self.logits])
         mean = value.detach().clone()
@@ -175,23 +194,12 @@ class Search:
         ``loss`` computes the loss of a batch of training data; everything else is as in
         `gate_step`.
         """
-        self._check_open()
+        self._look()
         value = self._evaluate(loss)
         value.backward()
         place, mean = (self.round, self.index + 1), value.detach().clone()
         self._take(self.optimizer, place, mean, list(self.trained.values()))
         return mean
-
-    @contextlib.contextmanager
-    def _pairs_fixed(self) -> Iterator[None]:
-        """While the block runs, A, B and the heads do not require gradients."""
-        for p in self.trained.values():
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in self.trained.values():
-                p.requires_grad_(True)
 
     @staticmethod
     def _evaluate(loss: Loss) -> Tensor:
@@ -214,10 +222,14 @@ class Search:
         ``loss`` and the gradients become their means over all processes, which therefore agree.
         """
         if self.ranks.size > 1:
-            for p in params:  # a module that this part of the batch did not use
+            own = [p for p in params if not is_sharded(p)]  # FSDP averages the others
+            for p in own:  # a module that this part of the batch did not use
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.ranks.average_([loss, *(p.grad for p in params if p.grad is not None)])
-        self.log.judge(loss, [p.grad for p in params if p.grad is not None])
+            self.ranks.average_([loss, *(p.grad for p in own if p.grad is not None)])
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        self.log.judge(loss, [g for g in grads if g.numel()])
+        if self.trained.sharded:  # other processes judged other parts of the gradients
+            self.ranks.largest_(self.log.failed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.log.note((self.round, self.index), place, loss)
@@ -256,36 +268,68 @@ class Search:
     def close(self) -> None:
         """Put the eager layers back; what the search found can still be read.
 
-        The model is as it was before the search, also the values of ``modules_to_save``.
+        The model is as it was before the search, also the values of ``modules_to_save``; if it was
+        sharded meanwhile it stays so, and all processes call this.
         """
-        self._check_open()
+        self._look()
+        unswap_(self.model)
         for layer in self.layers.values():
             layer.gate = None
-        unswap_(self.model)
         for name, before in self._heads_before.items():
             p = self.trained[name]
-            self.heads[name] = p.detach().clone()
-            p.copy_(before)
+            self.heads[name] = whole(p).clone()
+            copy_values(p, before)
 
-    def _check_open(self) -> None:
-        """Raise SwapError unless the layers of the search are still in the model."""
+    def _look(self) -> None:
+        """Follow what became of the model since the last call.
+
+        Raises:
+            SwapError: the layers of the search are in the model no more; or `fully_shard` was
+                called on one of them, or after the first step.
+            ArgumentError: other processes hold parts of the model than search together.
+        """
         if not all(layer.swapped_in for layer in self.layers.values()):
             accepted = "a search whose layers are still in the model"
             raise SwapError("search", "one that was closed (or a model un-swapped)", accepted)
+        started = bool(self.round or self.index)
+        if self.trained.follow(self.ranks, self.layers, started):
+            self.heads = {name: self.trained[name] for name in self.heads}
+            self.optimizer.param_groups[0]["params"] = list(self.trained.values())
+        device = device_of_passes(next(iter(self.trained.values())))
+        if device != self.logits.device:  # `fully_shard` or `to` moved the model
+            self.check()
+            self._gate_logits.move_to(device)
+            for entry in self.gate_optimizer.state.values():
+                entry |= {key: t.to(device) for key, t in entry.items()}
+            self._start_log()
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict:
-        """Everything that another search needs to continue bit by bit; tensors are not copied."""
+        """Everything that another search needs to continue bit by bit.
+
+        Tensors are not copied. Of a model that is sharded they are whole, so that it does not
+        matter how the other one is sharded, and all processes call this.
+
+        Raises:
+            NonFiniteLossError: as in `check`.
+            SwapError: the search was closed, which put back the values of ``modules_to_save``.
+        """
+        self._look()
         self.check()
         return self._state()
 
     def _state(self) -> dict:
+        of_optimizer = self.optimizer.state_dict()
+        of_optimizer["state"] = {
+            i: {key: whole(t) for key, t in entry.items()}
+            for i, entry in of_optimizer["state"].items()
+        }
         return {
             "candidates": {"layers": self.candidates.layers, "modules": self.candidates.modules},
-            "trained": {name: p.detach() for name, p in self.trained.items()},
+            "trained": {name: whole(p) for name, p in self.trained.items()},
             "logits": self.logits.detach(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": of_optimizer,
             "gate_optimizer": self.gate_optimizer.state_dict(),
             "place": (self.round, self.index),
             "losses": (self.gate_losses, self.inner_losses),
@@ -293,18 +337,23 @@ class Search:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` gave.
+        """Restore what `state_dict` gave; processes that search together all load the same.
 
         Raises:
             ArgumentError: the state is that of a search over other candidates or of other shapes,
-                or is none. The message names the first difference; nothing was changed.
+                or is none, or differs between the processes. The message names the first
+                difference; nothing was changed.
         """
-        self._check_open()
+        self._look()
         own = self._state()  # whatever the losses were that nobody has read yet
-        check_state(state, own)
+        with self.ranks.together():
+            check_state(state, own)
+        if self.ranks.size > 1:
+            self.ranks.check_alike({"state": fingerprint(state)})
         before = copy.deepcopy(own)
         try:
-            self._restore(state)
+            with self.ranks.together():
+                self._restore(state)
         except BaseException:  # an optimizer may refuse what it is given, and may do so late
             self._restore(before)
             raise
@@ -314,8 +363,18 @@ class Search:
         self.gate_optimizer.load_state_dict(state["gate_optimizer"])
         self.logits.copy_(state["logits"])
         for name, p in self.trained.items():
-            p.copy_(state["trained"][name])
+            copy_values(p, state["trained"][name])
         self._gate_logits.update_inner_gates()
         self.log.clear()
         self.round, self.index = state["place"]
         self.gate_losses, self.inner_losses = map(list, state["losses"])
+
+
+def _check_eager(model: nn.Module) -> None:
+    """Raise SwapError unless a model is eager, and neither sharded nor wrapped."""
+    if lora_layers(model):
+        raise SwapError("model", "a model that is swapped already", "an eager model")
+    check_before_sharding("Search", model, ORDER)
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        accepted = "the model inside of it, because a search averages gradients itself"
+        raise SwapError("model", "a DistributedDataParallel", accepted)

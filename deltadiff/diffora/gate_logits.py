@@ -22,7 +22,7 @@ class GateLogits:
 
     Attributes:
         logits: (layers, types) float32 parameter; entries without a module stay 0.
-        inner_gates: (layers, types), the gates of inner steps. They always stay in this memory, so
+        inner_gates: (layers, types), the gates of inner steps. Steps leave them in this memory, so
             that a CUDA graph of an inner step sees the values of later rounds.
     """
 
@@ -37,6 +37,13 @@ class GateLogits:
         missing.view(-1)[self._slots] = False
         self._missing = missing.to(device) if missing.any() else None
         self.inner_gates = self._softmax().detach()
+        self._hand_out(self.inner_gates)
+
+    def move_to(self, device: torch.device) -> None:
+        """Let logits and gates lie on a device, in new memory."""
+        self.logits.data = self.logits.data.to(device)
+        self._missing = None if self._missing is None else self._missing.to(device)
+        self.inner_gates = self.inner_gates.to(device)
         self._hand_out(self.inner_gates)
 
     @contextlib.contextmanager

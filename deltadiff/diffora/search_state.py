@@ -1,8 +1,13 @@
-"""`check_state`: whether a search can take a state, which may come from a file of any content."""
+"""States of searches: whether a search can take one, and whether several processes have the same.
 
+A state may come from a file of any content, so `check_state` looks at all of it.
+"""
+
+import hashlib
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -42,6 +47,26 @@ def check_state(state: Any, own: dict) -> None:
     for name in ("optimizer", "gate_optimizer"):
         _check_groups(name, state[name], own[name])
     _check_adam(state["gate_optimizer"], own["logits"])
+
+
+def fingerprint(state: Any) -> str:
+    """The SHA-256 of all numbers, texts and tensors in nested dicts, lists and tuples."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            part = value.detach().cpu().contiguous()
+            digest.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+            digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, (dict, list, tuple)):
+            digest.update(f"{type(value).__name__} {len(value)} ".encode())
+            for entry in value.items() if isinstance(value, dict) else value:
+                add(entry)
+        else:
+            digest.update(f"{value!r} ".encode())
+
+    add(state)
+    return digest.hexdigest()
 
 
 def _check(name: str, given: object, holds: object, accepted: str) -> None:

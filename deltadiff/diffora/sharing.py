@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from ..checks import check_int, dtype_name
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
+from ..layers.fsdp_places import check_before_sharding
 from ..layers.linear import check_rank, linear_shape, refuse_peft
 from ..layers.lora_layers import lora_layers
 from ..layers.model_notes import note_selection, noted_selection
 from ..layers.report import SwapReport, swap_report
 from ..layers.swap import swap_, unswap_
 from ..layers.targets.choose import choose_modules
+from ..ranks import whole
 from .bilevel import Search
 from .candidates import swapped_candidate
 from .gates import Selection
@@ -43,6 +45,9 @@ def apply_(
 ) -> SwapReport:
     """Swap the modules of a selection, in place, for stage 2 (Algorithm 1, line 11).
 
+    To shard the model by FSDP2, call `apply_`, then `fully_shard`, then make the optimizer; layers
+    that share a pair belong to one unit.
+
     Train the model with `DeltaLoRA`: with ``update_ratio=0`` the method is DiffoRA; above 0 the
     weights of the selected modules are updated too, while the shared pairs still get plain AdamW.
 
@@ -57,7 +62,8 @@ def apply_(
         share: False leaves the modules that were not selected frozen.
         warm_start: a closed search. Selected modules start with its pairs (each gate multiplied
             into B, so that the branch computes the same as before) and ``modules_to_save`` with
-            its values. None starts afresh, as the paper does; shared pairs always start afresh.
+            its values. None starts afresh, as the paper does; shared pairs always start afresh. If
+            its model was sharded, all processes call this.
         lora_dropout, adapter_dtype, modules_to_save, backend, seed: as for `swap_`.
 
     Returns:
@@ -66,7 +72,8 @@ def apply_(
     Raises:
         ArgumentTypeError, ArgumentError: the selection is for another model, a rank does not fit,
             the search has another rank, or the model is PEFT's; nothing was changed.
-        SwapError: the model is swapped already, for instance by a search that was not closed.
+        SwapError: the model is swapped already, for instance by a search that was not closed, or
+            was sharded before.
     """
     if not isinstance(selection, Selection):
         raise ArgumentTypeError("selection", type(selection).__name__, "a Selection")
@@ -77,6 +84,8 @@ def apply_(
         raise SwapError("model", "a model that is swapped already", "an eager model, or `close()`")
     if not selection.selected:
         raise ArgumentError("selection", "no selected module", "at least one")
+    order = "`apply_`, then `fully_shard`, then the optimizer"
+    check_before_sharding("apply_", model, order)
     modules = _find(model, selection, modules_to_save)
     groups, notes = _groups(selection, modules) if share else ({}, [])
     own, shared = selection.selected, {n for names in groups.values() for n in names}
@@ -192,8 +201,8 @@ def _start_warm(model: nn.Module, selection: Selection, search: Search) -> None:
         i, j = search.candidates.places[name]
         gate = gates.values[i][j]
         assert gate is not None  # Every candidate has a gate.
-        layer.lora_A.copy_(before.lora_A)
-        layer.lora_B.copy_(before.lora_B * (gate * before.scaling / layer.scaling))
+        layer.lora_A.copy_(whole(before.lora_A))
+        layer.lora_B.copy_(whole(before.lora_B) * (gate * before.scaling / layer.scaling))
     for name, p in model.named_parameters():
         if name in search.heads and p.requires_grad:
             p.copy_(search.heads[name])

@@ -42,15 +42,21 @@ class StepLog:
         self._unread: list[tuple[Place, Place, Tensor]] = []
 
     @property
+    def all_read(self) -> bool:
+        """Whether the host knows the losses of all steps, so that it need not wait for them."""
+        return not self._unread
+
+    @property
     def due(self) -> bool:
         """Whether it is time to `read`."""
         return len(self._unread) >= self.read_every
 
     def judge(self, loss: Tensor, grads: list[Tensor]) -> None:
         """Set `failed` where the loss (0-dim) or an entry of a gradient is not finite."""
-        norms = torch._foreach_norm(grads, float("inf"))  # of two dtypes, with a 16-bit head
-        largest = torch.stack([norm.float() for norm in norms]).max()
-        failed = ~(loss.isfinite() & largest.isfinite())
+        norms = torch._foreach_norm(grads, float("inf")) if grads else ()
+        # There are two dtypes with a 16-bit head, and two devices where FSDP offloads.
+        numbers = [t.to(self.failed.device, torch.float32) for t in (loss, *norms)]
+        failed = ~torch.stack(numbers).isfinite().all()
         self.failed.copy_(torch.maximum(self.failed, failed.float()))
 
     def note(self, before: Place, after: Place, loss: Tensor) -> None:

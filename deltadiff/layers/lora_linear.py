@@ -239,7 +239,7 @@ def own_layers(model: nn.Module, call: str, instead: str) -> dict[str, LoraLinea
 
 
 def check_unsharded(layers: dict[str, LoraLinear], call: str) -> None:
-    """Raise SwapError where a layer is sharded, for a call that puts other layers in its place."""
+    """Raise SwapError where a layer is sharded, for a call that gives it another pair."""
     for name, layer in layers.items():
         if is_sharded(layer.weight) or is_sharded(layer.lora_A):
             accepted = "a whole model: `save_adapter` here, then `load_adapter` on the base"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import dtype_name, wide_dtype
-from ..errors import SwapError
 from ..ops.reference import join_remainder
-from ..ranks import add_up, check_not_partitioned, is_unit, local, own_part, reshard, whole
+from ..ranks import add_up, check_not_partitioned, local, own_part, reshard, whole
 from ..text import align_columns
+from .fsdp_places import check_replaceable
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes
@@ -70,16 +70,14 @@ def merge_(model: nn.Module) -> MergeReport:
 
     Raises:
         SwapError: the model has no swapped layer, or has layers of PEFT; or `fully_shard` was
-            called on a layer itself, which another one is to replace.
+            called on a layer itself, which another one is to replace, or tensor parallelism splits
+            one.
         ArgumentTypeError, ArgumentError: a weight that cannot be written (quantised, tied,
             shared); nothing was changed.
     """
     check_not_partitioned("merge_", model)
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
-    for name, layer in layers.items():
-        if is_unit(layer):
-            given = f"{name}, on which `fully_shard` was called itself"
-            raise SwapError("merge_", given, "a unit around it, such as its block or the model")
+    check_replaceable("merge_", model, layers)
     reshard(model)
     check_writable(layers, [model])
     rows, past = [], dict[str, int]()

@@ -12,13 +12,13 @@ from torch import nn
 
 from ..checks import check_dropout, check_int, check_number
 from ..errors import ArgumentError, ArgumentTypeError
-from ..ranks import check_not_partitioned
+from ..ranks import check_not_partitioned, reshard
 from .base_format import base_format, check_backend
-from .fsdp_places import follow_layers
+from .fsdp_places import check_replaceable, follow_layers, follow_training
 from .lean.swap import make_lean_, undo_lean_
 from .linear import check_rank, is_peft_model, linear_shape
 from .lora_layers import lora_layers, swapped_layers
-from .lora_linear import LoraLinear, check_unsharded, own_layers
+from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
 from .report import SwapReport, swap_report
 from .swap_peft import swap_peft_
@@ -162,10 +162,12 @@ def unswap_(model: nn.Module) -> nn.Module:
 
     What Delta-LoRA wrote into W in place stays there. The low-rank branch is dropped (call `merge_`
     instead to keep it). PEFT's layers get PEFT's own forward pass back and keep all that they have.
+    A model that FSDP shards stays sharded.
 
     Raises:
         SwapError: the model has no swapped layer; or a layer of PEFT holds an update of Delta-LoRA,
-            of which PEFT knows nothing; or the model is sharded. Nothing was changed.
+            of which PEFT knows nothing; or `fully_shard` was called on a layer itself, or tensor
+            parallelism splits one. Nothing was changed.
     """
     layers = swapped_layers(model)
     check_not_partitioned("unswap_", model)
@@ -176,9 +178,11 @@ def unswap_(model: nn.Module) -> nn.Module:
         undo_lean_(model)
         return model
     own = own_layers(model, "unswap_", "")
-    check_unsharded(own, "unswap_")
+    check_replaceable("unswap_", model, own)
+    reshard(model)
     take_out(model, {layer: layer.base_layer for layer in own.values()})
     restore_required_grad(model)
+    follow_training(model)
     drop_notes(model)
     return model
 

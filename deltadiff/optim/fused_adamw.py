@@ -36,7 +36,7 @@ from .param_groups import (
     trainable,
 )
 from .resumable import Resumable
-from .shards import ShardedPlaces, check_exchange, check_order, to_launch
+from .shards import ShardedPlaces, check_exchange, check_order, check_shared_pairs, to_launch
 from .zero_vectors import check_vectors
 
 Loss = TypeVar("Loss")  # what a closure returns
@@ -141,6 +141,8 @@ class FusedAdamW(Resumable):
             check_vectors(self._modules, params, len(self._held), self.skip_nonfinite)
         self._check_tensors()
         sharded = any(map(is_sharded, params))
+        if sharded:
+            check_shared_pairs(self._modules)
         self._places = ShardedPlaces(self._modules, params) if sharded else None
         for p in self.state.keys() - group_indices(self.param_groups).keys():
             del self.state[p]  # somebody took it out of the groups

@@ -92,6 +92,19 @@ def check_order(modules: Sequence[nn.Module], params: Sequence[Tensor]) -> None:
         raise SwapError("optimizer", given, "`swap_`, then `fully_shard`, then the optimizer")
 
 
+def check_shared_pairs(modules: Sequence[nn.Module]) -> None:
+    """Raise SwapError where `fully_shard` made several pairs of one that layers share."""
+    for layer in (m for module in modules for m in module.modules()):
+        owner = layer.pair_owner if isinstance(layer, LoraLinear) else None
+        if owner is not None and layer.lora_A is not owner.lora_A:
+            given = f"units of `fully_shard` that split the shared pair of {layer.share_group!r}"
+            accepted = (
+                "one unit around all layers that share it, such as the model alone, or the list "
+                "of them in one call; or `apply_` with share=False"
+            )
+            raise SwapError("model", given, accepted)
+
+
 def check_exchange(
     known: Collection[Tensor], params: Sequence[Tensor], counts: Iterable[Tensor]
 ) -> None:

@@ -61,5 +61,22 @@ def test_what_is_explained_is_exactly_that(sanitizers, report, kind, accesses):
         assert not explained(writer=320)
 
 
+def test_hazards_are_counted_once(sanitizers):
+    """The summary counts races too, each of which sums up hazards that were printed before."""
+    report, strange = ({"kind": "RAW", "kernel": "_lora_linear_hopper_kernel", **r} for r in (
+        EXPLAINED[0], {**EXPLAINED[0], "read": place("consumer.py", "y_buf.store(")}
+    ))  # fmt: skip
+    hazard = HEAD + WRITE + READ + VALUE
+    race = "========= Error: Race reported between Read access at k+0x3090 in hopper.py:235\n"
+    race += "=========     and Write access at k+0x1220 in producer.py:37 [3 hazards]\n========= \n"
+    end = "========= RACECHECK SUMMARY: {0} hazards displayed ({0} errors, 0 warnings)\n"
+    text = 3 * hazard.format(**report) + race
+    assert sanitizers.count_hazards(text + end.format(4)) == (0, 3)
+    assert sanitizers.count_hazards(text + end.format(5)) == (1, 3)  # one was not printed
+    text += hazard.format(**strange)
+    assert sanitizers.count_hazards(text + end.format(5)) == (1, 3)
+    assert sanitizers.count_hazards("")[0] > 0
+
+
 def test_the_suite_calls_every_operation_of_a_cpu():
     assert sanitizer_suite.run_all(torch.device("cpu")) > 60

@@ -96,6 +96,25 @@ def test_a_new_head_is_trained_with_the_pairs_and_given_back(dtype):
     assert torch.equal(state.heads["classifier.weight"], trained)
 
 
+@pytest.mark.gpu
+def test_a_model_that_moves_takes_its_gates_along():
+    found = []
+    for moves in ((), (0,), (0, 2)):  # before which steps
+        model = stack("ab", "ab")
+        state, device = Search(model, r=2, lr=1e-2, seed=0), "cpu"
+        for k in range(4):
+            if k in moves:
+                device = "cuda" if device == "cpu" else "cpu"
+                model.to(device)
+            pair = [t.to(device) for t in batch(k)]
+            state.inner_step(lambda pair=pair, model=model: squares(model, pair))
+            state.gate_step(lambda pair=pair, model=model: squares(model, pair))
+        assert state.logits.device.type == state.log.failed.device.type == device
+        found.append([v for row in state.gates().values for v in row])
+    for gates in found[1:]:
+        assert gates == pytest.approx(found[0], abs=1e-3)
+
+
 def test_merging_keeps_what_the_gates_let_through():
     model = stack("ab", "ba", dtype=torch.float64)
     state = started(model)

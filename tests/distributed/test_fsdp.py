@@ -108,14 +108,25 @@ def wrong_orders(rank):
         with pytest.raises(SwapError) as error:
             optimizer.step()
         texts.append(str(error.value))
-    model = shard(make_model())
-    with pytest.raises(SwapError, match="sharded"):
-        unswap_(model)
     model = make_model()
     shard(unswap_(model))
     with pytest.raises(ArgumentTypeError) as error:
         swap_(model)
     return [*texts, str(error.value)]
+
+
+def unswapped(rank, dtype):
+    """What a model has after `unswap_` and a step on all weights; without a rank, a whole one."""
+    model, optimizer = make_model(dtype), None
+    if rank is not None:
+        model = shard(model)
+    optimizer = DeltaLoRA(model, lr=5e-3, update_ratio=0.0)
+    train(model, optimizer, rank, steps=2)
+    if rank is not None:
+        model(input_ids=parts_of(9, 2)[rank])  # which leaves some parameters whole
+    unswap_(model)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), rank, steps=2)
+    return [type(m).__name__.removeprefix("FSDP") for m in model.modules()], values(model)
 
 
 def left_unsharded(rank):
@@ -172,6 +183,14 @@ def test_wrong_orders_are_refused_in_words():
     for texts in run_ranks(wrong_orders):
         assert all("`swap_`, then `fully_shard`, then the optimizer" in text for text in texts[:3])
         assert "call `swap_` before `fully_shard`" in texts[3]
+
+
+@pytest.mark.parametrize("dtype", short_form([F32, BF16], BF16))
+def test_a_sharded_model_is_eager_again_and_trains_its_own_weights(dtype):
+    first, second = run_ranks(unswapped, dtype)
+    (kinds, found), (whole_kinds, expected) = first, unswapped(None, dtype)
+    assert first == second and kinds == whole_kinds and "LoraLinear" not in kinds
+    assert found == expected
 
 
 def test_a_model_left_unsharded_trains_as_well():

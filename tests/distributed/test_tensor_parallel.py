@@ -8,8 +8,8 @@ from ranks import run_ranks
 from tensor_parallel_runs import split_up
 from torch.distributed.tensor import Replicate
 
-from deltadiff import DeltaLoRA, swap_
-from deltadiff.errors import ArgumentTypeError
+from deltadiff import DeltaLoRA, merge_, swap_, unswap_
+from deltadiff.errors import ArgumentTypeError, SwapError
 from deltadiff.layers.lora_layers import lora_layers
 
 F32 = torch.float32
@@ -36,6 +36,9 @@ def plain_layers(rank, folder):
     assert before == [type(m) for m in planned.modules()]
     late = split_up(make_model())
     late_text = refused(lambda: late(input_ids=parts_of(0, 2)[rank]))
+    for call in (unswap_, merge_):  # another layer would lack the hooks
+        with pytest.raises(SwapError, match="gate_proj, whose weight tensor parallelism splits"):
+            call(late)
     return texts, late_text
 
 

@@ -29,7 +29,7 @@ from deltadiff.diffora import Search
 from deltadiff.errors import ArgumentError
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 from deltadiff.optim.dylora import DyLoRA
-from deltadiff.ranks import is_sharded
+from deltadiff.ranks import is_sharded, whole
 
 LIMIT = 1e-5  # of a difference that is rounding; the parameters move by 3e-2
 
@@ -123,9 +123,11 @@ SEARCH = "DiffoRA's search"
 ROWS = [*(method.name for method in METHODS), SEARCH]
 
 
-def search(model, rank=None, device="cpu"):
+def search(model, rank=None, device="cpu", way="DDP"):
     """What a search has trained, and its gates."""
     state = Search(model, r=2, lr=1e-2, seed=0)
+    if way == "FSDP2":
+        shard(model)
 
     def loss(step):
         ids = (parts_of(step, 2)[rank] if rank is not None else parts_of(step, 1)[0]).to(device)
@@ -135,7 +137,7 @@ def search(model, rank=None, device="cpu"):
         state.inner_step(functools.partial(loss, t))
         state.gate_step(functools.partial(loss, t + 1))
     gates = [layer.gate.flatten().tolist() for layer in state.layers.values()]
-    return [p.detach().flatten().tolist() for p in state.trained.values()] + gates
+    return [whole(p).flatten().tolist() for p in state.trained.values()] + gates
 
 
 # ---------------------------------------------------------------------------------- ways
@@ -249,7 +251,7 @@ def _run(way, row, rank, device, folder):
         put = swap_ if method else Search
         put(base, r=2, target_modules=["up_proj"])  # a layer that is split
     if method is None:
-        return search(shard(base) if way == "FSDP2" else base, rank, device)
+        return search(base, rank, device, way)
     method.swap(base)
     trained = WAYS[way](method, base, rank, device)
     if way in ZERO:
