@@ -19,7 +19,15 @@ from .decode_4bit import FourBit, decoded
 from .dispatch import keeps_x
 from .gated_product import gated_product, gated_product_bwd, gated_product_bwd_and_da, takes_da
 from .lora_linear import autocast_dtype, check_lora_linear, path_of
-from .lora_linear_passes import bwd_before_da, put_together, run_bwd, run_fwd, taken_apart
+from .lora_linear_passes import (
+    bwd_before_da,
+    kernel_name,
+    put_together,
+    run_bwd,
+    run_fwd,
+    taken_apart,
+)
+from .recomputing import is_recomputing
 from .reference_blocks import ACTIVATIONS, LowRankLinear, gated_mlp_ref
 from .remade import Remade, remade_of
 
@@ -45,6 +53,12 @@ class _Layer(NamedTuple):
     def reads_x(self, needs: Sequence[bool]) -> bool:
         """Whether the backward pass reads x, if it has to give these gradients."""
         return keeps_x(self.backend, needs[1], needs[3])
+
+    def first_outputs(self, dtype: torch.dtype) -> "_Layer":
+        """The layer with its first outputs alone, which keeps the same for the backward pass."""
+        weight, few = _matrix(self.weight, dtype, self.backend), slice(8)
+        bias = None if self.bias is None else self.bias[few]
+        return self._replace(weight=weight[few], lora_B=self.lora_B[few], bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and what the backward pass needs beside x."""
@@ -87,6 +101,7 @@ class _Plan(NamedTuple):
 
     activation: str
     rest: tuple[tuple[float, str], ...]  # scaling and backend of each layer
+    up_to_h: bool  # whether the result is the product, which the outer layer reads
 
     def layers(self, weights: Sequence[Any], tensors: Sequence[Any]) -> list[_Layer]:
         """The layers, whose tensors come one after the other in ``tensors``."""
@@ -110,7 +125,7 @@ class _GatedMlp(torch.autograd.Function):
         outputs, kept = zip(*(layer.forward(rows) for layer in inner), strict=True)
         e, g = _halves(outputs)
         h = gated_product(e, g, plan.activation)
-        y, kept_outer = outer.forward(h)
+        y, kept_outer = (outer.first_outputs(h.dtype) if plan.up_to_h else outer).forward(h)
         sources: Sequence[Tensor | None] = (None,)
         ctx.again = None
         if any(layer.reads_x(layer.trained()) for layer in inner):
@@ -123,11 +138,12 @@ class _GatedMlp(torch.autograd.Function):
         parts = (t for parts, _ in taken for t in parts)
         ctx.save_for_backward(*parts, *tensors, *outputs, *kept, kept_outer, *sources)
         ctx.plan = plan
-        return y.view(*x.shape[:-1], y.shape[1])
+        return h if plan.up_to_h else y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         plan, count = ctx.plan, len(ctx.plan.rest)
+        assert not plan.up_to_h  # a pass that is run again has no backward pass of its own
         saved = iter(ctx.saved_tensors)
 
         def take(n: int) -> list[Any]:
@@ -155,6 +171,14 @@ class _GatedMlp(torch.autograd.Function):
                 dx = more if dx is None else dx.add_(more)
         dx = None if dx is None else dx.view(*leading, dx.shape[1])
         return dx, None, None, None, *gradients, *last
+
+
+class _Outer(torch.autograd.Function):
+    """The outer layer alone, in a pass that is run again: nothing is kept of it."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, layer: _Layer) -> Tensor:
+        return layer.forward(h)[0]
 
 
 def _outer_backward(
@@ -296,12 +320,24 @@ def gated_mlp(
             for q, path in zip(layers, paths, strict=True)
         )
         return gated_mlp_ref(x, inner, outer, activation)
-    plan = _Plan(
-        activation, tuple((q.scaling, path) for q, path in zip(layers, paths, strict=True))
-    )
     weights = [q.weight if isinstance(q.weight, FourBit) else q.weight.detach() for q in layers]
-    tensors = (t for q in layers for t in (q.lora_A, q.lora_B, q.gate, q.bias))
-    return _GatedMlp.apply(x, plan, weights, remade_of(x), *tensors)
+    tensors = [t for q in layers for t in (q.lora_A, q.lora_B, q.gate, q.bias)]
+    rest = tuple((q.scaling, path) for q, path in zip(layers, paths, strict=True))
+    # Without the outer layer's product, which takes a third of the pass, if nobody reads that.
+    up_to_h = is_recomputing() and _keeps_the_same_of_few_outputs(x, outer, paths[-1])
+    plan = _Plan(activation, rest, up_to_h)
+    y = _GatedMlp.apply(x, plan, weights, remade_of(x), *tensors)
+    if not up_to_h:
+        return y
+    y = _Outer.apply(y, plan.layers(weights, tensors)[-1])
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _keeps_the_same_of_few_outputs(x: Tensor, layer: LowRankLinear, backend: str) -> bool:
+    """Whether what a layer keeps is the same, bit by bit, however many outputs it has."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    r = layer.lora_A.shape[0]
+    return kernel_name(tokens, layer.weight, r, x.dtype, backend) != "few_tokens"  # it splits sums
 
 
 def _cast(layer: LowRankLinear, dtype: torch.dtype) -> LowRankLinear:

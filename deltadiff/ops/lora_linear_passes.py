@@ -180,6 +180,13 @@ def run_bwd(
     return [g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
+def kernel_name(
+    tokens: int, weight: Tensor | FourBit, r: int, dtype: torch.dtype, backend: str
+) -> str:
+    """The name of the kernel that runs a call without dropout, for which ``backend`` was chosen."""
+    return kernel_at(runs_of(backend, (*weight.shape, r, dtype, False)), tokens).name
+
+
 def bwd_before_da(
     dy: Tensor,
     weight: Tensor | FourBit,
@@ -195,8 +202,7 @@ def bwd_before_da(
 
     All are None, and nothing was computed, where another kernel than that of sm_90 runs the call.
     """
-    sizes = *weight.shape, lora_A.shape[0], dy.dtype, False
-    if kernel_at(runs_of(backend, sizes), dy.shape[0]).name != "hopper":
+    if kernel_name(dy.shape[0], weight, lora_A.shape[0], dy.dtype, backend) != "hopper":
         return [None] * 4
     matrix = decoded(weight, dy.dtype, backend) if isinstance(weight, FourBit) else weight
     return hopper_launch.bwd_before_da(

@@ -16,6 +16,7 @@ import deltadiff
 from deltadiff import DeltaLoRA, swap_, unswap_
 from deltadiff.bench.models import to_nf4_
 from deltadiff.errors import ArgumentTypeError
+from deltadiff.ops import gated_mlp as gated_mlp_op
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -182,6 +183,29 @@ def test_gradient_checkpointing(reentrant):
         model.enable_input_require_grads()
         plain.enable_input_require_grads()
     assert_equal_gradients(gradients(model), gradients(plain), exact=True)
+
+
+def test_checkpointing_repeats_no_product_that_nobody_reads(monkeypatch):
+    """The last product of a block, down's, is not needed for what the block keeps."""
+    model, calls = swapped(), []
+    run = gated_mlp_op.run_fwd
+    monkeypatch.setattr(
+        gated_mlp_op,
+        "run_fwd",
+        lambda x, w, *rest: calls.append(tuple(w.shape)) or run(x, w, *rest),
+    )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss_of(model).backward()
+    inner, outer, part = (24, 16), (16, 24), (8, 24)
+    assert calls.count(inner) == 8 and calls.count(outer) == 2 and calls.count(part) == 2
+    # A norm behind the block reads its result.
+    model, calls[:] = swapped("Gemma2"), []
+    expected = gradients(model)
+    calls.clear()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients(model)
+    assert calls.count(outer) == 4 and calls.count(part) == 2
+    assert_equal_gradients(found, expected, exact=True)
 
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
