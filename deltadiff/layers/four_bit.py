@@ -54,7 +54,8 @@ def four_bit_path(base: Any, r: int, dropout: float, backend: str | None) -> Dis
     if isinstance(weight, str):
         return _own_product(weight)
     dtype = base.compute_dtype or base.weight.quant_state.dtype
-    path = choose_path(weight.device, dtype, backend, (*weight.shape, r), dropout > 0)
+    how = (*weight.shape, r), dropout > 0
+    path = choose_path(weight.device, dtype, backend, *how, blocksize=weight.blocksize)
     if path.backend == "reference":
         return _own_product(path.reason)
     return replace(path, reason=f"{path.reason}; 4-bit weight: decoded in each pass")
