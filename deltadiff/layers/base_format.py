@@ -19,7 +19,7 @@ from ..checks import DTYPES, HALF_DTYPES
 from ..ops.decode_4bit import FourBit
 from ..ops.dispatch import Dispatch, choose_path
 from ..ops.lora_linear import lora_linear
-from .four_bit import as_four_bit, compute_dtype, four_bit_path, has_kernel, is_four_bit
+from .four_bit import as_four_bit, compute_dtype, four_bit_path, is_four_bit, runs_fused
 from .linear import is_conv1d, linear_shape
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _four_bit(
 ) -> Tensor:
     base, backend = layer.base_layer, layer.backend
     weight, dtype = as_four_bit(base), compute_dtype(base, x)
-    if not isinstance(weight, FourBit) or not has_kernel(base, dtype, a.shape[0], dropout, backend):
+    if isinstance(weight, str) or not runs_fused(weight, dtype, a.shape[0], dropout, backend):
         return _beside_base_layer(layer, x, a, b, scaling, gate, dropout)
     return four_bit_branch(x, base, weight, a, b, scaling, gate, dropout, backend)
 
