@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..errors import BackendUnavailableError
 from . import reference
+from .backends import CPP_MISSING, LAUNCHERS
 from .decode_4bit import FourBit, decoded
-from .dispatch import CPP_MISSING, LAUNCHERS, Kernel, keeps_x, kernel_at, runs_of
+from .dispatch import Kernel, keeps_x, kernel_at, runs_of
 
 with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
     from ..kernels.lora_linear import hopper_launch, hopper_plan
