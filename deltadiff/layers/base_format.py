@@ -20,7 +20,7 @@ from ..ops.decode_4bit import FourBit
 from ..ops.dispatch import Dispatch, choose_path
 from ..ops.lora_linear import lora_linear
 from ..ranks import is_sharded
-from .four_bit import as_four_bit, casts, compute_dtype, four_bit_path, has_kernel, is_four_bit
+from .four_bit import as_four_bit, casts, compute_dtype, four_bit_path, is_four_bit, runs_fused
 from .linear import is_conv1d, linear_shape
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _four_bit(
 ) -> Tensor:
     base, backend = layer.base_layer, layer.backend
     weight, dtype = as_four_bit(base), compute_dtype(base, x)
-    if not isinstance(weight, FourBit) or not has_kernel(base, dtype, a.shape[0], dropout, backend):
+    if isinstance(weight, str) or not runs_fused(weight, dtype, a.shape[0], dropout, backend):
         return _beside_base_layer(layer, x, a, b, scaling, gate, dropout)
     return four_bit_branch(x, base, weight, a, b, scaling, gate, dropout, backend)
 
@@ -149,9 +149,10 @@ def _dense_weight(layer: "LoraLinear", x: Tensor, r: int) -> Tensor | None:
 
 
 def _four_bit_weight(layer: "LoraLinear", x: Tensor, r: int) -> FourBit | None:
-    base, weight = layer.base_layer, as_four_bit(layer.base_layer)
-    fused = not casts(base, x) and has_kernel(base, x.dtype, r, 0.0, layer.backend)
-    return weight if isinstance(weight, FourBit) and fused else None
+    weight = as_four_bit(layer.base_layer)
+    if not isinstance(weight, FourBit) or casts(layer.base_layer, x):
+        return None
+    return weight if runs_fused(weight, x.dtype, r, 0.0, layer.backend) else None
 
 
 def _no_weight(layer: "LoraLinear", x: Tensor, r: int) -> None:

@@ -2,8 +2,8 @@
 
 Such a layer computes in a dtype of its own, ``compute_dtype``, whatever the dtype of its input is,
 and gives out that of its input. So does the fused pass: it decodes W in that dtype. Where the layer
-does anything else than its class says, or `lora_linear` has no kernel for this device, the layer
-itself is called, and the low-rank branch is added to its output (see `base_format`).
+does anything else than its class says, or `choose_4bit_path` says so, the layer itself is called,
+and the low-rank branch is added to its output (see `base_format`).
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 from ..ops.decode_4bit import FourBit
-from ..ops.dispatch import Dispatch, choose_path
+from ..ops.dispatch import Dispatch, choose_4bit_path
 from .hooks import HOOKS
 from .linear import linear_shape
 
@@ -59,7 +59,7 @@ def four_bit_path(base: Any, r: int, dropout: float, backend: str | None) -> Dis
     if isinstance(weight, str):
         return _own_product(weight)
     dtype = base.compute_dtype or base.weight.quant_state.dtype
-    path = choose_path(weight.device, dtype, backend, (*weight.shape, r), dropout > 0)
+    path = choose_4bit_path(*_call(weight, dtype, r, dropout, backend))
     if path.backend == "reference":
         return _own_product(path.reason)
     return replace(path, reason=f"{path.reason}; 4-bit weight: decoded in each pass")
@@ -69,14 +69,23 @@ def _own_product(reason: str) -> Dispatch:
     return Dispatch("reference", f"4-bit weight: the base layer's own product ({reason})")
 
 
-def has_kernel(base: Any, dtype: torch.dtype, r: int, dropout: float, backend: str | None) -> bool:
-    """Whether `lora_linear` has a kernel for this layer with inputs of ``dtype``."""
-    return _has_kernel(base.weight.device, dtype, backend, (*linear_shape(base), r), dropout > 0)
+def runs_fused(
+    weight: FourBit, dtype: torch.dtype, r: int, dropout: float, backend: str | None
+) -> bool:
+    """Whether `lora_linear` is to run a layer with this weight, which computes in ``dtype``."""
+    return _runs_fused(*_call(weight, dtype, r, dropout, backend))
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(*call: Any) -> bool:
-    return choose_path(*call).backend != "reference"
+def _runs_fused(*call: Any) -> bool:
+    return choose_4bit_path(*call).backend != "reference"
+
+
+def _call(
+    weight: FourBit, dtype: torch.dtype, r: int, dropout: float, backend: str | None
+) -> tuple[Any, ...]:
+    layer = (*weight.shape, r)
+    return weight.device, dtype, backend, layer, dropout > 0, weight.blocksize
 
 
 def as_four_bit(base: Any) -> FourBit | str:

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..checks import DTYPES, check_int, check_plain, check_tensor
 from ..errors import ArgumentError, ArgumentTypeError
 from . import reference
-from .dispatch import check_backend, choose_path
+from .backends import check_backend
+from .dispatch import choose_path
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import decode_4bit as kernel

@@ -25,7 +25,8 @@ from ..checks import (
 from ..errors import ArgumentError, ArgumentTypeError
 from ..kernels.runtime.launch_cache import LaunchCache, fingerprint
 from . import reference
-from .dispatch import check_backend, choose_path
+from .backends import check_backend
+from .dispatch import choose_path
 from .memory import check_memory
 from .transforms import refuse_transforms
 

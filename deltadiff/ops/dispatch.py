@@ -1,112 +1,24 @@
 """Which kernel runs an operation, and why: this file alone decides it.
 
-A *backend* is a way of running every operation: ``triton`` (`deltadiff.kernels`), ``cpp`` (`csrc`)
-or ``reference``; ``hopper`` (`deltadiff.kernels` too) is for `lora_linear` alone.
-`why_unavailable` says whether a backend is there: what is installed, the device, its compute
-capability, the dtype.
+`backends` says which ways of running an operation there are, and whether one is there.
 
 `lora_linear` has several *kernels*, and a backend may choose among them by the number of tokens of
 each call. `KERNELS` says which layers and which numbers of tokens a kernel takes. To add a kernel,
-add its entry there, and its launchers to the imports.
+add its entry there, and its launchers to the imports of `backends`.
 """
 
 import functools
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from ..checks import HALF_DTYPES, dtype_name
-from ..errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
+from ..checks import HALF_DTYPES
+from ..errors import BackendUnavailableError
+from .backends import HALF_NAMES, LAUNCHERS, why_unavailable
 from .transforms import TRANSFORMED
-
-BACKENDS = ("hopper", "triton", "cpp", "reference")
-
-_HALF_NAMES = " and ".join(map(dtype_name, HALF_DTYPES))
-
-# The modules that launch the kernels of lora_linear from Python, by the name of the kernel. Each
-# has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments.
-LAUNCHERS: dict[str, ModuleType] = {}
-
-try:
-    importlib.import_module("deltadiff._C")  # registers torch.ops.deltadiff
-    CPP_MISSING = None
-except ImportError as error:
-    CPP_MISSING = f"the C++ extension is not built ({error}); install with a C++ compiler present"
-
-try:
-    import triton
-
-    from ..kernels.lora_linear import few_tokens, portable
-
-    LAUNCHERS |= {"few_tokens": few_tokens, "portable": portable}
-    _TRITON_MISSING = None
-except ImportError as error:
-    _TRITON_MISSING = f"Triton cannot be imported ({error})"
-
-try:
-    from ..kernels.lora_linear import hopper_launch
-
-    LAUNCHERS["hopper"] = hopper_launch
-    _GLUON_MISSING = None
-except (ImportError, AttributeError) as error:  # Gluon is experimental, its names change
-    _GLUON_MISSING = f"this Triton's Gluon is not the one that the kernel is written in ({error})"
-
-
-# --------------------------------------------------------------------- which backend is there
-
-
-def check_backend(backend: object) -> None:
-    """Raise where ``backend`` is no name. `choose_path` says whether it is that of a backend."""
-    if not isinstance(backend, str):
-        accepted = f"None or one of {', '.join(BACKENDS)}"
-        raise ArgumentTypeError("backend", type(backend).__name__, accepted)
-
-
-def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None when ``backend`` can run ``dtype`` on ``device``, else the reason in words."""
-    if backend not in BACKENDS:
-        raise ArgumentError("backend", repr(backend), f"None or one of {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return None
-    if dtype == torch.float64:
-        return "float64 goes to the reference"
-    if backend == "cpp":
-        if device.type != "cpu":
-            return f"the C++ kernels run on the CPU, not on {device.type}"
-        return CPP_MISSING
-    return (_why_no_hopper if backend == "hopper" else _why_no_triton)(device, dtype)
-
-
-def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if _TRITON_MISSING:
-        return _TRITON_MISSING
-    if device.type == "cpu":
-        if not triton.knobs.runtime.interpret:
-            return "Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
-        return None
-    if device.type != "cuda" or torch.version.hip:
-        return "the Triton kernels are for NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the Triton kernels need sm_80 or newer; {device} is sm_{major}{minor}"
-    return None
-
-
-def _why_no_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.version.hip:
-        return "the sm_90 kernel is for NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) != (9, 0):
-        return f"the sm_90 kernel needs sm_90; {device} is sm_{major}{minor}"
-    if dtype not in HALF_DTYPES:
-        return f"the sm_90 kernel is for {_HALF_NAMES}"
-    return _TRITON_MISSING or _GLUON_MISSING
-
 
 # ------------------------------------------------------------------ the kernels of lora_linear
 
@@ -120,6 +32,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     dropout: bool = False
     transposed: bool = False  # W is stored (in, out)
+    blocksize: int = 0  # W is stored in 4 bits, with one absmax for so many numbers
 
 
 ANY_NUMBER = range(sys.maxsize)
@@ -140,6 +53,8 @@ class Kernel:
             runs only if its backend is asked for by name.
         tokens: the numbers of tokens that it takes.
         gate_reads_x: whether it computes the gate's gradient from x.
+        four_bit: whether it is for the forward pass over a W in 4 bits, which it decodes in its
+            loop. The others get such a W decoded.
     """
 
     name: str
@@ -148,6 +63,7 @@ class Kernel:
     why_only_asked: Callable[[Layer], str | None] = _no_objection
     tokens: range = ANY_NUMBER
     gate_reads_x: bool = False
+    four_bit: bool = False
 
     @property
     def label(self) -> str:
@@ -183,12 +99,19 @@ def _why_not_few_tokens(layer: Layer) -> str | None:
     if layer.dropout:
         return "the kernel for few tokens has no dropout"
     if layer.dtype not in HALF_DTYPES:
-        return f"the kernel for few tokens is for {_HALF_NAMES}"
+        return f"the kernel for few tokens is for {HALF_NAMES}"
     if layer.r > 64:
         return f"rank {layer.r} > 64"
     if layer.n % 8 or layer.k % 8:  # rows that start anywhere cannot be loaded ahead
         return f"{layer.n} x {layer.k}: the kernel for few tokens needs multiples of 8"
     return None
+
+
+def _why_not_few_4bit(layer: Layer) -> str | None:
+    columns = LAUNCHERS["few_tokens_4bit"].FOUR_BIT_COLUMNS
+    if layer.k % columns or layer.blocksize % columns:
+        return f"blocks of {layer.blocksize} in rows of {layer.k}: not multiples of {columns}"
+    return _why_not_few_tokens(layer)
 
 
 # In order of preference: the first kernel of a backend without an objection to a call runs it.
@@ -199,6 +122,7 @@ KERNELS = (
         # 15 bits.
         tokens=range(256, 128 * 0x7FFF + 1),
     ),
+    Kernel("few_tokens_4bit", "triton", _why_not_few_4bit, tokens=range(65), four_bit=True),
     Kernel("few_tokens", "triton", _why_not_few_tokens, tokens=range(512)),
     Kernel("portable", "triton"),
     Kernel("cpp", "cpp", gate_reads_x=True),
@@ -233,6 +157,7 @@ def runs_of(backend: str, layer: tuple) -> tuple[Run, ...]:
     layer = Layer(*layer)
     names = backend, FALLBACKS.get(backend)
     candidates = [kernel for name in names for kernel in KERNELS if kernel.backend == name]
+    candidates = [kernel for kernel in candidates if layer.blocksize or not kernel.four_bit]
     bounds = {bound for kernel in candidates for bound in (kernel.tokens.start, kernel.tokens.stop)}
     found: list[Run] = []
     for start in sorted(bounds - {ANY_NUMBER.stop}):
@@ -314,6 +239,7 @@ def choose_path(
     dropout: bool = False,
     transposed: bool = False,
     transformed: bool = False,
+    blocksize: int = 0,
 ) -> Dispatch:
     """Choose what runs an operation on tensors of ``dtype`` on ``device``.
 
@@ -324,6 +250,8 @@ def choose_path(
         dropout: whether the layer has dropout, which that kernel lacks.
         transposed: whether W is stored (in, out), like GPT-2's; that kernel would copy it.
         transformed: what the function of this name says; then only the reference will do.
+        blocksize: how many numbers have one absmax, where W is stored in 4 bits; ``dtype`` is
+            then that of x.
 
     Returns:
         The backend, the reason for it and, for a layer, which kernels run at which number of
@@ -334,7 +262,7 @@ def choose_path(
         BackendUnavailableError: ``backend`` was asked for and cannot run here, or not under a
             transform.
     """
-    call = None if layer is None else Layer(*layer, dtype, dropout, transposed)
+    call = None if layer is None else Layer(*layer, dtype, dropout, transposed, blocksize)
     if backend is not None:
         objection = why_unavailable(backend, device, dtype) or _why_not_taken(backend, call)
         if transformed and backend != "reference":
@@ -357,6 +285,23 @@ def choose_path(
             return _dispatch(name, _why_chosen(name, device, refused if call else ""), call)
         refused = objection
     return _dispatch("reference", refused, call)
+
+
+def choose_4bit_path(
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None,
+    layer: tuple[int, int, int],
+    dropout: bool,
+    blocksize: int,
+) -> Dispatch:
+    """`choose_path` where another library has a product for W too, called backend "reference".
+
+    On a CPU that of bitsandbytes is faster, but wrong (in 0.50) unless rows of W are whole blocks.
+    """
+    if backend is None and device.type == "cpu" and layer[1] % blocksize == 0:
+        return Dispatch("reference", "which is faster on a CPU")
+    return choose_path(device, dtype, backend, layer, dropout, blocksize=blocksize)
 
 
 def _dispatch(backend: str, reason: str, layer: Layer | None) -> Dispatch:

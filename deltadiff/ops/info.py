@@ -8,7 +8,8 @@ import torch
 from ..checks import DTYPES, dtype_name
 from ..devices import list_devices, package_versions
 from ..text import align_columns
-from .dispatch import BACKENDS, choose_path, why_unavailable
+from .backends import BACKENDS, why_unavailable
+from .dispatch import choose_path
 
 LAYER = (1024, 1024, 8)  # out, in, r: a layer that every kernel of `lora_linear` takes
 

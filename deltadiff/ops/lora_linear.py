@@ -15,8 +15,9 @@ from ..checks import (
 )
 from ..errors import ArgumentTypeError
 from . import reference
+from .backends import check_backend
 from .decode_4bit import FourBit, check_4bit, decoded
-from .dispatch import check_backend, choose_path
+from .dispatch import choose_path
 from .lora_linear_4bit import lora_linear_4bit
 from .lora_linear_passes import LoraLinearFunction, reached_from_cpp
 from .remade import remade_of

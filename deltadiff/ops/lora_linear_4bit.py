@@ -4,7 +4,8 @@
     lora_linear_4bit_fwd    (y, what is kept) of a forward pass
     lora_linear_4bit_bwd    (dx, dA, dB, dgate) of a backward pass
 
-W is decoded inside of each pass, where torch.compile does not see it and cannot keep it.
+W is decoded inside of each pass, where torch.compile does not see it and cannot keep it. With few
+tokens, the kernel of the forward pass decodes in its loop, and W is never formed.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from .decode_4bit import FourBit, decoded
 from .lora_linear_passes import (
     LoraLinearFunction,
     kept_shape,
+    kernel_of,
     launch_bwd,
     launch_fwd,
     reached_from_cpp,
@@ -64,10 +66,13 @@ def _differentiable(x: Tensor, *args: Any) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "lora_linear_4bit_fwd", "CompositeExplicitAutograd")
 def _fwd(x: Tensor, *args: Any) -> Sequence[Tensor]:
-    weight, (*rest, backend) = _split(args)
+    weight, rest = _split(args)
+    lora_A, *_, seed, backend = rest
+    if kernel_of(x, weight, lora_A.shape[0], seed is not None, backend).four_bit:
+        return launch_fwd(x, weight, *rest)
     in_cpp = reached_from_cpp(backend, x.device)
     run: Any = torch.ops.deltadiff.lora_linear_fwd if in_cpp else launch_fwd
-    return run(x, decoded(weight, x.dtype, backend), *rest, backend)
+    return run(x, decoded(weight, x.dtype, backend), *rest)
 
 
 @torch.library.impl(_LIBRARY, "lora_linear_4bit_bwd", "CompositeExplicitAutograd")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..ops.dispatch import why_unavailable
+from ..ops.backends import why_unavailable
 
 MOVED, GRADS, ANY, ALIGNED, WRITTEN = 1, 2, 4, 8, 16  # the bits of `AddressTracker.look`
 

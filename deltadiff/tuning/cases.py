@@ -15,7 +15,8 @@ from ..bench.models import build_model, shape_of_file
 from ..checks import REMAINDER_DTYPES, ROUNDINGS, dtype_name
 from ..kernels import delta_update
 from ..kernels.runtime.tuned import padded_rank
-from ..ops.dispatch import LAUNCHERS, Layer, choose_path, kernel_at, runs_of
+from ..ops.backends import LAUNCHERS
+from ..ops.dispatch import Layer, choose_path, kernel_at, runs_of
 
 LAYERS = 8  # of an update: more bytes than any cache holds
 LAYER = 4096  # in and out of each of them

@@ -15,7 +15,7 @@ from ..bench.records import failure
 from ..checks import HALF_DTYPES, NAMED_DTYPES, dtype_name
 from ..devices import find_device, free_memory
 from ..errors import ArgumentError
-from ..ops.dispatch import why_unavailable
+from ..ops.backends import why_unavailable
 
 if TYPE_CHECKING:  # these need Triton; without it there is nothing to tune, and `run` says so
     from .cases import Case

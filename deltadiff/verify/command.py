@@ -7,7 +7,7 @@ from importlib import metadata
 
 from ..devices import find_device
 from ..errors import ArgumentError
-from ..ops.dispatch import BACKENDS
+from ..ops.backends import BACKENDS
 from .grid.run import GRID, run_grid, run_number
 from .grid.table import format_cells
 from .run import OPERATIONS

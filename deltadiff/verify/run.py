@@ -13,6 +13,7 @@ from ..devices import find_device
 from ..errors import ArgumentError
 from ..ops.dispatch import choose_path
 from .adamw_step import check_adamw_step
+from .decode_4bit import check_decode_4bit
 from .delta_update import check_delta_update
 from .lora_linear import check_lora_linear
 from .tolerance import Bench, Row
@@ -57,6 +58,7 @@ def run(
 
 OPERATIONS = {
     "lora_linear": check_lora_linear,
+    "decode_4bit": check_decode_4bit,
     "delta_update": check_delta_update,
     "adamw_step": check_adamw_step,
 }

@@ -174,7 +174,7 @@ def record(folder: Path) -> None:
 
     from deltadiff.kernels.lora_linear import hopper_launch as hopper
     from deltadiff.kernels.lora_linear import hopper_plan
-    from deltadiff.ops.dispatch import LAUNCHERS
+    from deltadiff.ops.backends import LAUNCHERS
 
     stand_in = _Driver()
     driver.set_active(stand_in)

@@ -8,7 +8,8 @@ import deltadiff
 from deltadiff import lora_linear
 from deltadiff.errors import BackendUnavailableError
 from deltadiff.ops import dispatch
-from deltadiff.ops.dispatch import KERNELS, LAUNCHERS, Dispatch, Layer, choose_path, runs_of
+from deltadiff.ops.backends import BACKENDS, LAUNCHERS
+from deltadiff.ops.dispatch import KERNELS, Dispatch, Layer, choose_path, runs_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU, LAYER = torch.device("cpu"), (4096, 4096, 16)
@@ -165,7 +166,7 @@ def test_one_kernel_runs_every_number_of_tokens(backend):
 
 
 def test_the_runs_cover_every_number_of_tokens_once():
-    for backend in dispatch.BACKENDS:
+    for backend in BACKENDS:
         for r in (8, 65, 300):
             runs = runs_of(backend, Layer(64, 64, r, BF16))
             starts = [run.tokens.start for run in runs]

@@ -9,7 +9,8 @@ import torch
 import deltadiff
 from deltadiff.__main__ import main
 from deltadiff.ops import info
-from deltadiff.ops.dispatch import BACKENDS, choose_path, why_unavailable
+from deltadiff.ops.backends import BACKENDS, why_unavailable
+from deltadiff.ops.dispatch import choose_path
 
 
 def test_info(capsys):

@@ -4,10 +4,12 @@ import pytest
 import torch
 from four_bit import FORMATS, four_bit
 from lora_linear_calls import doubles, inputs, kept_by, outputs
+from tolerance import relative_error
 from torch.utils.checkpoint import checkpoint
 
 from deltadiff import lora_linear
 from deltadiff.errors import ArgumentError, ArgumentTypeError
+from deltadiff.ops import lora_linear_4bit
 from deltadiff.ops.decode_4bit import decode_4bit
 from deltadiff.ops.reference import lora_linear_ref
 
@@ -18,6 +20,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CASES = [  # tokens, in, out, r, gate, bias, adapters in float32
     ((3, 64, 24, 5), None, True, False),
     ((37, 129, 65, 3), (3,), False, False),
+    ((40, 192, 72, 8), (8,), True, True),
     ((70, 64, 72, 8), (1,), True, True),
 ]
 
@@ -29,9 +32,8 @@ def quantised(given, device, form=("nf4", 64, True)):
     return [x, weight, *rest], [x, decode_4bit(weight, x.dtype), *rest]
 
 
-def small(randn, path, k=64, n=48, **more):
-    """`quantised` for 8 tokens and rank 2, in a dtype that the backend is quick in."""
-    dtype = F16 if path.backend == "triton" else F32
+def small(randn, path, k=64, n=48, dtype=F32, **more):
+    """`quantised` for 8 tokens and rank 2."""
     return quantised(inputs(randn, 8, k, n, 2, dtype, path.device, **more), path.device)
 
 
@@ -46,6 +48,30 @@ def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, asse
         for name, expected in truth.items():
             assert_close(ours[name], eager[name], expected, 2 if name == "y" else 3,
                          dtype if name == "gate" else None)  # fmt: skip
+
+
+def test_few_tokens_are_decoded_in_the_loop(randn, monkeypatch):
+    """Only where W must not be formed: by the kernel for few tokens, where its tiles fit blocks."""
+    formed = []
+    count = lora_linear_4bit.decoded
+    monkeypatch.setattr(lora_linear_4bit, "decoded", lambda *a: formed.append(a) or count(*a))
+    for tokens, k, form, expected in (
+        (64, 128, ("nf4", 64, True), 0),
+        (65, 128, ("nf4", 64, True), 1),
+        (4, 128, ("fp4", 4096, False), 0),
+        (4, 128, ("nf4", 32, True), 1),
+        (4, 96, ("nf4", 64, True), 1),
+    ):
+        formed.clear()
+        given = inputs(randn, tokens, k, 40, 2, F16, "cpu", F32)
+        (x, weight, a, b, *_), dense = quantised(given, "cpu", form)
+        y = lora_linear(x, weight, a, b, scaling=0.7, backend="triton")
+        assert len(formed) == expected
+        of_dense = lora_linear(*dense[:4], scaling=0.7, backend="triton")  # of wider tiles
+        assert relative_error(y, of_dense.double()) < torch.finfo(F16).eps
+        moved = torch.cat([weight.packed.new_zeros(1), weight.packed])[1:]  # not at a word
+        y_moved = lora_linear(x, weight._replace(packed=moved), a, b, scaling=0.7, backend="triton")
+        assert torch.equal(y, y_moved)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

@@ -16,7 +16,7 @@ from torch import nn
 import deltadiff
 from deltadiff import DeltaLoRA, adamw_step_, delta_update_, lora_linear
 from deltadiff.checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS
-from deltadiff.ops.dispatch import why_unavailable
+from deltadiff.ops.backends import why_unavailable
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Tokens, in, out, rank, entries of the gate. The sizes of the first two fill whole tiles.

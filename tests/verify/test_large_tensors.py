@@ -12,7 +12,7 @@ from op_paths import BF16, F32
 
 from deltadiff import adamw_step_, delta_update_, lora_linear
 from deltadiff.ops import reference as ref
-from deltadiff.ops.dispatch import why_unavailable
+from deltadiff.ops.backends import why_unavailable
 
 GPU = torch.device("cuda", 0)
 EDGE = 2**31

@@ -40,6 +40,7 @@ def test_covers_every_output():
     close = {(row.op, row.output) for row in rows if row.worst is not None}
     assert close == {
         *(("lora_linear", output) for output in ("y", "dx", "dA", "dB", "dgate", "dbias")),
+        *(("decode_4bit", output) for output in ("y", "dx", "dA", "dB")),
         *(("delta_update", f"{rounding}: W") for rounding in ALL_ROUNDINGS),
         *(("adamw_step", output) for output in ("p'", "m", "v")),
     }
@@ -150,7 +151,7 @@ def test_find_device():
 
 
 def test_bad_arguments():
-    with pytest.raises(ArgumentError, match="lora_linear, delta_update, adamw_step"):
+    with pytest.raises(ArgumentError, match="lora_linear, decode_4bit, delta_update, adamw_step"):
         run("cpu", ["lora"])
     with pytest.raises(ArgumentError, match="backend"):
         run("cpu", backend="fortran")

@@ -6,7 +6,7 @@ from op_paths import BF16, F32, OpPath
 from repeated_calls import CALLS, same
 from torch import nn
 
-from deltadiff.ops.dispatch import why_unavailable
+from deltadiff.ops.backends import why_unavailable
 from deltadiff.optim.fused_adamw import FusedAdamW
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)

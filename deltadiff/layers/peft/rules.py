@@ -10,7 +10,7 @@ from ...checks import DTYPES, HALF_DTYPES
 from ...kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 from ...ops.transforms import TRANSFORMED, transformed
 from ...ranks import is_sharded, is_unit, plain_kind
-from ..four_bit import as_four_bit, has_kernel, is_four_bit_layer
+from ..four_bit import as_four_bit, four_bit_path, is_four_bit_layer, runs_fused
 from ..hooks import HOOKS
 from ..linear import is_conv1d
 from ..targets.eligible import has_same_product, is_tensor_parallel
@@ -188,8 +188,11 @@ def _why_not_four_bit(
         return "the cast of its input is disabled"
     rank = sum(layer.lora_A[name].weight.shape[0] for name in names)
     dropout = sum(dropout_of(layer, name) for name in names)
-    if not has_kernel(base, compute, rank, dropout, getattr(layer, "backend", None)):
-        return "no kernel for weights of 4 bits runs here"
+    # A layer that `fuse_` has not seen yet has no backend; `swap_` asks for one then.
+    if hasattr(layer, "backend") and not runs_fused(weight, compute, rank, dropout, layer.backend):
+        if x is not None:
+            return "its 4-bit weight"
+        return four_bit_path(base, rank, dropout, layer.backend).reason
     if x is not None and type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"an input of type {type(x).__name__}"
     if x is not None and x.device != weight.device:

@@ -7,12 +7,13 @@ Every path has its name on every machine, so that the number of a case means the
 import torch
 
 from ...checks import DTYPES, HALF_DTYPES
-from ...ops.dispatch import KERNELS, LAUNCHERS, why_unavailable
+from ...ops.backends import LAUNCHERS, why_unavailable
+from ...ops.dispatch import KERNELS
 
 # Beside the kernels themselves: calls of the sm_90 kernel whose factors are packed for it first.
 PACKED = "hopper packed"
 BACKENDS = ("reference", "cpp", "triton")
-KERNEL_LABELS = tuple(kernel.label for kernel in reversed(KERNELS))
+KERNEL_LABELS = tuple(kernel.label for kernel in reversed(KERNELS) if not kernel.four_bit)
 PATHS = {
     "lora_linear": (*KERNEL_LABELS, PACKED),
     "derivatives": KERNEL_LABELS,

@@ -83,7 +83,7 @@ def test_the_same_results_by_one_call_a_layer(options, form):
     model, x = adapted(Two(form=form), **OPTIONS[options]), input_of()
     expected, state = passes(model, x), {n: t.clone() for n, t in model.state_dict().items()}
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    report = swap_(model)
+    report = swap_(model, backend="cpp")
     assert {row.path for row in report.rows} == {"cpp"}
     assert "4-bit weight: decoded in each pass" in str(report)
     with fused_calls(model) as calls:
@@ -99,7 +99,7 @@ def test_the_same_results_by_one_call_a_layer(options, form):
 def test_dtypes_are_those_of_bitsandbytes(given, compute):
     model, x = adapted(Two(compute)), input_of(given)
     expected = passes(model, x)
-    swap_(model)
+    swap_(model, backend="cpp")
     with fused_calls(model) as calls:
         found = passes(model, x)
     lowest = {BF16, F16} & {given, compute}
@@ -110,7 +110,7 @@ def test_dtypes_are_those_of_bitsandbytes(given, compute):
 
 def test_autocast_and_dropout():
     model, x = adapted(Two(BF16), lora_dropout=0.5), input_of()
-    swap_(model)
+    swap_(model, backend="cpp")
     with fused_calls(model) as calls, torch.autocast("cpu", BF16):
         first, again = model(x), model(x)
     assert calls.total() == 4 and first.dtype == F32 and not torch.equal(first, again)
@@ -128,7 +128,7 @@ def test_several_adapters_are_one_product():
     )
     model.base_model.set_adapter(["default", "more"])
     expected = passes(model, x)
-    swap_(model)
+    swap_(model, backend="cpp")
     with fused_calls(model) as calls:
         assert_same(passes(model, x), expected)
     assert calls.total() == 2
@@ -141,7 +141,7 @@ def test_several_adapters_are_one_product():
 def test_merging_is_pefts():
     """PEFT rounds the merged weight to 4 bits again, so nothing is equal but to PEFT's own."""
     theirs, ours = adapted(), adapted()
-    swap_(ours)
+    swap_(ours, backend="cpp")
     x = input_of()
     for model in (theirs, ours):
         with pytest.warns(UserWarning, match="rounding errors"):
@@ -157,7 +157,7 @@ def test_merging_is_pefts():
 
 def test_delta_lora_is_factored():
     model, x = adapted(target_modules=["first"]), input_of()
-    swap_(model)
+    swap_(model, backend="cpp")
     with pytest.raises(ArgumentTypeError, match="w_update='factored'"):
         DeltaLoRA(model, update_ratio=0.5, w_update="inplace")
     optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=0.5)
@@ -177,7 +177,7 @@ def test_delta_lora_is_factored():
     with pytest.warns(LostUpdateWarning, match="export_peft"):
         state = model.state_dict()
     fresh = adapted(target_modules=["first"])
-    swap_(fresh)
+    swap_(fresh, backend="cpp")
     theirs = {"absmax", "quant"}  # what Linear4bit saves and does not load
     fresh.load_state_dict({n: t for n, t in state.items() if not any(x in n for x in theirs)})
     assert torch.equal(fresh(x), model(x))
@@ -185,7 +185,7 @@ def test_delta_lora_is_factored():
 
 def test_copies_and_pickles():
     model, x = adapted(), input_of()
-    swap_(model)
+    swap_(model, backend="cpp")
     y = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), y)
@@ -196,7 +196,7 @@ def test_copies_and_pickles():
 def test_the_weight_is_read_anew():
     """bitsandbytes keeps what is beside the bytes in an object that others may replace."""
     model, x = adapted(target_modules=["first"]), input_of()
-    swap_(model)
+    swap_(model, backend="cpp")
     layer = model.get_submodule(NAME)
     layer(x)
     state = layer.base_layer.weight.quant_state
@@ -224,7 +224,7 @@ def test_pefts_own_forward_pass(told):
     model, x = adapted(target_modules=["first"]), input_of()
     expected = passes(model, x)
     REASONS[told](model)
-    report = swap_quietly(model)
+    report = swap_quietly(model, backend="cpp")
     assert report.rows[0].path == "peft" and told in report.rows[0].reason
     with fused_calls(model) as calls:
         found = passes(model, x)
@@ -235,7 +235,7 @@ def test_pefts_own_forward_pass(told):
 def test_what_happens_to_the_layer_later_is_noticed(told):
     model, x = adapted(target_modules=["first"]), input_of()
     expected = passes(model, x)
-    swap_(model)
+    swap_(model, backend="cpp")
     passes(model, x)
     REASONS[told](model)
     with fused_calls(model) as calls:
@@ -247,7 +247,7 @@ def test_what_happens_to_the_layer_later_is_noticed(told):
 def test_variants(options):
     model, x = adapted(**options), input_of()
     expected = passes(model, x)
-    report = swap_quietly(model)
+    report = swap_quietly(model, backend="cpp")
     assert {row.path for row in report.rows} == {"peft"}
     found = passes(model, x)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -258,9 +258,10 @@ def test_backends():
     with pytest.raises(BackendUnavailableError, match="hopper"):
         swap_(model, backend="hopper")
     assert not any(isinstance(m, Fused) for m in model.modules())
-    report = swap_quietly(model, backend="reference")
-    assert {row.path for row in report.rows} == {"peft"}
-    assert "no kernel for weights of 4 bits" in report.rows[0].reason
+    for backend, told in (("reference", "asked for"), (None, "which is faster on a CPU")):
+        report = swap_quietly(model, backend=backend)
+        assert {row.path for row in report.rows} == {"peft"}
+        assert report.rows[0].reason.endswith(f"the base layer's own product ({told})")
     expected = passes(model, input_of())
     swap_(model, backend="triton")
     with fused_calls(model) as calls:
@@ -282,7 +283,7 @@ def test_8_bits_stay_pefts():
 def test_a_compiled_model_is_one_graph(device):
     torch._dynamo.reset()
     model = adapted(Two(F32 if device == "cpu" else BF16)).to(device)
-    swap_(model)
+    swap_(model, backend="cpp" if device == "cpu" else None)
     x = input_of().to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found, expected = passes(compiled, x), passes(model, x)

@@ -1,0 +1,94 @@
+"""The backends: the ways of running an operation, and whether one is there.
+
+``triton`` (`deltadiff.kernels`), ``cpp`` (`csrc`) and ``reference`` run every operation; ``hopper``
+(`deltadiff.kernels` too) is for `lora_linear` alone. `why_unavailable` looks at what is installed,
+the device, its compute capability and the dtype. `dispatch` decides which of them runs a call.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from ..checks import HALF_DTYPES, dtype_name
+from ..errors import ArgumentError, ArgumentTypeError
+
+BACKENDS = ("hopper", "triton", "cpp", "reference")
+
+HALF_NAMES = " and ".join(map(dtype_name, HALF_DTYPES))
+
+# The modules that launch the kernels of lora_linear from Python, by the name of the kernel. Each
+# has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments.
+LAUNCHERS: dict[str, ModuleType] = {}
+
+try:
+    importlib.import_module("deltadiff._C")  # registers torch.ops.deltadiff
+    CPP_MISSING = None
+except ImportError as error:
+    CPP_MISSING = f"the C++ extension is not built ({error}); install with a C++ compiler present"
+
+try:
+    import triton
+
+    from ..kernels.lora_linear import few_tokens, portable
+
+    LAUNCHERS |= {"few_tokens": few_tokens, "few_tokens_4bit": few_tokens, "portable": portable}
+    _TRITON_MISSING = None
+except ImportError as error:
+    _TRITON_MISSING = f"Triton cannot be imported ({error})"
+
+try:
+    from ..kernels.lora_linear import hopper_launch
+
+    LAUNCHERS["hopper"] = hopper_launch
+    _GLUON_MISSING = None
+except (ImportError, AttributeError) as error:  # Gluon is experimental, its names change
+    _GLUON_MISSING = f"this Triton's Gluon is not the one that the kernel is written in ({error})"
+
+
+def check_backend(backend: object) -> None:
+    """Raise where ``backend`` is no name. `choose_path` says whether it is that of a backend."""
+    if not isinstance(backend, str):
+        accepted = f"None or one of {', '.join(BACKENDS)}"
+        raise ArgumentTypeError("backend", type(backend).__name__, accepted)
+
+
+def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when ``backend`` can run ``dtype`` on ``device``, else the reason in words."""
+    if backend not in BACKENDS:
+        raise ArgumentError("backend", repr(backend), f"None or one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return None
+    if dtype == torch.float64:
+        return "float64 goes to the reference"
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"the C++ kernels run on the CPU, not on {device.type}"
+        return CPP_MISSING
+    return (_why_no_hopper if backend == "hopper" else _why_no_triton)(device, dtype)
+
+
+def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if _TRITON_MISSING:
+        return _TRITON_MISSING
+    if device.type == "cpu":
+        if not triton.knobs.runtime.interpret:
+            return "Triton runs CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return "the Triton kernels are for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the Triton kernels need sm_80 or newer; {device} is sm_{major}{minor}"
+    return None
+
+
+def _why_no_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return "the sm_90 kernel is for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"the sm_90 kernel needs sm_90; {device} is sm_{major}{minor}"
+    if dtype not in HALF_DTYPES:
+        return f"the sm_90 kernel is for {HALF_NAMES}"
+    return _TRITON_MISSING or _GLUON_MISSING

@@ -1,0 +1,89 @@
+"""The cases of `decode_4bit`, and of `lora_linear` over 4 bits, in `deltadiff verify`."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..ops import reference
+from ..ops.decode_4bit import FourBit, decode_4bit
+from ..ops.lora_linear import lora_linear
+from .lora_linear import lora_linear_outputs
+from .tolerance import FORWARD, GRADIENT, Bench, Row, poisoned
+
+
+def check_decode_4bit(bench: Bench) -> Iterator[Row]:
+    """The rows of every case; shapes are tokens, in, out, r, numbers with one absmax."""
+    shapes = bench.shapes(
+        quick=[(40, 192, 80, 8, 64), (37, 129, 65, 3, 32)],
+        full=[(64, 768, 640, 16, 128), (512, 1024, 64, 4, 4096), (16, 63, 40, 8, 64)],
+        gpu=[(1, 4096, 4096, 16, 64), (64, 4096, 11008, 16, 64), (8192, 4096, 4096, 16, 64)],
+        quick_gpu=[(640, 520, 776, 16, 64)],
+    )
+    for tokens, k, n, r, blocksize in shapes:
+        for dtypes in bench.dtypes():
+            shape = f"{tokens}x{k}x{n} r={r} of {blocksize}"
+            case = bench.case("decode_4bit", dtypes, shape, (n, k, r), False, tokens)
+            yield from case.guard(decode_4bit_rows, tokens, k, n, r, blocksize, *dtypes)
+
+
+def decode_4bit_rows(case, tokens, k, n, r, blocksize, dtype, adapter) -> Iterator[Row]:
+    """The rows of one case, with an absmax that is quantised in turn and with one that is not."""
+    ours, again, eager, truth = ([] for _ in range(4))
+    decoded, expected = [], []
+    for nested in (False, True):
+        weight = draw_4bit(case, n, k, blocksize, nested)
+        x = case.normal(tokens, k, dtype=dtype)
+        factors = [case.normal(r, k, std=k**-0.5, dtype=adapter)]
+        factors += [case.normal(n, r, std=r**-0.5, dtype=adapter), None, None]
+        dy = case.normal(tokens, n, dtype=dtype)
+        w = formula(weight, dtype)
+        call, backend = (x, weight, *factors, dy), case.backend
+        with poisoned():
+            decoded.append(decode_4bit(weight, dtype, backend=_decoder(backend)))
+            ours.append(lora_linear_outputs(lora_linear, *call, backend=backend))
+        again.append(lora_linear_outputs(lora_linear, *call, backend=backend))
+        expected.append(w)
+        eager.append(lora_linear_outputs(reference.lora_linear_ref, x, w, *factors, dy))
+        wide = [None if t is None else t.double() for t in (x, w, *factors, dy)]
+        truth.append(lora_linear_outputs(reference.lora_linear_ref, *wide))
+    yield case.equal("W", decoded, expected)
+    for output in truth[0]:
+        columns = ([draw[output] for draw in draws] for draws in (ours, eager, truth))
+        yield case.close(output, *columns, factor=FORWARD if output == "y" else GRADIENT)
+    runs = ([t for draw in draws for t in draw.values()] for draws in (ours, again))
+    yield case.equal("run to run", *runs)
+
+
+def _decoder(backend: str) -> str | None:
+    """The backend that decodes for a backend of `lora_linear`; None is the usual one."""
+    return {"hopper": "triton", "cpp": None}.get(backend, backend)
+
+
+def draw_4bit(case, n: int, k: int, blocksize: int, nested: bool) -> FourBit:
+    """A weight of random numbers of about k^-0.5, with an absmax of one or of two levels."""
+    real = torch.float32
+    blocks = -(-n * k // blocksize)
+    packed = case.integers(-(-n * k // 2), most=127, dtype=torch.int8).view(torch.uint8)
+    code = case.uniform(16, low=-1.0, high=1.0, dtype=real)
+    if not nested:
+        absmax = case.uniform(blocks, low=1.0, high=3.0, dtype=real) * k**-0.5
+        return FourBit(packed, absmax, code, None, None, None, (n, k), blocksize, 0)
+    absmax = case.integers(blocks, most=127, dtype=torch.int8).view(torch.uint8)
+    scale = case.uniform(-(-blocks // 256), low=0.5, high=1.0, dtype=real) * k**-0.5
+    scale_code = case.uniform(256, low=-1.0, high=1.0, dtype=real)
+    offset = case.uniform(1, low=1.5, high=2.0, dtype=real).view(()) * k**-0.5
+    return FourBit(packed, absmax, code, scale, scale_code, offset, (n, k), blocksize, 256)
+
+
+def formula(weight: FourBit, dtype: torch.dtype) -> Tensor:
+    """W written down: one number, one absmax and one product for each element."""
+    n, k = weight.shape
+    element = torch.arange(n * k, device=weight.device)
+    number = weight.packed[element // 2].int() >> 4 * (1 - element % 2) & 15
+    block = element // weight.blocksize
+    absmax = weight.absmax[block]
+    if weight.scale is not None:
+        entry = weight.scale_code[absmax.int()]
+        absmax = entry * weight.scale[block // weight.scale_blocksize] + weight.offset
+    return (weight.code[number] * absmax).view(n, k).to(dtype)
