@@ -13,7 +13,15 @@ from torch import Tensor
 from ..checks import HALF_DTYPES, wide_dtype
 from ..errors import SwapError
 from ..ops.reference import join_remainder, split_remainder
-from ..ranks import copy_values, is_partitioned, is_sharded, like_shards, of_the_first
+from ..ranks import (
+    copy_values,
+    is_partitioned,
+    is_sharded,
+    like_shards,
+    local,
+    of_the_first,
+    shard_like,
+)
 from .lora_layers import LoraLayer
 from .pending_delta import LowRankFactors, PendingDelta
 
@@ -187,19 +195,26 @@ def follow_loading(delta: PendingDelta, before: Tensor, matrix: Tensor) -> None:
 
 @torch.no_grad()
 def follow_weight(delta: PendingDelta, before: Tensor, matrix: Tensor) -> None:
-    """Give a W that was converted to another dtype what its remainder held.
+    """Let the remainder follow a W that was converted to another dtype.
+
+    What it held goes into the new W. What a 16-bit W cannot hold of an update stays in a remainder,
+    which is a new tensor if W was wider till now; an optimizer takes it over when it is built anew.
 
     ``before``, ``matrix``: W as it was, and as it is now.
     """
     low = delta.remainder
-    if low is None or before.dtype == matrix.dtype or matrix.is_meta:
+    if before.dtype == matrix.dtype or before.is_meta or matrix.is_meta:
         return
-    wide = join_remainder(before, low.to(before.device)).to(matrix.device)
+    narrows = before.dtype not in HALF_DTYPES and matrix.dtype in HALF_DTYPES
+    if low is None and not (narrows and delta.in_weight and delta.changes_model()):
+        return
+    w, target = local(before), local(matrix)
+    wide = w.float() if low is None else join_remainder(w, local(low).to(w.device))
+    wide, delta.remainder, delta.remainder_of = wide.to(target.device), None, matrix.dtype
     if matrix.dtype in HALF_DTYPES:
-        wide, low.data = split_remainder(wide, matrix.dtype)
-    else:
-        delta.remainder = None
-    matrix.copy_(wide)
+        wide, rest = split_remainder(wide, matrix.dtype)
+        delta.remainder = shard_like(rest, matrix)
+    target.copy_(wide)
 
 
 def stays_behind(delta: PendingDelta, lora_A: Tensor) -> bool:

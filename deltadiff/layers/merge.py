@@ -70,7 +70,8 @@ def merge_(model: nn.Module) -> MergeReport:
 
     Raises:
         SwapError: the model has no swapped layer, or has layers of PEFT; or `fully_shard` was
-            called on a layer itself, which another one is to replace.
+            called on a layer itself, which another one is to replace; or a weight became another
+            than the one that its remainder belongs to.
         ArgumentTypeError, ArgumentError: a weight that cannot be written (quantised, tied,
             shared); nothing was changed.
     """
@@ -80,6 +81,8 @@ def merge_(model: nn.Module) -> MergeReport:
         if is_unit(layer):
             given = f"{name}, on which `fully_shard` was called itself"
             raise SwapError("merge_", given, "a unit around it, such as its block or the model")
+        if layer.delta is not None:
+            layer.delta.check_remainder(name, layer.weight)
     reshard(model)
     check_writable(layers, [model])
     rows, past = [], dict[str, int]()

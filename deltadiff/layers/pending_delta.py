@@ -72,6 +72,7 @@ class PendingDelta:
             have started, before that 1 and 0. A tensor, so that starting needs no host read.
         in_weight: True where W holds the update, False where the forward pass adds it.
         remainder: what a 16-bit W could not hold, for rounding="remainder".
+        remainder_of: the dtype of that W, to which alone it can be added; None if not known.
         past_updates: the updates under earlier values of lambda, by earlier pairs and in earlier
             runs; None once there were too many of them to keep.
         unseen: numbers on the device, not 0 once A or B were written where only a kernel could see
@@ -88,6 +89,7 @@ class PendingDelta:
     rank_scale: Tensor
     in_weight: bool
     remainder: Tensor | None = None
+    remainder_of: torch.dtype | None = None
     past_updates: list[LowRankFactors] | None = field(default_factory=list)
     told_saturated: bool = False
     unseen: tuple[Tensor, ...] = ()
@@ -130,6 +132,15 @@ class PendingDelta:
         return SimpleNamespace(**{str(i): p.B for i, p in enumerate(self.past_updates or ())})
 
     # ------------------------------------------------------------------------- the update
+
+    def check_remainder(self, name: str, weight: Tensor) -> None:
+        """Raise SwapError where the remainder is not of this W, the layer's by ``name``."""
+        if self.remainder is not None and self.remainder_of not in (None, weight.dtype):
+            given = (
+                f"a weight of {weight.dtype}, beside the remainder of one of {self.remainder_of}"
+            )
+            accepted = "`model.to(dtype)`, which converts both, instead of a new weight"
+            raise SwapError(name, given, accepted)
 
     @property
     def rank(self) -> int:

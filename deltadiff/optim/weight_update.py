@@ -303,7 +303,7 @@ class WeightUpdate:
             self.state[a]["anchor"], self.state[b]["anchor"], self.state[a]["last"],
             self.state[b]["last"], self.ratio, scaling, self.rank_scales[layer.r],
             in_weight=self.inplace, remainder=self.state[b].get("remainder"),
-            unseen=(self.unseen[a], self.unseen[b]),
+            remainder_of=layer.weight.dtype, unseen=(self.unseen[a], self.unseen[b]),
         )  # fmt: skip
         delta.follow_shards(a, b)
         return delta
@@ -405,8 +405,14 @@ def _split_by_inputs(layer: LoraLayer) -> bool:
 
 
 def check_rounding(layers: Mapping[str, LoraLayer], rounding: str | None) -> None:
-    """Raise ArgumentError where a rounding cannot be had for W of one of these layers."""
+    """Raise ArgumentError where a rounding cannot be had for W of one of these layers.
+
+    Raises:
+        SwapError: W has become another one than its remainder belongs to.
+    """
     for name, layer in layers.items():
+        if layer.delta is not None:
+            layer.delta.check_remainder(name, layer.weight)
         if rounding == "stochastic" and _split_by_inputs(layer):
             if layer.weight.dtype in HALF_DTYPES:
                 given = f"'stochastic' for {name}, a Conv1D's weight sharded along its inputs"

@@ -182,10 +182,10 @@ class FusedLinear(HoldsPairs, Linear):
         return {**self.__dict__, "_route": None}  # a copy has other parameters
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FusedLinear":
-        before = self.get_base_layer().weight.detach()
+        before = {name: PeftPair(self, name).matrix.detach() for name in self.deltas}
         super()._apply(fn, recurse)
         for name, delta in self.deltas.items():
-            follow_weight(delta, before, self.get_base_layer().weight)
+            follow_weight(delta, before[name], PeftPair(self, name).matrix)
             follow_module(delta, self.lora_A[name].weight, self.lora_B[name].weight)
         return self
 
