@@ -209,7 +209,7 @@ class LoraLinear(HoldsPairs, LayerState):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         pair = (state_dict.get(f"{prefix}{name}") for name in PAIR)
-        saved = take_saved_delta(state_dict, f"{prefix}delta.", *pair)
+        saved = take_saved_delta(state_dict, f"{prefix}delta.", self, *pair)
         check_loadable(self.delta, saved)
         keeps = self.delta is not None and self.delta.remainder is not None
         before = self.matrix.detach().clone() if keeps else None

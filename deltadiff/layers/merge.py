@@ -14,8 +14,8 @@ from ..ranks import add_up, check_not_partitioned, is_unit, local, own_part, res
 from ..text import align_columns
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
+from .low_rank_factors import LowRankFactors
 from .model_notes import drop_notes
-from .pending_delta import LowRankFactors
 from .saturation import saturated_message
 from .swap import take_out
 from .writable import check_writable

@@ -24,14 +24,15 @@ from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, check_int, check_
 from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..layers.saturation import warn_saturated
+from ..layers.saved_update import SavedUpdate
 from ..layers.writable import check_writable
 from ..ranks import copy_values, gathered, local
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
+from .older_updates import add_older_updates
 from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
-from .saved_remainder import read_remainder
-from .saved_state import SavedState, take_entry
-from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight
+from .saved_state import SavedState, take_entry, take_update
+from .saved_weight import read_remainder, take_weight
 from .shards import to_launch
 from .update_start import UpdateStart
 from .update_state import allocate_factor, allocate_remainder
@@ -433,7 +434,7 @@ class DeltaLoRA(FusedAdamW):
             if inplace:
                 weight = take_weight(name, saved.entries[b], layer)
                 saved.weights[b] = read_remainder(saved.entries[b], weight, layer)
-            update = read_update(name, saved.entries[b], layer, inplace)
+            update = take_update(name, saved.entries[b], layer, inplace)
             if update is not None:
                 saved.updates[b] = update
         super()._check_state(saved)

@@ -28,11 +28,10 @@ from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer, lora_layers
 from ..layers.pending_delta import PendingDelta
 from ..ranks import is_sharded, whole_shape
-from .saved_state import PREFIX, saved_int
-from .saved_update import read_update
+from .saved_state import PREFIX, saved_int, take_update
 
 UPDATES = "updates"  # what a run's state has them under
-# What that is, of each factor; see `saved_update`.
+# What that is, of each factor; see `layers.saved_update`.
 KEYS = {"lora_A": {"anchor"}, "lora_B": {"anchor", "update", "past_A", "past_B"}}
 INSTEAD = "DDP or `fully_shard`"
 
@@ -192,7 +191,7 @@ def give_updates(
             continue
         of_A, of_B = entries[layer.lora_A], entries[layer.lora_B]
         anchor_A, anchor_B = of_A["anchor"].to(layer.lora_A), of_B["anchor"].to(layer.lora_B)
-        saved = read_update(name, of_B, layer, inplace=False)
+        saved = take_update(name, of_B, layer, inplace=False)
         assert saved is not None  # `unpack` found it
         started = saved_int("iteration", group[f"{PREFIX}iteration"], 0) > group["start_step"] + 1
         flag = torch.zeros((), dtype=torch.int32, device=anchor_A.device)

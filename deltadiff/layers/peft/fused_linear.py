@@ -200,7 +200,12 @@ class FusedLinear(HoldsPairs, Linear):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         pairs = {n: [f"{prefix}lora_{x}.{n}.weight" for x in "AB"] for n in self.lora_A}
         saved = {
-            n: take_saved_delta(state_dict, f"{prefix}deltas.{n}.", *map(state_dict.get, pairs[n]))
+            n: take_saved_delta(
+                state_dict,
+                f"{prefix}deltas.{n}.",
+                PeftPair(self, n),
+                *map(state_dict.get, pairs[n]),
+            )
             for n in self.lora_A
         }
         for name in self.lora_A:
