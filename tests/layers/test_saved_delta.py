@@ -1,4 +1,4 @@
-"""The update of Delta-LoRA in the state of a model: read in all forms, and refused where garbled."""
+"""The update of Delta-LoRA in the state of a model is read in all forms, or refused."""
 
 import pytest
 import torch
