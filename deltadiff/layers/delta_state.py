@@ -63,11 +63,20 @@ def delta_to_state(
     return {f"{prefix}{name}": t for name, t in state.items()}
 
 
-def check_saved_delta(state: dict[str, Any], prefix: str, layer: LoraLayer) -> None:
-    """Raise ArgumentError where a state holds a delta that `take_saved_delta` could not take."""
+def check_saved_delta(
+    state: dict[str, Any],
+    prefix: str,
+    layer: LoraLayer,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+) -> None:
+    """Raise where `take_saved_delta` or `load_delta` would; nothing is changed or sent."""
     found = _entries(state, prefix)
-    if found:
+    if found and lora_A is not None and is_sharded(lora_A):
         _parse(found, prefix, layer)
+    elif found:
+        own = {f"{prefix}{name}": value for name, value in found.items()}
+        check_loadable(layer.delta, take_saved_delta(own, prefix, layer, lora_A, lora_B))
 
 
 def take_saved_delta(

@@ -10,6 +10,7 @@ from ..ranks import is_sharded
 from .base_format import base_format
 from .delta_state import (
     check_loadable,
+    check_saved_delta,
     delta_to_state,
     follow_loading,
     follow_module,
@@ -206,6 +207,10 @@ class LoraLinear(HoldsPairs, LayerState):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.delta is not None:
             destination |= delta_to_state(self.delta, f"{prefix}delta.", *self.adapter[:2])
+
+    def check_state(self, state: dict[str, Any], prefix: str) -> None:
+        pair = (state.get(f"{prefix}{name}") for name in PAIR)
+        check_saved_delta(state, f"{prefix}delta.", self, *pair)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         pair = (state_dict.get(f"{prefix}{name}") for name in PAIR)

@@ -12,6 +12,7 @@ from ..errors import SwapError
 from ..ops.reference import join_remainder
 from ..ranks import add_up, check_not_partitioned, is_unit, local, own_part, reshard, whole
 from ..text import align_columns
+from .loading_check import unwatch_loading
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
 from .low_rank_factors import LowRankFactors
@@ -93,6 +94,7 @@ def merge_(model: nn.Module) -> MergeReport:
         past |= {name: saturated} if saturated else {}
     take_out(model, {layer: layer.base_layer for layer in layers.values()})
     drop_notes(model)
+    unwatch_loading(model)
     if past:
         warnings.warn(saturated_message("merging took", past), stacklevel=3)
     return MergeReport(tuple(rows))

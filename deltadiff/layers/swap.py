@@ -16,6 +16,7 @@ from ..ranks import check_not_partitioned
 from .base_format import base_format, check_backend
 from .fsdp_places import follow_layers
 from .linear import check_rank, is_peft_model, linear_shape
+from .loading_check import unwatch_loading, watch_loading
 from .lora_layers import lora_layers, swapped_layers
 from .lora_linear import LoraLinear, check_unsharded, own_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
@@ -140,6 +141,7 @@ def swap_(
     _replace(model, layers.items())
     for layer in layers.values():
         layer.share_with_base()
+    watch_loading(model)
     report = swap_report(model)
     if not small:
         return report
@@ -169,6 +171,7 @@ def unswap_(model: nn.Module) -> nn.Module:
     take_out(model, {layer: layer.base_layer for layer in own.values()})
     restore_required_grad(model)
     drop_notes(model)
+    unwatch_loading(model)
     return model
 
 
