@@ -42,10 +42,24 @@ at::Tensor times(const at::Tensor& a, const at::Tensor& b) {
   return a.size(0) == 1 ? at::mm(readable(b.t()), a.t()).t() : at::mm(a, b);
 }
 
-// scale * (a @ b)
+// scale * (a @ b). A BLAS does not read the factors of a product whose scale is 0, and returns 0
+// where they are inf or NaN; 0 times that is NaN.
 at::Tensor scaled_mm(const at::Tensor& a, const at::Tensor& b, double scale) {
+  if (scale == 0) return at::mm(a, b).mul_(scale);
   at::Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
   return at::addmm_out(out, out, a, b, /*beta=*/0, /*alpha=*/scale);
+}
+
+// out += scale * (a @ b). Where out has few rows or columns, MKL may add one term after the other to
+// it, each rounded as out is, which is eight times less exact than the sum of the product. For a
+// large out it does not, and one pass over out is saved.
+void add_scaled_mm_(at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double scale) {
+  const bool few = std::min(out.size(0), out.size(1)) < 16 && out.scalar_type() == at::kFloat;
+  if (few || scale == 0) {
+    out.add_(scaled_mm(a, b, scale));
+  } else {
+    out.addmm_(a, b, /*beta=*/1, /*alpha=*/scale);
+  }
 }
 
 constexpr int64_t kBlock = 1 << 20;  // elements of x after dropout that exist at the same time
@@ -107,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor> lora_linear_fwd(
   const at::Tensor A = readable(lora_A.to(dtype)), B = readable(lora_B.to(dtype));
   at::Tensor y = bias ? at::addmm(*bias, rows, W.t()) : at::mm(rows, W.t());
   at::Tensor S = down(rows, A, Dropout(dropout, seed, x.size(1)));
-  y.addmm_(gated(S, gate), B.t(), /*beta=*/1, /*alpha=*/scaling);
+  add_scaled_mm_(y, gated(S, gate), B.t(), scaling);
   return {y, S};
 }
 
@@ -128,10 +142,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lora_linear_bwd(
   if (need_x && drops) {  // the mask applies to the low-rank term alone, so that comes first
     dx = scaled_mm(gated(T, gate), A, scaling);
     drops.drop_(dx);
-    dx.addmm_(dy_rows, W);
+    add_scaled_mm_(dx, dy_rows, W, 1);
   } else if (need_x) {
     dx = at::mm(dy_rows, W);
-    dx.addmm_(gated(T, gate), A, /*beta=*/1, /*alpha=*/scaling);
+    add_scaled_mm_(dx, gated(T, gate), A, scaling);
   }
   if (need_A) dA = down_gradient(gated(T, gate), *x, scaling, drops).to(lora_A.scalar_type());
   if (need_B) {  // computed transposed, which is faster; then laid out and cast in one pass

@@ -160,7 +160,9 @@ def search(
         except NonFiniteLossError:
             save()
             raise
-    save()
+        saved = save()
+        if interrupt:  # in the last step: whoever called this has more to do
+            raise Interrupted(saved, interrupt[0])
     return state.gates()
 
 

@@ -90,7 +90,7 @@ def train(
                 if should_save and not interrupt:
                     save()
                 started = time.perf_counter()
-    if interrupt and progress.step < steps:
+    if interrupt:  # also in the last step: measuring comes after it
         raise Interrupted(save(), interrupt[0])
 
 

@@ -6,16 +6,26 @@ without it means that there is none.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import HALF_DTYPES, wide_dtype
-from ..errors import SwapError
+from ..errors import ArgumentError, SwapError
 from ..ops.reference import join_remainder, split_remainder
-from ..ranks import copy_values, is_partitioned, is_sharded, like_shards, of_the_first
+from ..ranks import (
+    copy_values,
+    is_partitioned,
+    is_sharded,
+    like_shards,
+    local,
+    of_the_first,
+    shard_like,
+)
 from .lora_layers import LoraLayer
-from .pending_delta import LowRankFactors, PendingDelta
+from .pending_delta import PendingDelta
+from .saved_update import SavedUpdate, read_update
 
 
 class LostUpdateWarning(UserWarning):
@@ -44,46 +54,100 @@ def delta_to_state(
                 LostUpdateWarning, stacklevel=3,
             )  # fmt: skip
         return {}
-    numbers = delta.numbers
     state = {
         "anchor_A": delta.anchor_A, "anchor_B": delta.anchor_B,
-        "rank_scale": delta.rank_scale.clone(), "numbers": numbers,
+        "rank_scale": delta.rank_scale.clone(), **delta.written(),
     }  # fmt: skip
     if delta.differs(lora_A, lora_B):
         state |= {"last_A": delta.last_A, "last_B": delta.last_B}
-    for i, p in enumerate(delta.past_updates or () if numbers[3] >= 0 else ()):
-        state |= {f"past_A.{i}": p.A, f"past_B.{i}": p.B}
     return {f"{prefix}{name}": t for name, t in state.items()}
 
 
+def check_saved_delta(
+    state: dict[str, Any],
+    prefix: str,
+    layer: LoraLayer,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+) -> None:
+    """Raise where `take_saved_delta` or `load_delta` would; nothing is changed or sent."""
+    found = _entries(state, prefix)
+    if found and lora_A is not None and is_sharded(lora_A):
+        _parse(found, prefix, layer)
+    elif found:
+        own = {f"{prefix}{name}": value for name, value in found.items()}
+        check_loadable(layer.delta, take_saved_delta(own, prefix, layer, lora_A, lora_B))
+
+
 def take_saved_delta(
-    state: dict[str, Tensor], prefix: str, lora_A: Tensor | None, lora_B: Tensor | None
+    state: dict[str, Any],
+    prefix: str,
+    layer: LoraLayer,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
 ) -> PendingDelta | None:
     """The delta that `delta_to_state` wrote, removed from ``state``; None for none.
 
     ``lora_A``, ``lora_B``: the pair as it was saved; None in a part of a state. Where they are
     sharded, all processes call this.
+
+    Raises:
+        ArgumentError: a part is missing, unknown, or does not fit the layer.
     """
-    found = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
+    found = _entries(state, prefix)
+    for name in found:
+        del state[prefix + name]
     if lora_A is not None and is_sharded(lora_A):
         found = of_the_first(found, lora_A)
     if not found:
         return None
-    ratio, scaling, in_weight, count, *past_in_weight = found["numbers"].tolist()
-    past = [
-        LowRankFactors(found[f"past_B.{i}"], found[f"past_A.{i}"], bool(written))
-        for i, written in enumerate(past_in_weight)
-    ]
-    anchors = found["anchor_A"], found["anchor_B"]
+    saved, factors, rank_scale = _parse(found, prefix, layer)
+    anchors = factors["anchor_A"], factors["anchor_B"]
     pair = [anchor if p is None else p for p, anchor in zip((lora_A, lora_B), anchors, strict=True)]
-    last = found.get("last_A", pair[0]), found.get("last_B", pair[1])
+    last = factors.get("last_A", pair[0]), factors.get("last_B", pair[1])
     anchor_A, anchor_B, last_A, last_B = (
         like_shards(t.detach().clone(), p) for t, p in zip((*anchors, *last), pair * 2, strict=True)
     )
     return PendingDelta(
-        anchor_A, anchor_B, last_A, last_B, ratio, scaling, found["rank_scale"].clone(),
-        bool(in_weight), past_updates=None if count < 0 else past,
+        anchor_A, anchor_B, last_A, last_B, saved.update_ratio, saved.scaling, rank_scale,
+        saved.in_weight, past_updates=saved.past_updates,
     )  # fmt: skip
+
+
+def _entries(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """What a state has under a prefix, by the names without it."""
+    return {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+
+
+def _parse(
+    found: dict[str, Any], prefix: str, layer: LoraLayer
+) -> tuple[SavedUpdate, dict[str, Tensor], Tensor]:
+    """The numbers of a delta, its factors and its rank_scale; raises where they do not fit."""
+    left, r, n, k = dict(found), layer.r, layer.out_features, layer.in_features
+    saved = read_update(f"{prefix}update in state_dict", left, (n, k))
+    shapes = {"A": (r, k), "B": (n, r)}
+    wanted = {f"anchor_{x}": shape for x, shape in shapes.items()} | {"rank_scale": (2 * r,)}
+    if any(name.startswith("last_") for name in left):
+        wanted |= {f"last_{x}": shape for x, shape in shapes.items()}
+    if saved is None or left.keys() != wanted.keys():
+        given = f"{', '.join(sorted(map(str, found)))[:200] or 'nothing'}"
+        raise ArgumentError(f"{prefix}* in state_dict", given, ", ".join(["update", *wanted]))
+    for name, shape in wanted.items():
+        t = left[name]
+        fits = isinstance(t, Tensor) and t.is_floating_point() and tuple(t.shape) == shape
+        if not fits or t.layout != torch.strided:
+            form = f"{tuple(t.shape)} of {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+            accepted = f"a tensor of {shape}, as this layer has rank {r}"
+            raise ArgumentError(f"{prefix}{name} in state_dict", form, accepted)
+    rank_scale = left.pop("rank_scale").clone()
+    scales = [
+        PendingDelta.make_rank_scale(saved.update_ratio, r, rank_scale, started).to(rank_scale)
+        for started in (False, True)
+    ]
+    if not rank_scale.is_meta and not any(torch.allclose(rank_scale, s) for s in scales):
+        accepted = f"1 + lambda and -lambda, or 1 and 0, for lambda = {saved.update_ratio}"
+        raise ArgumentError(f"{prefix}rank_scale in state_dict", "other numbers", accepted)
+    return saved, left, rank_scale
 
 
 @torch.no_grad()
@@ -187,19 +251,26 @@ def follow_loading(delta: PendingDelta, before: Tensor, matrix: Tensor) -> None:
 
 @torch.no_grad()
 def follow_weight(delta: PendingDelta, before: Tensor, matrix: Tensor) -> None:
-    """Give a W that was converted to another dtype what its remainder held.
+    """Let the remainder follow a W that was converted to another dtype.
+
+    What it held goes into the new W. What a 16-bit W cannot hold of an update stays in a remainder,
+    which is a new tensor if W was wider till now; an optimizer takes it over when it is built anew.
 
     ``before``, ``matrix``: W as it was, and as it is now.
     """
     low = delta.remainder
-    if low is None or before.dtype == matrix.dtype or matrix.is_meta:
+    if before.dtype == matrix.dtype or before.is_meta or matrix.is_meta:
         return
-    wide = join_remainder(before, low.to(before.device)).to(matrix.device)
+    narrows = before.dtype not in HALF_DTYPES and matrix.dtype in HALF_DTYPES
+    if low is None and not (narrows and delta.in_weight and delta.changes_model()):
+        return
+    w, target = local(before), local(matrix)
+    wide = w.float() if low is None else join_remainder(w, local(low).to(w.device))
+    wide, delta.remainder, delta.remainder_of = wide.to(target.device), None, matrix.dtype
     if matrix.dtype in HALF_DTYPES:
-        wide, low.data = split_remainder(wide, matrix.dtype)
-    else:
-        delta.remainder = None
-    matrix.copy_(wide)
+        wide, rest = split_remainder(wide, matrix.dtype)
+        delta.remainder = shard_like(rest, matrix)
+    target.copy_(wide)
 
 
 def stays_behind(delta: PendingDelta, lora_A: Tensor) -> bool:

@@ -107,6 +107,10 @@ class HoldsPairs:
         """Its pairs; the key is added to the name of the module, and empty where it has one."""
         raise NotImplementedError
 
+    def check_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Raise where a state holds an update that this module could not load."""
+        raise NotImplementedError
+
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The pairs of a model by the name of their layer; empty for a model that is not swapped.

@@ -11,6 +11,7 @@ from ..ranks import is_sharded
 from .base_format import base_format
 from .delta_state import (
     check_loadable,
+    check_saved_delta,
     delta_to_state,
     follow_loading,
     follow_module,
@@ -209,9 +210,13 @@ class LoraLinear(HoldsPairs, LayerState):
         if self.delta is not None:
             destination |= delta_to_state(self.delta, f"{prefix}delta.", *self.adapter[:2])
 
+    def check_state(self, state: dict[str, Any], prefix: str) -> None:
+        pair = (state.get(f"{prefix}{name}") for name in PAIR)
+        check_saved_delta(state, f"{prefix}delta.", self, *pair)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         pair = (state_dict.get(f"{prefix}{name}") for name in PAIR)
-        saved = take_saved_delta(state_dict, f"{prefix}delta.", *pair)
+        saved = take_saved_delta(state_dict, f"{prefix}delta.", self, *pair)
         check_loadable(self.delta, saved)
         keeps = self.delta is not None and self.delta.remainder is not None
         before = self.matrix.detach().clone() if keeps else None

@@ -8,8 +8,9 @@ from torch import Tensor
 from ..errors import ArgumentTypeError, SwapError
 from ..ranks import whole
 from .lora_layers import LoraLayer
+from .low_rank_factors import LowRankFactors
 from .merge import branch_products
-from .pending_delta import LowRankFactors, PendingDelta
+from .pending_delta import PendingDelta
 
 
 def low_rank_sum(name: str, pairs: Sequence[LoraLayer]) -> tuple[Tensor, Tensor]:

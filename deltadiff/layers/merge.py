@@ -12,10 +12,11 @@ from ..ops.reference import join_remainder
 from ..ranks import add_up, check_not_partitioned, local, own_part, reshard, whole
 from ..text import align_columns
 from .fsdp_places import check_replaceable
+from .loading_check import unwatch_loading
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
+from .low_rank_factors import LowRankFactors
 from .model_notes import drop_notes
-from .pending_delta import LowRankFactors
 from .saturation import saturated_message
 from .swap import take_out
 from .writable import check_writable
@@ -71,13 +72,16 @@ def merge_(model: nn.Module) -> MergeReport:
     Raises:
         SwapError: the model has no swapped layer, or has layers of PEFT; or `fully_shard` was
             called on a layer itself, which another one is to replace, or tensor parallelism splits
-            one.
+            one; or a weight became another than the one that its remainder belongs to.
         ArgumentTypeError, ArgumentError: a weight that cannot be written (quantised, tied,
             shared); nothing was changed.
     """
     check_not_partitioned("merge_", model)
     layers = own_layers(model, "merge_", "`model.merge_and_unload()`")
     check_replaceable("merge_", model, layers)
+    for name, layer in layers.items():
+        if layer.delta is not None:
+            layer.delta.check_remainder(name, layer.weight)
     reshard(model)
     check_writable(layers, [model])
     rows, past = [], dict[str, int]()
@@ -88,6 +92,7 @@ def merge_(model: nn.Module) -> MergeReport:
         past |= {name: saturated} if saturated else {}
     take_out(model, {layer: layer.base_layer for layer in layers.values()})
     drop_notes(model)
+    unwatch_loading(model)
     if past:
         warnings.warn(saturated_message("merging took", past), stacklevel=3)
     return MergeReport(tuple(rows))

@@ -17,7 +17,6 @@ the update beside it at rank 3r. The next step ends it as a past update, and beg
 """
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,22 +27,10 @@ from ..errors import SwapError
 from ..kernels.runtime.gpu import is_capturing
 from ..ops.transforms import transformed
 from ..ranks import copy_values, gathered, is_partitioned, is_sharded, local, whole
+from .low_rank_factors import LowRankFactors
+from .saved_update import SavedUpdate, write_update
 
 MAX_PAST_UPDATES = 8  # how many past updates are kept as factors
-
-
-@dataclass
-class LowRankFactors:
-    """A part of W_T - W_0 as the product B A of two factors.
-
-    Attributes:
-        B, A: (out_features, rank) and (rank, in_features).
-        in_weight: True where W holds the product, False where the forward pass adds it.
-    """
-
-    B: Tensor
-    A: Tensor
-    in_weight: bool
 
 
 class Stamp(NamedTuple):
@@ -72,6 +59,7 @@ class PendingDelta:
             have started, before that 1 and 0. A tensor, so that starting needs no host read.
         in_weight: True where W holds the update, False where the forward pass adds it.
         remainder: what a 16-bit W could not hold, for rounding="remainder".
+        remainder_of: the dtype of that W, to which alone it can be added; None if not known.
         past_updates: the updates under earlier values of lambda, by earlier pairs and in earlier
             runs; None once there were too many of them to keep.
         unseen: numbers on the device, not 0 once A or B were written where only a kernel could see
@@ -88,6 +76,7 @@ class PendingDelta:
     rank_scale: Tensor
     in_weight: bool
     remainder: Tensor | None = None
+    remainder_of: torch.dtype | None = None
     past_updates: list[LowRankFactors] | None = field(default_factory=list)
     told_saturated: bool = False
     unseen: tuple[Tensor, ...] = ()
@@ -111,25 +100,34 @@ class PendingDelta:
 
     # ------------------------------------------------- names of a state, see `delta_to_state`
 
-    @property
-    def numbers(self) -> Tensor:
-        """Lambda, the scaling, whether W holds the update, the number of past updates (-1: too many
-        to keep), and for each of these whether W holds it, in float64; reads from the device.
-        """
+    def written(self) -> dict[str, Tensor]:
+        """The update in a state, without its factors; reads from the device."""
         past = self.past_updates if self.known() else None
-        count = -1 if past is None else len(past)
-        values = [self.update_ratio, self.scaling, self.in_weight, count]
-        return torch.tensor([*values, *(p.in_weight for p in past or ())], dtype=torch.float64)
+        saved = SavedUpdate(self.update_ratio, self.scaling, self.in_weight, past)
+        return write_update(saved, self.anchor_A, self.anchor_B)
 
     @property
-    def past_A(self) -> SimpleNamespace:
-        return SimpleNamespace(**{str(i): p.A for i, p in enumerate(self.past_updates or ())})
+    def update(self) -> Tensor:
+        return self.written()["update"]
 
     @property
-    def past_B(self) -> SimpleNamespace:
-        return SimpleNamespace(**{str(i): p.B for i, p in enumerate(self.past_updates or ())})
+    def past_A(self) -> Tensor:
+        return self.written()["past_A"]
+
+    @property
+    def past_B(self) -> Tensor:
+        return self.written()["past_B"]
 
     # ------------------------------------------------------------------------- the update
+
+    def check_remainder(self, name: str, weight: Tensor) -> None:
+        """Raise SwapError where the remainder is not of this W, the layer's by ``name``."""
+        if self.remainder is not None and self.remainder_of not in (None, weight.dtype):
+            given = (
+                f"a weight of {weight.dtype}, beside the remainder of one of {self.remainder_of}"
+            )
+            accepted = "`model.to(dtype)`, which converts both, instead of a new weight"
+            raise SwapError(name, given, accepted)
 
     @property
     def rank(self) -> int:

@@ -17,6 +17,7 @@ from .base_format import base_format, check_backend
 from .fsdp_places import check_replaceable, follow_layers, follow_training
 from .lean.swap import make_lean_, undo_lean_
 from .linear import check_rank, is_peft_model, linear_shape
+from .loading_check import unwatch_loading, watch_loading
 from .lora_layers import lora_layers, swapped_layers
 from .lora_linear import LoraLinear, own_layers
 from .model_notes import drop_notes, note_required_grad, restore_required_grad
@@ -150,6 +151,7 @@ def swap_(
     for layer in layers.values():
         layer.share_with_base()
     make_lean_(model, lean)
+    watch_loading(model)
     report = swap_report(model)
     if not small:
         return report
@@ -184,6 +186,7 @@ def unswap_(model: nn.Module) -> nn.Module:
     restore_required_grad(model)
     follow_training(model)
     drop_notes(model)
+    unwatch_loading(model)
     return model
 
 

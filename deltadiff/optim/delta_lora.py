@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from operator import itemgetter
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,30 @@ from ..checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS, check_int, check_
 from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..layers.saturation import warn_saturated
+from ..layers.saved_update import SavedUpdate
 from ..layers.writable import check_writable
 from ..ranks import copy_values, gathered, local
 from .device_step import AdamWRun, DeviceStep
 from .fused_adamw import FusedAdamW
+from .older_updates import add_older_updates
 from .param_groups import ModelOrParams, find_pairs, group_indices, layer_names
-from .saved_remainder import read_remainder
-from .saved_state import SavedState, take_entry
-from .saved_update import SavedUpdate, add_older_updates, read_update, take_weight
+from .saved_state import SavedState, take_entry, take_update
+from .saved_weight import read_remainder, take_weight
 from .shards import to_launch
 from .update_start import UpdateStart
 from .update_state import allocate_factor, allocate_remainder
 from .weight_update import WeightUpdate, check_rounding
-from .zero_vectors import check_update, check_vectors, holds_vectors, pack, unpack
+from .zero_vectors import (
+    UPDATES,
+    WatchedGroup,
+    check_complete,
+    check_update,
+    check_vectors,
+    give_updates,
+    holds_vectors,
+    pack,
+    unpack,
+)
 
 W_UPDATES = ("inplace", "factored")
 # Param group, device and dtype of W, and lambda.
@@ -143,10 +155,19 @@ class DeltaLoRA(FusedAdamW):
             check_rounding(pairs, self.rounding)
         return pairs
 
-    def _check_tensors(self) -> None:
+    def _build(self) -> None:
         if self.w_update is None:
             in_peft = any(layer.in_peft for layer in layer_names(self._modules))
             self.w_update = "factored" if in_peft else "inplace"
+        if self.w_update == "factored":
+            groups, taken = self.param_groups, WeakMethod(self._give_updates)
+            groups[:] = [g if type(g) is WatchedGroup else WatchedGroup(g, taken) for g in groups]
+        super()._build()
+
+    def _give_updates(self, group: dict[str, Any]) -> None:
+        give_updates(group, layer_names(self._modules), self._pairs)
+
+    def _check_tensors(self) -> None:
         pairs = self._find_pairs(self.param_groups)
         super()._check_tensors()
         self._pairs = pairs
@@ -369,11 +390,7 @@ class DeltaLoRA(FusedAdamW):
         params = [p for group in self.param_groups for p in group["params"]]
         entries = {p: dict(saved["state"][i]) for i, p in enumerate(params)}
         saved["state"] = {i: entries[p] for i, p in enumerate(params)}
-        if self._vectors:
-            for entry in [*entries.values()][:1]:
-                entry |= self._packed()
-            return saved
-        for update in self.weight_updates:
+        for update in () if self._vectors else self.weight_updates:
             update.check_known()
             if update.inplace:
                 warn_saturated(update.layers)
@@ -396,7 +413,8 @@ class DeltaLoRA(FusedAdamW):
         return found
 
     def _run_state(self) -> dict[str, Any]:
-        return {**super()._run_state(), "w_update": self.w_update}
+        run = {**super()._run_state(), "w_update": self.w_update}
+        return {**run, UPDATES: self._packed()} if self._vectors else run
 
     def _check_state(self, saved: SavedState) -> None:
         if "format" not in saved.run:
@@ -406,8 +424,7 @@ class DeltaLoRA(FusedAdamW):
             accepted = f"a state of w_update={self.w_update!r}"
             raise ArgumentError("state_dict", f"w_update={theirs!r:.60}", accepted)
         if self._vectors:
-            for vector in saved.ids.values():
-                saved.entries |= unpack(saved.entries[vector], layer_names(self._modules))
+            saved.entries |= unpack(saved.run.get(UPDATES), layer_names(self._modules))
         saved.layers = self._layers_of(saved)
         inplace = self.w_update == "inplace"
         for name, layer in saved.layers.items():
@@ -417,7 +434,7 @@ class DeltaLoRA(FusedAdamW):
             if inplace:
                 weight = take_weight(name, saved.entries[b], layer)
                 saved.weights[b] = read_remainder(saved.entries[b], weight, layer)
-            update = read_update(name, saved.entries[b], layer, inplace)
+            update = take_update(name, saved.entries[b], layer, inplace)
             if update is not None:
                 saved.updates[b] = update
         super()._check_state(saved)
@@ -438,10 +455,8 @@ class DeltaLoRA(FusedAdamW):
         if lost:
             given = f"no update of {lost[0]}, because its update_ratio was 0"
             raise ArgumentError("state_dict", given, "a state from after its update began")
-        missing = sorted(pairs.keys() - found.keys()) if self._vectors else []
-        if missing:  # its pair is not restored yet, so no update can begin with it
-            given = f"no update of {missing[0]}"
-            raise ArgumentError("state_dict", given, "a state of the same layers under ZeRO")
+        if self._vectors:
+            check_complete(pairs, found)
         return found
 
     def _saved_tensors(self, p: Tensor, saved: SavedState) -> dict[str, Tensor]:
@@ -463,7 +478,8 @@ class DeltaLoRA(FusedAdamW):
         ratios = [
             {self._last_ratio(m, index) for m in u.layers.values()} for u in self.weight_updates
         ]
-        if self._outdated() or any(len(found) > 1 for found in ratios):
+        joining = saved.layers.keys() - self._pairs.keys()  # their update_ratio was 0 here
+        if joining or self._outdated() or any(len(found) > 1 for found in ratios):
             self._build()
         for layer in saved.layers.values():
             weight = saved.weights.get(layer.lora_B)

@@ -76,6 +76,8 @@ class FusedAdamW(Resumable):
 
     _places: ShardedPlaces | None = None  # where sharded parameters stand
     _held: list[list[Tensor]]  # of each group, the parameters that launches were prepared for
+    # Of groups like those of DeepSpeed's ZeRO, whose universal checkpoints put other moments there.
+    _vector_moments: list[tuple[Tensor, Tensor]]
 
     # A derived method sets these two before it calls `__init__`.
     _model: nn.Module | None = None  # the model that bare parameters belong to
@@ -163,6 +165,8 @@ class FusedAdamW(Resumable):
         self._settings: Sequence[tuple | None]  # as last sent to the device
         self._settings = [None] * len(self.param_groups)
         self._held = [list(group["params"]) for group in self.param_groups]
+        alone = [held[0] for held in self._held if len(held) == 1]
+        self._vector_moments = [(p, self.state[p]["exp_avg"]) for p in alone]
         self._built = True
 
     def _check_tensors(self) -> None:
@@ -228,6 +232,7 @@ class FusedAdamW(Resumable):
         return loss
 
     def _step(self) -> None:
+        self._take_from_groups()
         capturing = any(map(is_capturing, self._devices))
         if capturing and not self._bound:
             accepted = "a step outside, which compiles the kernels, then the capture"
@@ -299,7 +304,7 @@ class FusedAdamW(Resumable):
     def _look(self) -> bool:
         """Look at gradients and parameters; whether the launches still point to them."""
         self._restore_places()
-        same = True
+        same = all([self.state[p]["exp_avg"] is moment for p, moment in self._vector_moments])
         for step in self._devices.values():
             same &= not step.look() & MOVED
         return same

@@ -9,6 +9,7 @@ from ..errors import ArgumentTypeError
 from .address_tracker import MOVED
 from .device_step import DeviceStep
 from .saved_state import (
+    PREFIX,
     SavedState,
     check_entry,
     read_state,
@@ -44,6 +45,17 @@ class Resumable(torch.optim.Optimizer):
     def _holds_params(self) -> bool:
         raise NotImplementedError
 
+    def _take_from_groups(self) -> None:
+        """Load a state that DeepSpeed's universal checkpoints put where this optimizer has its own.
+
+        They set the values of the param groups and the moments, and call nothing. A state that
+        cannot be loaded stays there, so that each use of the optimizer is refused.
+        """
+        if not any(f"{PREFIX}format" in group for group in self.param_groups):
+            return
+        self._build()  # the launches take the moments
+        self.load_state_dict(super().state_dict())
+
     def _follow_moves(self) -> None:
         """Let the state be that of the groups' parameters, on their devices and in their dtypes."""
         moved = [step for step in self._devices.values() if step.look() & MOVED]
@@ -56,6 +68,7 @@ class Resumable(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.AdamW.state_dict`, with what belongs to the run in each param group."""
+        self._take_from_groups()
         self._follow_moves()
         saved = super().state_dict()
         for group in saved["param_groups"]:
@@ -91,6 +104,8 @@ class Resumable(torch.optim.Optimizer):
         for group, loaded in zip(own_groups, self.param_groups, strict=True):
             lr = group["lr"]
             group.update(loaded)  # the launches hold these very dicts
+            for name in [name for name in group if name.startswith(PREFIX)]:
+                del group[name]  # another state, see `_take_from_groups`
             if isinstance(lr, Tensor):
                 lr.copy_(torch.as_tensor(loaded["lr"]))  # and this very tensor
                 group["lr"] = lr

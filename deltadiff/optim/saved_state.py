@@ -4,11 +4,18 @@ Its form is that of `torch.optim.Optimizer.state_dict`. What an optimizer keeps 
 entries lies in two places, so that whatever knows that form (accelerate, torch.distributed's
 checkpoints) can carry it:
 
-    state[i]           what belongs to one parameter, as tensors; `saved_update` describes the
-                       entries of Delta-LoRA
+    state[i]           what belongs to one parameter, as tensors, see below
     param_groups[i]    what belongs to the run, the same in each group: "deltadiff.format",
                        "deltadiff.method", "deltadiff.iteration" (the steps that were not skipped),
                        and what a method adds
+
+Of Delta-LoRA a parameter has, beside its moments:
+
+    anchor, last               of each factor, see `PendingDelta`
+    remainder                  of a 16-bit W that is updated in place, see `saved_weight`; this
+                               and what follows is in the entry of lora_B
+    weight                     W, where it is updated in place; a reference, not a copy
+    update, past_A, past_B     see `layers.saved_update`; missing before the first step
 
 States without a format are older: there a run was an entry of "state", under the name of its
 method. They are read, as are states of `torch.optim.AdamW`.
@@ -16,17 +23,15 @@ method. They are read, as are states of `torch.optim.AdamW`.
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError
 from ..layers.lora_layers import LoraLayer
+from ..layers.saved_update import SavedUpdate, read_update
 from ..ranks import copy_values, is_sharded, why_no_shard
-
-if TYPE_CHECKING:
-    from .saved_update import SavedUpdate
 
 FORMAT = 3  # 1: the run lay in "state"; 2: a remainder was int16, now it is its bytes
 PREFIX = "deltadiff."  # of what belongs to the run
@@ -55,7 +60,7 @@ class SavedState:
     ids: dict[object, Tensor]
     layers: dict[str, LoraLayer] = field(default_factory=dict)
     weights: dict[Tensor, Tensor] = field(default_factory=dict)
-    updates: "dict[Tensor, SavedUpdate]" = field(default_factory=dict)
+    updates: dict[Tensor, SavedUpdate] = field(default_factory=dict)
 
     def merged_groups(
         self, own_groups: list[dict[str, Any]], defaults: dict[str, Any]
@@ -217,3 +222,19 @@ def take_entry(found: dict[str, Any], own: dict[str, Tensor]) -> None:
     """Copy the tensors of a checked entry into the optimizer's own."""
     for name, t in found.items():
         copy_values(own[name], t if is_sharded(t) else t.reshape(own[name].shape))
+
+
+def take_update(
+    name: str, entry: dict[str, Any], layer: LoraLayer, inplace: bool
+) -> SavedUpdate | None:
+    """What `read_update` finds in the entry of a layer's lora_B, on its device.
+
+    Raises:
+        ArgumentError: as there; it is of another ``w_update``.
+    """
+    where = f"update of {name} in state_dict"
+    saved = read_update(where, entry, (layer.out_features, layer.in_features))
+    if saved is not None and saved.in_weight != inplace:
+        given = f"one that W {'holds' if saved.in_weight else 'does not hold'}"
+        raise ArgumentError(where, given, "that of such an optimizer")
+    return None if saved is None else saved.to(layer.lora_A.device)

@@ -34,7 +34,9 @@ def allocate_remainder(layer: LoraLayer, state: dict[str, Any], keeps: bool) -> 
     if not keeps:
         state.pop("remainder", None)
         return
-    w, low = layer.matrix, state.get("remainder")
+    w, low, delta = layer.matrix, state.get("remainder"), layer.delta
+    if delta is not None and delta.anchor_B is state.get("anchor"):
+        low = state["remainder"] = delta.remainder  # it has followed W, see `follow_weight`
     dtype = REMAINDER_DTYPES[w.dtype]
     if low is None or low.dtype != dtype:
         state["remainder"] = torch.zeros_like(w.detach(), dtype=dtype)  # W's strides too

@@ -14,14 +14,15 @@ from torch.autograd.graph import increment_version
 from ..checks import DTYPES, HALF_DTYPES, NO_ROUNDING
 from ..errors import ArgumentError, SwapError
 from ..layers.lora_layers import LoraLayer
+from ..layers.low_rank_factors import LowRankFactors
 from ..layers.low_rank_sum import check_known
-from ..layers.pending_delta import MAX_PAST_UPDATES, LowRankFactors, PendingDelta
+from ..layers.pending_delta import MAX_PAST_UPDATES, PendingDelta
+from ..layers.saved_update import SavedUpdate, write_update
 from ..ops.delta_update import delta_update_, prepare_delta_update
 from ..ops.dispatch import choose_path
 from ..ranks import copy_values, first_row, is_sharded, local, own_part
 from .rounding_loss import LayerUpdate, RoundingLoss
-from .saved_remainder import remainder_to_bytes
-from .saved_update import SavedUpdate, write_update
+from .saved_weight import remainder_to_bytes
 from .shards import WholeFactors
 
 
@@ -303,7 +304,7 @@ class WeightUpdate:
             self.state[a]["anchor"], self.state[b]["anchor"], self.state[a]["last"],
             self.state[b]["last"], self.ratio, scaling, self.rank_scales[layer.r],
             in_weight=self.inplace, remainder=self.state[b].get("remainder"),
-            unseen=(self.unseen[a], self.unseen[b]),
+            remainder_of=layer.weight.dtype, unseen=(self.unseen[a], self.unseen[b]),
         )  # fmt: skip
         delta.follow_shards(a, b)
         return delta
@@ -373,6 +374,7 @@ class WeightUpdate:
     def save(self, layer: LoraLayer, entries: dict[Tensor, dict[str, Tensor]]) -> None:
         """Add to a state what it must say of a layer; ``entries``: its entries by parameter."""
         b, delta = layer.lora_B, layer.delta
+        anchors = [self.state[p]["anchor"] for p in (layer.lora_A, b)]
         if self.inplace:
             entries[b]["weight"] = layer.weight.detach()
         if delta is not None and not self.owns(delta, b) and not delta.changes_model():
@@ -382,21 +384,22 @@ class WeightUpdate:
             low = entries[b]["remainder"] if low is None else low  # this run's, not another one's
             entries[b]["remainder"] = remainder_to_bytes(low, layer)
         if delta is None:  # from before any step; checkpoints load what the state names here
-            begins = SavedUpdate(self.ratio, layer.scaling, [])
-            entries[b] |= write_update(begins, self.inplace, layer)
+            begins = SavedUpdate(self.ratio, layer.scaling, self.inplace, [])
+            entries[b] |= write_update(begins, *anchors)
             return
         lost = not delta.known() and not delta.in_weight and delta.started()
         if self.owns(delta, b):
             past = delta.past_updates if delta.known() else None
-            saved = SavedUpdate(delta.update_ratio, delta.scaling, past)
+            saved = SavedUpdate(delta.update_ratio, delta.scaling, self.inplace, past)
         elif lost:
             return  # the run that loads it finds the same, and takes it over or refuses it
         else:  # another run's: this one would take it over in its next step
-            saved = SavedUpdate(self.ratio, layer.scaling, delta.all_updates())
+            past = delta.all_updates()
+            saved = SavedUpdate(self.ratio, layer.scaling, self.inplace, past)
             for p in (layer.lora_A, b):
                 # One for each, because torch.distributed loads checkpoints into these tensors.
                 entries[p] |= {name: p.detach().clone() for name in ("anchor", "last")}
-        entries[b] |= write_update(saved, self.inplace, layer)
+        entries[b] |= write_update(saved, *anchors)
 
 
 def _split_by_inputs(layer: LoraLayer) -> bool:
@@ -405,8 +408,14 @@ def _split_by_inputs(layer: LoraLayer) -> bool:
 
 
 def check_rounding(layers: Mapping[str, LoraLayer], rounding: str | None) -> None:
-    """Raise ArgumentError where a rounding cannot be had for W of one of these layers."""
+    """Raise ArgumentError where a rounding cannot be had for W of one of these layers.
+
+    Raises:
+        SwapError: W has become another one than its remainder belongs to.
+    """
     for name, layer in layers.items():
+        if layer.delta is not None:
+            layer.delta.check_remainder(name, layer.weight)
         if rounding == "stochastic" and _split_by_inputs(layer):
             if layer.weight.dtype in HALF_DTYPES:
                 given = f"'stochastic' for {name}, a Conv1D's weight sharded along its inputs"

@@ -9,19 +9,29 @@ A factored update of W needs no more than the pairs as they were before certain 
 Until ZeRO steps, the pairs are as the last step left them, so the anchors can be taken then. What
 a step makes of the pairs, `PendingDelta.expect` takes at the next use. An update in place would
 need A' - A and B' - B in the step, of which each process has some elements.
+
+A state holds all of this in its param group, which DeepSpeed's universal checkpoints keep as it is.
+Of the entry of a vector they keep the moments alone. They are loaded without a call of the
+optimizer: its moments are replaced, and the values of its groups are set one by one. Then a
+`WatchedGroup` gives the layers their updates, and the next step takes the rest, see `Resumable`.
+DeepSpeed itself refuses to load the elastic checkpoints of such an optimizer.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+from weakref import WeakMethod
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer, lora_layers
+from ..layers.pending_delta import PendingDelta
 from ..ranks import is_sharded, whole_shape
+from .saved_state import PREFIX, saved_int, take_update
 
-PREFIX = "deltadiff."  # of what the entry of a vector holds of a layer
-# What that is, of each factor; see `saved_update`.
+UPDATES = "updates"  # what a run's state has them under
+# What that is, of each factor; see `layers.saved_update`.
 KEYS = {"lora_A": {"anchor"}, "lora_B": {"anchor", "update", "past_A", "past_B"}}
 INSTEAD = "DDP or `fully_shard`"
 
@@ -81,31 +91,36 @@ def check_update(
 
 
 def pack(name: str, kept: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What the entry of a vector gets of a layer; ``kept``: the entries of lora_A and lora_B.
+    """What a state has of a layer; ``kept``: the entries of lora_A and lora_B.
 
     The pair after the last step is not in it, for ZeRO's own state brings that back.
     """
     return {
-        f"{PREFIX}{name}.{factor}.{key}": t
+        f"{name}.{factor}.{key}": t
         for factor, entry in zip(KEYS, kept, strict=True)
         for key, t in entry.items()
         if key in KEYS[factor]
     }
 
 
-def unpack(entry: dict[str, Any], names: Mapping[LoraLayer, str]) -> dict[Tensor, dict[str, Any]]:
-    """The entries of lora_A and lora_B that `pack` put into that of a vector, removed from it.
+def unpack(updates: object, names: Mapping[LoraLayer, str]) -> dict[Tensor, dict[str, Any]]:
+    """What `pack` made of each layer, as the entries of lora_A and lora_B.
+
+    ``names``: of the model's layers.
 
     Raises:
-        ArgumentError: a part of what the state says of a layer is missing, or the anchors have
-            another shape.
+        ArgumentError: it is no such dict; a part of a layer is missing; the anchors have another
+            shape; layers that are not in this model.
     """
-    found: dict[Tensor, dict[str, Any]] = {}
+    if not isinstance(updates, dict):
+        given = f"updates: {type(updates).__name__}"
+        raise ArgumentError("state_dict", given, "what `state_dict()` gives under ZeRO")
+    left, found = dict(updates), dict[Tensor, dict[str, Any]]()
     for layer, name in names.items():
         own: dict[str, dict[str, Any]] = {}
         for factor, keys in KEYS.items():
-            places = {key: f"{PREFIX}{name}.{factor}.{key}" for key in keys}
-            own[factor] = {k: entry.pop(place) for k, place in places.items() if place in entry}
+            places = {key: f"{name}.{factor}.{key}" for key in keys}
+            own[factor] = {k: left.pop(place) for k, place in places.items() if place in left}
         if not any(own.values()):
             continue
         for p, (factor, keys) in zip((layer.lora_A, layer.lora_B), KEYS.items(), strict=True):
@@ -119,4 +134,74 @@ def unpack(entry: dict[str, Any], names: Mapping[LoraLayer, str]) -> dict[Tensor
                 given = f"{tuple(anchor.shape)}" if fits else type(anchor).__name__
                 raise ArgumentError(f"anchor of {name}.{factor} in state_dict", given, f"{shape}")
             found[p] = own[factor]
+    if left:
+        given = f"updates of {sorted(map(str, left))[0]:.80}"
+        raise ArgumentError("state_dict", given, "those of this model's layers")
     return found
+
+
+class WatchedGroup(dict):
+    """A param group that calls a method, ``taken(group)``, after updates were put into it.
+
+    They come last of what a state has of a group. A copy is a plain dict, which is not watched.
+    """
+
+    def __init__(self, group: dict[str, Any], taken: WeakMethod):
+        super().__init__(group)
+        self._taken = taken
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        taken = self._taken() if name == PREFIX + UPDATES else None
+        if taken is not None:
+            taken(self)
+
+    def __reduce__(self) -> tuple:
+        return dict, (dict(self),)
+
+
+def check_complete(wanted: Collection[str], found: Collection[str]) -> None:
+    """Raise ArgumentError where a state lacks a layer that has an update; both by names.
+
+    The pair of such a layer is not restored yet, so no update can begin with it.
+    """
+    missing = sorted({*wanted} - {*found})
+    if missing:
+        given = f"no update of {missing[0]}"
+        raise ArgumentError("state_dict", given, "a state of the same layers under ZeRO")
+
+
+def give_updates(
+    group: dict[str, Any], names: Mapping[LoraLayer, str], updated: Collection[str]
+) -> None:
+    """Give the layers of a model the updates that a state has put into a param group.
+
+    The pairs get their values after this.
+
+    Args:
+        names: of the model's layers.
+        updated: those that the optimizer updates.
+
+    Raises:
+        ArgumentError: the updates do not fit the layers, or lack one; no layer was changed.
+    """
+    entries, found = unpack(group[PREFIX + UPDATES], names), dict[LoraLayer, PendingDelta]()
+    for layer, name in names.items():
+        if layer.lora_B not in entries:
+            continue
+        of_A, of_B = entries[layer.lora_A], entries[layer.lora_B]
+        anchor_A, anchor_B = of_A["anchor"].to(layer.lora_A), of_B["anchor"].to(layer.lora_B)
+        saved = take_update(name, of_B, layer, inplace=False)
+        assert saved is not None  # `unpack` found it
+        started = saved_int("iteration", group[f"{PREFIX}iteration"], 0) > group["start_step"] + 1
+        flag = torch.zeros((), dtype=torch.int32, device=anchor_A.device)
+        found[layer] = PendingDelta(
+            anchor_A, anchor_B, torch.empty_like(anchor_A), torch.empty_like(anchor_B),
+            saved.update_ratio, saved.scaling,
+            PendingDelta.make_rank_scale(saved.update_ratio, len(anchor_A), anchor_A, started),
+            in_weight=False, past_updates=saved.past_updates, unseen=(flag, flag),
+        )  # fmt: skip
+    check_complete(updated if group["update_ratio"] else (), [names[layer] for layer in found])
+    for layer, delta in found.items():
+        delta.expect(layer.lora_A, layer.lora_B)
+        layer.delta = delta

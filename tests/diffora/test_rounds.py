@@ -95,7 +95,7 @@ def tensors(state):
     return {k: t.detach().clone() for k, t in (found | moments).items()}
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 4, 9, 12])
+@pytest.mark.parametrize("stop_at", [1, 2, 4, 9, 12, 24])
 def test_going_on_after_ctrl_c_is_bit_by_bit_the_same(tmp_path, stop_at):
     data = split(40)
     whole = new()

@@ -4,7 +4,15 @@ import copy
 
 import pytest
 import torch
-from deepspeed_runs import Flattened, flatten_groups, train_by_zero, trained_values
+from deepspeed_runs import (
+    Flattened,
+    flatten_groups,
+    load_elastic,
+    load_universal,
+    save_universal,
+    train_by_zero,
+    trained_values,
+)
 from fsdp_runs import METHODS, make_base, make_model, make_peft_model, parts_of, train, values
 from ranks import run_ranks, short_form
 
@@ -53,27 +61,62 @@ def train_on(model, optimizer, steps, ratios=RATIOS):
         optimizer.zero_grad()
 
 
+def loaded(optimizer, vector, saved, universal):
+    if universal:
+        optimizer.load_universal(vector, saved)
+    else:
+        optimizer.optimizer.load_state_dict(saved)
+        optimizer.optimizer.param_groups[0]["params"][0].data.copy_(vector)
+        optimizer.put_back()
+
+
 @pytest.mark.parametrize("start_step", [0, 2])
 @pytest.mark.parametrize("make", [make_model, make_peft_model])
 def test_a_factored_update_follows_its_vector(make, start_step):
     """The same bits as without vectors, under a lambda that changes; also from a state."""
     how = {"lr": 5e-3, "w_update": "factored", "start_step": start_step}
-    one, flat, resumed = make(), make(), make()
+    one, flat = make(), make()
     train_on(one, DeltaLoRA(one, **how), range(7))
     vector = Flattened(DeltaLoRA(flat, **how))
     train_on(flat, vector, range(5))
-    saved = copy.deepcopy(vector.optimizer.state_dict())
-    other = Flattened(DeltaLoRA(resumed, **how))
-    other.optimizer.load_state_dict(saved)
-    (target,), (source,) = (o.optimizer.param_groups[0]["params"] for o in (other, vector))
-    target.data.copy_(source)
-    other.put_back()
-    for model, optimizer in ((flat, vector), (resumed, other)):
+    saved, (ids,) = copy.deepcopy(vector.optimizer.state_dict()), parts_of(9, 1)
+    values, answer = vector.values.clone(), flat(input_ids=ids).logits
+    trained = [(flat, vector)]
+    for universal, used in ((False, False), (True, False), (True, True)):
+        other = make()
+        optimizer = Flattened(DeltaLoRA(other, **how))
+        train_on(other, optimizer, range(4) if used else ())
+        loaded(optimizer, values, copy.deepcopy(saved), universal)
+        assert other(input_ids=ids).logits.equal(answer)
+        trained.append((other, optimizer))
+    for model, optimizer in trained:
         train_on(model, optimizer, range(5, 7))
         assert trained_values(model) == trained_values(one)
     without = make()
     train_on(without, DeltaLoRA(without, **how), range(7), [0.0] * 7)
     assert trained_values(without) != trained_values(one)
+
+
+def test_other_moments_in_the_place_of_those_of_a_vector_are_taken():
+    """Those of torch's AdamW, whose state says nothing of deltadiff."""
+    torch.manual_seed(0)
+    start, grad = torch.randn(2, 12).unbind()
+    found = []
+    for kind, used in ((torch.optim.AdamW, 0), (FusedAdamW, 0), (FusedAdamW, 2)):
+        vectors = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+        theirs, ours = torch.optim.AdamW(vectors[:1]), kind(vectors[1:])
+        vectors[1].grad = grad.sin()
+        for _ in range(used):
+            ours.step()
+        vectors[0].grad = grad
+        for _ in range(3):
+            theirs.step()
+        ours.state[vectors[1]] = copy.deepcopy(theirs.state[vectors[0]])
+        vectors[1].data.copy_(vectors[0])
+        ours.step()
+        found.append(vectors[1].detach())
+    for vector in found[1:]:
+        torch.testing.assert_close(vector, found[0], rtol=1e-6, atol=0)
 
 
 def test_w_stays_while_others_write_the_pair_between_steps():
@@ -188,11 +231,12 @@ def first_keys(state, end):
 
 
 def refused_state(change, words):
+    """Before anything is changed, by `load_state_dict` and as from a universal checkpoint."""
     model = make_model()
     optimizer = Flattened(DeltaLoRA(model, lr=5e-3, w_update="factored"))
     train_on(model, optimizer, range(3))
     saved = copy.deepcopy(optimizer.optimizer.state_dict())
-    change(saved["state"][0])
+    change(saved["param_groups"][0]["deltadiff.updates"])
     fresh = make_model()
     other = Flattened(DeltaLoRA(fresh, w_update="factored"))
     for one, held in ((model, optimizer), (fresh, other)):
@@ -200,6 +244,21 @@ def refused_state(change, words):
         with pytest.raises(ArgumentError, match=words):
             held.optimizer.load_state_dict(saved)
         assert trained_values(one) == before
+        vector, groups = held.values, copy.deepcopy(saved)
+        with pytest.raises(ArgumentError, match=words):
+            held.load_universal(vector, groups)
+        for call in (held.optimizer.state_dict, held.optimizer.step):
+            with pytest.raises(ArgumentError, match=words):
+                call()
+        assert trained_values(one) == before
+
+
+@pytest.mark.parametrize("change", [
+    lambda updates: updates.update(more=torch.ones(1)),
+    lambda updates: updates.update({k.replace("q_proj", "x"): t for k, t in updates.items()}),
+])  # fmt: skip
+def test_a_state_of_other_layers_is_refused(change):
+    refused_state(change, "got updates of .* accepted: those of this model's layers")
 
 
 def partition(model):
@@ -236,6 +295,29 @@ def test_training_under_zero(stage, method, peft):
     train(model, DeltaLoRA(model, lr=5e-3, **how))
     for ours, theirs in zip(found[0], trained_values(model), strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("peft", short_form([False, True]))
+@pytest.mark.parametrize("method", short_form(["LoRA", "factored", "factored, K = 2"]))
+@pytest.mark.parametrize("stage", short_form([1, 2, 3]))
+def test_a_universal_checkpoint_under_zero(stage, method, peft, tmp_path):
+    """In as many processes as saved it and in one, in a new engine and in one that has trained."""
+    pytest.importorskip("deepspeed")
+    run = str(tmp_path), stage, method, peft
+    saved = run_ranks(save_universal, *run)
+    assert run_ranks(load_universal, *run) == run_ranks(load_universal, *run, True) == saved
+    (found,) = run_ranks(load_universal, *run, size=1)
+    assert found[0] == saved[0][0]
+    for ours, theirs in zip(found[1], saved[0][1], strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("stage", short_form([1, 2]))
+def test_an_elastic_checkpoint_under_zero_is_refused(stage):
+    """By DeepSpeed, which misses a "step" in the param groups, before it changes the optimizer."""
+    pytest.importorskip("deepspeed")
+    with pytest.raises(AssertionError, match="BASE_OPTIMIZER_STATE_STEP"):
+        run_ranks(load_elastic, stage)
 
 
 @pytest.mark.parametrize("stage", short_form([1, 2, 3]))

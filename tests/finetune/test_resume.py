@@ -64,7 +64,7 @@ def stop(patch, draw, words) -> str:
     searches = words.startswith("--method diffora") and "random" not in words
     moment = draw.choice([*moments[1:2] * 3, *moments, *["in the search"] * 3 * searches])
     if moment == "in the training":
-        stop_at(patch, training, draw.randint(1, 6))
+        stop_at(patch, training, draw.randint(1, 7))
     elif moment == "in the search":
         stop_at(patch, rounds, draw.randint(1, 9))  # 3 steps on the gates and 6 on the pairs
     else:
@@ -99,3 +99,17 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     assert same, (words, moments)
     assert finetune("--resume", tmp_path / "out") == 2  # it is finished
     assert not [*(tmp_path / "out").glob("checkpoint-*"), *(tmp_path / "out").glob(".*")]
+
+
+@pytest.mark.parametrize(("module", "last"), [(rounds, 9), (training, 7)])
+def test_ctrl_c_in_the_last_step_stops_what_comes_after_it(
+    module, last, bert, reviews, tmp_path, monkeypatch
+):
+    draw_nothing(monkeypatch)
+    words = "--method diffora-delta-lora"
+    assert run(bert, reviews, tmp_path / "whole", words) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, module, last)
+        assert run(bert, reviews, tmp_path / "out", words) == 130
+    assert finetune("--resume", tmp_path / "out") == 0
+    assert ended(tmp_path / "out") == ended(tmp_path / "whole")

@@ -7,8 +7,8 @@ from trained_adapters import base, trained
 
 from deltadiff import swap_
 from deltadiff.errors import ArgumentTypeError
+from deltadiff.layers.low_rank_factors import LowRankFactors
 from deltadiff.layers.low_rank_sum import low_rank_sum
-from deltadiff.layers.pending_delta import LowRankFactors
 
 
 def layer_of(n=6, k=5, r=2, lora_alpha=3.0):

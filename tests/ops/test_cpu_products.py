@@ -46,6 +46,27 @@ def test_a_long_sum_for_few_columns(k, randn):
     assert ours.sqrt() < 2 * eager.sqrt()
 
 
+@pytest.mark.parametrize("tokens, k, n", [(1, 300, 200), (3, 48, 64), (40, 5, 9), (200, 9, 5)])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_a_small_low_rank_term_beside_a_few_rows_or_columns(
+    tokens, k, n, dropout, by_columns, randn
+):
+    """MKL may add the terms of such a product one after the other to what is there."""
+    r, ours, eager = 255, torch.zeros(2), torch.zeros(2)
+    for _ in range(20):
+        given = inputs(randn, tokens, k, n, r, F32, "cpu")
+        given = [t.T.contiguous().T if by_columns and t is not None else t for t in given]
+        how = {"scaling": 0.01, "dropout": dropout}
+        truth = outputs(ref.lora_linear_ref, *doubles(given), **how)
+        found = outputs(lora_linear, *given, backend="cpp", **how)
+        usual = outputs(ref.lora_linear_ref, *given, **how)
+        for i, name in enumerate(("y", "x")):
+            ours[i] += (found[name].double() - truth[name]).square().sum()
+            eager[i] += (usual[name].double() - truth[name]).square().sum()
+    assert (ours.sqrt() < 2 * eager.sqrt()).all(), (ours, eager)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_moments_of_two_dtypes_in_one_list(dtype, randn):
     shapes, moments = [(5, 8), (40,), (3, 3)], [F32, dtype, F32]

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import itertools
 import weakref
 
 import pytest
@@ -80,6 +81,28 @@ def test_infinities_are_where_eager_has_them(path, dtype, tokens, odd, randint):
     for name, expected in outputs(lora_linear_ref, *given, scaling=0.5).items():
         for kind in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(kind(found[name]), kind(expected)), name
+
+
+@pytest.mark.parametrize("odd", ["x", "lora_A", "lora_B", "dy"])
+@pytest.mark.parametrize("zero", ["scaling", "scalar gate", "gate", "one of the gates"])
+def test_nothing_times_infinity_is_where_eager_has_it(path, dtype, zero, odd, randint):
+    """0 inf and 0 NaN are NaN: a branch that is scaled by 0 does not hide what broke in it."""
+
+    def exact(*shape, scale=1.0, **where):
+        return randint(*shape, **where)
+
+    gate = {"scaling": None, "scalar gate": ()}.get(zero, (3,))
+    scaling = 0.0 if zero == "scaling" else 0.5
+    for tokens, value in itertools.product((1, 20), (torch.inf, torch.nan)):
+        given = inputs(exact, tokens, 72, 24, 3, dtype, path.device, gate=gate)
+        if gate is not None:
+            given[4].view(-1)[: 1 if zero == "one of the gates" else 3].zero_()
+        names = ("x", "weight", "lora_A", "lora_B", "gate", "bias", "dy")
+        given[names.index(odd)].view(-1)[0] = value
+        found = outputs(lora_linear, *given, scaling=scaling, backend=path.backend)
+        for name, expected in outputs(lora_linear_ref, *given, scaling=scaling).items():
+            for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(kind(found[name]), kind(expected)), (name, tokens, value)
 
 
 @pytest.mark.parametrize(

@@ -184,3 +184,24 @@ def test_a_ratio_that_no_step_has_seen_is_in_force_after_loading(w_update):
     optimizer.load_state_dict(saved[1])
     train(model, optimizer, 2, start=3)
     assert torch.equal(output(model), wanted)
+
+
+@pytest.mark.parametrize("w_update", W_UPDATES)
+def test_an_update_that_has_ended_is_loaded_where_none_began(w_update):
+    """Both lambdas are 0 by then, so nothing but the state says that there is an update."""
+    model = make_model()
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=1.0, w_update=w_update)
+    train(model, optimizer, 3)
+    optimizer.param_groups[0]["update_ratio"] = 0.0
+    train(model, optimizer, 2, start=3)
+    saved = copy.deepcopy((optimizer.state_dict(), [p.detach() for p in trainable(model)]))
+    other = make_model()
+    other_optimizer = DeltaLoRA(other, lr=1e-2, update_ratio=0.0, w_update=w_update)
+    other_optimizer.load_state_dict(saved[0])
+    with torch.no_grad():
+        for p, value in zip(trainable(other), saved[1], strict=True):
+            p.copy_(value)
+    assert torch.equal(output(other), output(model))
+    for one, its in ((model, optimizer), (other, other_optimizer)):
+        train(one, its, 2, start=5)
+    assert torch.equal(output(other), output(model))

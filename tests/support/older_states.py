@@ -69,3 +69,18 @@ def _older_delta_lora(state: dict[int, dict], optimizer: Any) -> dict[str, Any]:
             ]  # fmt: skip
     ratios = [update.ratio for update in optimizer.weight_updates]
     return {"weights": weights, "update_ratio": ratios, "folded": past_updates}
+
+
+def as_older_model(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a swapped model as older versions saved it, with "numbers" for "update"."""
+    state = dict(state)
+    for key in [key for key in state if key.endswith(".update")]:
+        prefix = key.removesuffix("update")
+        numbers, a, b = (state.pop(f"{prefix}{x}") for x in ("update", "past_A", "past_B"))
+        *head, places = numbers[:5].tolist()
+        ranks = [int(n) for n in numbers[5:]]
+        written = [int(places) >> i & 1 for i in range(len(ranks))]
+        state[f"{prefix}numbers"] = torch.tensor([*head, *written], dtype=torch.float64)
+        state |= {f"{prefix}past_A.{i}": t for i, t in enumerate(a.split(ranks))}
+        state |= {f"{prefix}past_B.{i}": t for i, t in enumerate(b.split(ranks, dim=1))}
+    return state

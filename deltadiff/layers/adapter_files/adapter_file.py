@@ -33,11 +33,12 @@ from ...files import (
 from ...ranks import Ranks, check_not_partitioned, copy_values, is_sharded, reshard, whole
 from ..linear import is_peft_model
 from ..lora_linear import LoraLinear, own_layers
+from ..low_rank_factors import LowRankFactors
 from ..low_rank_sum import check_known
 from ..model_notes import note_selection, noted_selection
 from ..peft_files.load import load_peft
 from ..peft_files.read import is_peft_folder
-from ..pending_delta import LowRankFactors, PendingDelta
+from ..pending_delta import PendingDelta
 from ..plain_names import by_plain_name, held_tensors, plain_name, rename_to_fit
 from ..report import SwapReport, swap_report
 from ..rounded import rounding_note

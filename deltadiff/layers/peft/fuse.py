@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import SwapError
+from ..loading_check import unwatch_loading, watch_loading
 from ..targets.weight_readers import find_readers
 from .fused_linear import Deltas, Fused, FusedLinear
 from .rules import kind_of
@@ -38,6 +39,7 @@ def fuse_(layers: Collection[Any], model: nn.Module, backend: str | None) -> Non
     for module in model.modules():
         if type(module) in TUNER_MODELS:
             module.__class__ = TUNER_MODELS[type(module)]
+    watch_loading(model)
 
 
 def unfuse_(model: nn.Module) -> None:
@@ -60,6 +62,7 @@ def unfuse_(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in pefts:
             module.__class__ = pefts[type(module)]
+    unwatch_loading(model)
 
 
 def why_not_fusable(module: nn.Module) -> str | None:

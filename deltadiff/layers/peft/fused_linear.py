@@ -14,6 +14,7 @@ from ...ranks import is_partitioned
 from ..base_format import four_bit_branch, fused_branch
 from ..delta_state import (
     check_loadable,
+    check_saved_delta,
     delta_to_state,
     follow_module,
     follow_weight,
@@ -198,10 +199,10 @@ class Fused(HoldsPairs, lora.LoraLayer):
         return {**self.__dict__, "_route": None}  # a copy has other parameters
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Fused":
-        before = self.get_base_layer().weight.detach()
+        before = {name: PeftPair(self, name).matrix.detach() for name in self.deltas}
         super()._apply(fn, recurse)
         for name, delta in self.deltas.items():
-            follow_weight(delta, before, self.get_base_layer().weight)
+            follow_weight(delta, before[name], PeftPair(self, name).matrix)
             follow_module(delta, self.lora_A[name].weight, self.lora_B[name].weight)
         return self
 
@@ -213,12 +214,21 @@ class Fused(HoldsPairs, lora.LoraLayer):
             destination |= delta_to_state(delta, f"{prefix}deltas.{name}.", *pair)
         warn_saved(self.deltas)
 
+    def _places(self, prefix: str) -> dict[str, list[str]]:
+        """The keys of each adapter's pair in a state."""
+        return {n: [f"{prefix}lora_{x}.{n}.weight" for x in "AB"] for n in self.lora_A}
+
+    def check_state(self, state: dict[str, Any], prefix: str) -> None:
+        for name, factors in self._places(prefix).items():
+            own, pair = PeftPair(self, name), map(state.get, factors)
+            check_saved_delta(state, f"{prefix}deltas.{name}.", own, *pair)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        pairs = {n: [f"{prefix}lora_{x}.{n}.weight" for x in "AB"] for n in self.lora_A}
-        saved = {
-            n: take_saved_delta(state_dict, f"{prefix}deltas.{n}.", *map(state_dict.get, pairs[n]))
-            for n in self.lora_A
-        }
+        pairs = self._places(prefix)
+        saved: dict[str, PendingDelta | None] = {}
+        for name, factors in pairs.items():
+            own, pair = PeftPair(self, name), map(state_dict.get, factors)
+            saved[name] = take_saved_delta(state_dict, f"{prefix}deltas.{name}.", own, *pair)
         for name in self.lora_A:
             check_loadable(self.deltas.get(name), saved[name])
         super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,4 +1,6 @@
-"""The remainder of a 16-bit W in the state of `DeltaLoRA`: written as bytes, read in all formats.
+"""W and the remainder of a 16-bit W in the state of `DeltaLoRA`.
+
+The remainder is written as bytes, and read in all formats:
 
 format 3     uint8 of twice the width, laid out as the weight is: no backend of torch.distributed
              can gather int16, and other code casts it as if it were a moment of AdamW
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import REMAINDER_DTYPES
+from ..errors import ArgumentError
 from ..layers.lora_layers import LoraLayer
 from ..ops.reference import split_remainder
 from ..ranks import view_dtype
@@ -39,3 +42,16 @@ def read_remainder(entry: dict[str, Any], weight: Tensor, layer: LoraLayer) -> T
         return weight
     high, entry["remainder"] = split_remainder(matrix.float() + found.float(), torch.float16)
     return high.T if layer.transposed else high
+
+
+def take_weight(name: str, entry: dict[str, Any], layer: LoraLayer) -> Tensor:
+    """W, removed from ``entry``; raises where it is missing or does not fit the layer's."""
+    saved, w = entry.pop("weight", None), layer.weight
+    if not isinstance(saved, Tensor):
+        form = "none" if saved is None else type(saved).__name__
+    elif (saved.shape, saved.dtype, saved.is_meta) == (w.shape, w.dtype, w.is_meta):
+        return saved
+    else:
+        form = f"{tuple(saved.shape)} of {saved.dtype}"
+    accepted = f"{tuple(w.shape)} of {w.dtype}, as in this model"
+    raise ArgumentError(f"weight of {name} in state_dict", form, accepted)
