@@ -5,6 +5,7 @@ import torch
 from four_bit import FORMATS, four_bit
 from lora_linear_calls import doubles, inputs, kept_by, outputs
 from tolerance import relative_error
+from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from deltadiff import lora_linear
@@ -186,6 +187,42 @@ def test_a_compiled_call_is_one_graph(device, nested, randn):
         assert torch.equal(results[0][name], results[1][name]), name
     most = packed[1].packed.numel() * 4
     assert all(t.numel() * t.element_size() < most for tensors in kept for t in tensors)
+
+
+@pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.long), True])
+def test_the_operations_are_what_their_schemas_say(path, gated, randn):
+    if path.backend == "reference":
+        pytest.skip("it has no operations of its own")
+    op, (packed, _) = torch.ops.deltadiff, small(randn, path, gate=(2,) if gated else None)
+    x, weight, a, b, gate, bias, dy = packed
+    parts = *weight.tensors, *weight.blocksizes
+    args = a, b, 0.7, gate, bias, 0.0, None, path.backend
+    opcheck(op.lora_linear_4bit_fwd.default, (x, *parts, *args))
+    _, s = op.lora_linear_4bit_fwd(x, *parts, *args)
+    for needs in ([True, True, True, gated], [False, False, True, False]):
+        kept = x if needs[1] else None, *parts, a, b, s, 0.7, gate, needs, *args[5:]
+        opcheck(op.lora_linear_4bit_bwd.default, (dy, *kept))
+    leaves = [t if t is None else t.requires_grad_() for t in (a, b)]
+    leaves += [0.7, gate if gate is None else gate.requires_grad_()]
+    opcheck(op.lora_linear_4bit.default, (x.requires_grad_(), *parts, *leaves, *args[4:]))
+
+
+def test_a_compiled_call_takes_any_number_of_tokens(randn):
+    torch._dynamo.reset()
+    (_, weight, a, b, *_), _ = quantised(inputs(randn, 8, 64, 48, 2, F32, "cpu"), "cpu")
+    graphs = []
+
+    def layer(x):
+        return lora_linear(x, weight, a, b, scaling=0.7)
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
+    for shape in ((5, 9, 64), (6, 9, 64), (2, 70, 64)):
+        x = randn(*shape)
+        assert torch.equal(compiled(x), layer(x)) and len(graphs) == 1
 
 
 def test_what_does_not_fit_is_named(randn):
