@@ -65,7 +65,8 @@ def decode_4bit(weight, out) -> None:
     tensors = *weight.tensors, out
     aligned = [t is None or t.data_ptr() % 16 == 0 for t in tensors]
     even = aligned[0] and numel % (8 * block) == 0
-    key = (out.dtype, weight.scale is None, *weight.blocksizes, even, *aligned)
+    wide = numel >= 2**31  # then Triton passes it in 64 bits
+    key = (out.dtype, weight.scale is None, *weight.blocksizes, even, wide, *aligned)
     with on_device(out.device):
         launch_cached(
             _decode_4bit_kernel, (triton.cdiv(numel, 8 * block),), key,

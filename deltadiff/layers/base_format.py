@@ -8,6 +8,7 @@ other formats; the low-rank branch is added to the result.
 To support another format, write its forward pass here and make `base_format` find its entry.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,12 +92,12 @@ def four_bit_branch(
     backend: str | None,
 ) -> Tensor:
     """`fused_branch` in the dtype in which a 4-bit layer computes, given out in that of x."""
-    dtype, bias = compute_dtype(base, x), base.bias
+    dtype, bias, device = compute_dtype(base, x), base.bias, x.device.type
     bias = None if bias is None else bias.to(dtype)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):  # the layer pays no heed to it
-            y = fused_branch(x.to(dtype), weight, bias, a, b, scaling, gate, dropout, backend)
-    else:
+    off: Any = contextlib.nullcontext()
+    if torch.is_autocast_enabled(device):  # to which the layer pays no heed
+        off = torch.autocast(device, enabled=False)
+    with off:
         y = fused_branch(x.to(dtype), weight, bias, a, b, scaling, gate, dropout, backend)
     return y.to(x.dtype)
 

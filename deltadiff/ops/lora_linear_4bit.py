@@ -95,5 +95,6 @@ def _fwd_shapes(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _bwd_shapes(dy: Tensor, x: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
     _, (lora_A, lora_B, _, _, gate, needs, *_) = _split(args)
     dx = dy.new_empty((dy.shape[0], lora_A.shape[1]))
-    made = (dx, torch.empty_like(lora_A), torch.empty_like(lora_B), gate)
+    dgate = None if gate is None else torch.empty_like(gate)
+    made = (dx, torch.empty_like(lora_A), torch.empty_like(lora_B), dgate)
     return tuple(t if need else None for t, need in zip(made, needs, strict=True))

@@ -13,12 +13,16 @@ from deltadiff import DeltaLoRA, lora_linear, merge_, swap_, swap_report, unswap
 from deltadiff.errors import ArgumentTypeError, BackendUnavailableError
 from deltadiff.layers import base_format
 from deltadiff.ops.decode_4bit import FourBit, decode_4bit
+from deltadiff.ops.reference import lora_linear_ref
 
 bnb = pytest.importorskip("bitsandbytes")
 accelerate = pytest.importorskip("accelerate")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 N, K = 48, 64
+INTERPRETED = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton interprets only where there is no GPU"
+)
 
 
 def linear_4bit(compute_dtype=F32, form=("nf4", 64, True), bias=True, kind=None, **how):
@@ -63,7 +67,7 @@ def fused(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpp"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=INTERPRETED), "cpp"])
 @pytest.mark.parametrize("form", FORMATS[:3], ids=str)
 def test_the_fused_pass(backend, form, fused, randn):
     model, layer = swapped(linear_4bit(F32, form), backend=backend)
@@ -272,3 +276,33 @@ def test_a_compiled_model_is_one_graph(device, randn):
         y = call(x)
         results.append([y, *torch.autograd.grad(y.sum(), (x, layer.lora_A, layer.lora_B))])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 300])
+def test_on_a_gpu(tokens, fused, randn, assert_close):
+    """bitsandbytes quantises on the GPU; the kernels of each number of tokens read its bytes."""
+    base = bnb.nn.Linear4bit(1024, 768, compute_dtype=BF16, quant_type="nf4").to("cuda")
+    model, layer = swapped(base, backend=None)
+    theirs = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    decoded = decode_4bit(FourBit.of(base.weight), theirs.dtype)
+    assert torch.equal(decoded, theirs)
+    leaves = [randn(tokens, 1024, dtype=BF16, device="cuda"), layer.lora_A, layer.lora_B]
+    leaves[0].requires_grad_()
+    dy = randn(tokens, 768, dtype=BF16, device="cuda")
+
+    def outputs(function, tensors):
+        y = function(*tensors)
+        return [y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
+
+    def eager(x, a, b):
+        w = decoded.to(x.dtype)
+        bias = base.bias.to(x.dtype)
+        return lora_linear_ref(x, w, a, b, scaling=layer.scaling, bias=bias)
+
+    ours = outputs(lambda x, *_: model(x), leaves)
+    theirs = outputs(eager, leaves)
+    truth = outputs(eager, [t.detach().double().requires_grad_() for t in leaves])
+    for i, results in enumerate(zip(ours, theirs, truth, strict=True)):
+        assert_close(*results, 3 if i else 2)
+    assert fused == [(BF16, None)]

@@ -11,6 +11,7 @@ import deltadiff
 from deltadiff import LoraLinear, swap_, swap_report, unswap_
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError, SwapError
 from deltadiff.layers.lora_layers import HoldsPairs
+from deltadiff.ops import backends
 from deltadiff.ops import dispatch as paths
 
 
@@ -83,7 +84,7 @@ def test_a_backend_that_is_not_there_is_refused():
 @pytest.mark.parametrize(("make", "options"), [(Model, {"r": 2}), (peft_model, {})])
 def test_a_layer_that_a_backend_cannot_take_is_refused(make, options, monkeypatch):
     """The sm_90 kernel takes widths that are multiples of 8: q_proj is 8 x 8, v_proj 6 x 8."""
-    monkeypatch.setattr(paths, "_why_no_hopper", lambda device, dtype: None)
+    monkeypatch.setattr(backends, "_why_no_hopper", lambda device, dtype: None)
     paths.choose_path.cache_clear()
     model = make()
     with pytest.raises(BackendUnavailableError, match="6 x 8: TMA"):

@@ -5,6 +5,7 @@ import torch
 from four_bit import FORMATS, four_bit
 from lora_linear_calls import doubles, inputs, kept_by, outputs
 from tolerance import relative_error
+from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from deltadiff import lora_linear
@@ -50,8 +51,10 @@ def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, asse
                          dtype if name == "gate" else None)  # fmt: skip
 
 
-def test_few_tokens_are_decoded_in_the_loop(randn, monkeypatch):
+def test_few_tokens_are_decoded_in_the_loop(path, randn, monkeypatch):
     """Only where W must not be formed: by the kernel for few tokens, where its tiles fit blocks."""
+    if path.backend != "triton":
+        pytest.skip("it has no such kernel")
     formed = []
     count = lora_linear_4bit.decoded
     monkeypatch.setattr(lora_linear_4bit, "decoded", lambda *a: formed.append(a) or count(*a))
@@ -63,8 +66,8 @@ def test_few_tokens_are_decoded_in_the_loop(randn, monkeypatch):
         (4, 96, ("nf4", 64, True), 1),
     ):
         formed.clear()
-        given = inputs(randn, tokens, k, 40, 2, F16, "cpu", F32)
-        (x, weight, a, b, *_), dense = quantised(given, "cpu", form)
+        given = inputs(randn, tokens, k, 40, 2, F16, path.device, F32)
+        (x, weight, a, b, *_), dense = quantised(given, path.device, form)
         y = lora_linear(x, weight, a, b, scaling=0.7, backend="triton")
         assert len(formed) == expected
         of_dense = lora_linear(*dense[:4], scaling=0.7, backend="triton")  # of wider tiles
@@ -186,6 +189,42 @@ def test_a_compiled_call_is_one_graph(device, nested, randn):
         assert torch.equal(results[0][name], results[1][name]), name
     most = packed[1].packed.numel() * 4
     assert all(t.numel() * t.element_size() < most for tensors in kept for t in tensors)
+
+
+@pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.long), True])
+def test_the_operations_are_what_their_schemas_say(path, gated, randn):
+    if path.backend == "reference":
+        pytest.skip("it has no operations of its own")
+    op, (packed, _) = torch.ops.deltadiff, small(randn, path, gate=(2,) if gated else None)
+    x, weight, a, b, gate, bias, dy = packed
+    parts = *weight.tensors, *weight.blocksizes
+    args = a, b, 0.7, gate, bias, 0.0, None, path.backend
+    opcheck(op.lora_linear_4bit_fwd.default, (x, *parts, *args))
+    _, s = op.lora_linear_4bit_fwd(x, *parts, *args)
+    for needs in ([True, True, True, gated], [False, False, True, False]):
+        kept = x if needs[1] else None, *parts, a, b, s, 0.7, gate, needs, *args[5:]
+        opcheck(op.lora_linear_4bit_bwd.default, (dy, *kept))
+    leaves = [t if t is None else t.requires_grad_() for t in (a, b)]
+    leaves += [0.7, gate if gate is None else gate.requires_grad_()]
+    opcheck(op.lora_linear_4bit.default, (x.requires_grad_(), *parts, *leaves, *args[4:]))
+
+
+def test_a_compiled_call_takes_any_number_of_tokens(randn):
+    torch._dynamo.reset()
+    (_, weight, a, b, *_), _ = quantised(inputs(randn, 8, 64, 48, 2, F32, "cpu"), "cpu")
+    graphs = []
+
+    def layer(x):
+        return lora_linear(x, weight, a, b, scaling=0.7)
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=count)
+    for shape in ((5, 9, 64), (6, 9, 64), (2, 70, 64)):
+        x = randn(*shape)
+        assert torch.equal(compiled(x), layer(x)) and len(graphs) == 1
 
 
 def test_what_does_not_fit_is_named(randn):

@@ -17,6 +17,7 @@ import deltadiff
 from deltadiff import DeltaLoRA, adamw_step_, delta_update_, lora_linear
 from deltadiff.checks import HALF_DTYPES, REMAINDER_DTYPES, ROUNDINGS
 from deltadiff.ops.backends import why_unavailable
+from deltadiff.ops.decode_4bit import FourBit
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Tokens, in, out, rank, entries of the gate. The sizes of the first two fill whole tiles.
@@ -41,6 +42,8 @@ def run_all(device: torch.device) -> int:
             calls += linear(*shape, dtype, device, backend)
         calls += linear(*SHAPES[2], dtype, device, backend, dropout=0.25)
         calls += linear(*SHAPES[0], dtype, device, backend, transposed=True)
+        for m, k, n, nested in ((16, 192, 80, True), (100, 192, 80, False), (9, 33, 41, True)):
+            calls += four_bits(m, k, n, nested, dtype, device, backend)
         if backend != "hopper":  # it has a kernel for `lora_linear` alone
             calls += updates(dtype, device, backend)
             calls += adamw(dtype, device, backend)
@@ -70,6 +73,30 @@ def linear(m, k, n, r, entries, dtype, device, backend, dropout=0.0, transposed=
         return 0
     leaves = [t for t in (x, a, b, gate) if t is not None]
     torch.autograd.grad(y, leaves, torch.randn(m, n, device=device, dtype=dtype))
+    return 2
+
+
+def four_bits(m, k, n, nested, dtype, device, backend) -> int:
+    """A forward and a backward pass over a weight in 4 bits: few tokens, more, and odd sizes."""
+    from deltadiff.errors import BackendUnavailableError
+
+    blocks = -(-n * k // 64)
+    packed, absmax = (
+        torch.randint(256, (size,), device=device, dtype=torch.uint8)
+        for size in (-(-n * k // 2), blocks)
+    )
+    code, scale, scale_code = (torch.rand(s, device=device) for s in (16, -(-blocks // 256), 256))
+    scales, sizes = (scale, scale_code, scale[0].clone()), (64, 256)
+    if not nested:
+        absmax, scales, sizes = absmax.float(), (None, None, None), (64, 0)
+    weight = FourBit(packed, absmax, code, *scales, (n, k), *sizes)
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    a, b = (torch.randn(s, device=device, requires_grad=True) for s in ((4, k), (n, 4)))
+    try:
+        y = lora_linear(x, weight, a, b, scaling=0.5, backend=backend)
+    except BackendUnavailableError:
+        return 0
+    torch.autograd.grad(y, (x, a, b), torch.randn_like(y))
     return 2
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deltadiff.ops import decode_4bit as op
+from deltadiff.ops import lora_linear_4bit
 from deltadiff.verify import decode_4bit as verify_decode_4bit
 from deltadiff.verify.run import run
 
@@ -32,14 +33,14 @@ def test_a_wrong_weight_fails(harm, monkeypatch):
     assert not ok and {row.output for row in rows if not row.ok} == {"W"}
 
 
-@pytest.mark.parametrize("backend", ["cpp", "triton"])
-def test_a_wrong_layer_fails(backend, monkeypatch):
-    from deltadiff.ops import lora_linear_4bit
+def test_a_wrong_layer_fails(path, monkeypatch):
+    if path.backend == "reference":
+        pytest.skip("it decodes elsewhere")
 
     def harmed(*args):
         return swapped_halves(real_decoded(*args))
 
     monkeypatch.setattr(lora_linear_4bit, "decoded", harmed)
-    rows, _ = run("cpu", ["decode_4bit"], backend, quick=True, seed=3)
+    rows, _ = run(path.device, ["decode_4bit"], path.backend, quick=True, seed=3)
     failed = {row.output for row in rows if row.ok is False}
     assert failed == {"dx", "y"}
