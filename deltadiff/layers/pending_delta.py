@@ -303,13 +303,13 @@ class PendingDelta:
         """(A, B, gate, scaling) of the one low-rank product that the forward pass needs.
 
         ``scaling``: s of the pair now. Where it is that of the update too, and the pair is as the
-        last step left it, the rank is the least. A compiled model takes it that the pair is.
+        last step left it, the rank is the least. A compiled model cannot ask, and adds the update
+        beside the pair always.
         """
         if isinstance(scaling, Tensor) or scaling != self.scaling or scaling == 0:
             return self._stack_apart(lora_A, lora_B, scaling)
         # Where derivatives of another kind are taken, `_Stack` would have the first alone.
-        apart = transformed() or (not torch.compiler.is_compiling() and self.moved(lora_A, lora_B))
-        if apart:
+        if transformed() or torch.compiler.is_compiling() or self.moved(lora_A, lora_B):
             return self._stack_apart(lora_A, lora_B, scaling)
         scale = self.rank_scale
         a, b = _Stack.apply(lora_A, lora_B, *self._whole_anchors(), scale)

@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 import deltadiff
 from deltadiff import DeltaLoRA, lora_linear, swap_
+from deltadiff.layers.lora_layers import lora_layers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 R = 3
@@ -94,6 +95,33 @@ def test_training_compiles_once(device, method, dynamic, recompiling_fails):
     compiled = train(device, method, compile, recompiling_fails)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     torch.testing.assert_close(compiled, eager)
+
+
+def losses_of_a_pair_that_others_write(device, compile):
+    """Of steps, before and after something else writes the pairs, with a factored update."""
+    model, losses = make_model(device), []
+    optimizer = DeltaLoRA(model, lr=1e-2, update_ratio=0.5, w_update="factored")
+    forward = compile(lambda model, x: model(x).square().mean())
+    for i, x in enumerate(batches(device)):
+        for _ in range(2):
+            losses.append(forward(model, x).detach())
+            if i % 2:
+                with torch.no_grad():
+                    for layer in lora_layers(model).values():
+                        layer.lora_B.mul_(0.7)
+                        layer.lora_A.add_(0.1)
+        forward(model, x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_model_sees_that_others_wrote_a_pair(device):
+    """W keeps the update that the steps made, in the forward pass and in the steps that follow."""
+    eager = losses_of_a_pair_that_others_write(device, lambda function: function)
+    compile = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(losses_of_a_pair_that_others_write(device, compile), eager)
 
 
 @pytest.mark.parametrize("device", DEVICES)
