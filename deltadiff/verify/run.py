@@ -15,6 +15,7 @@ from ..ops.dispatch import choose_path
 from .adamw_step import check_adamw_step
 from .decode_4bit import check_decode_4bit
 from .delta_update import check_delta_update
+from .gated_mlp import check_gated_mlp
 from .lora_linear import check_lora_linear
 from .tolerance import Bench, Row
 
@@ -59,6 +60,7 @@ def run(
 OPERATIONS = {
     "lora_linear": check_lora_linear,
     "decode_4bit": check_decode_4bit,
+    "gated_mlp": check_gated_mlp,
     "delta_update": check_delta_update,
     "adamw_step": check_adamw_step,
 }
