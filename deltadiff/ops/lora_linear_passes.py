@@ -194,7 +194,7 @@ class LoraLinearFunction(torch.autograd.Function):
         else:
             (weight,) = tensors
             grads = launch_bwd(dy, rows, weight, lora_A, lora_B, s, *rest, ctx.backend)
-        dx, da, db, dgate = (g if n else None for g, n in zip(grads, needs, strict=True))
+        dx, da, db, dgate = (g if need else None for g, need in zip(grads, needs, strict=True))
         dx = None if dx is None else dx.view(*leading, k)
         dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype) if need_bias else None
         return dx, None, da, db, None, dgate, dbias, None, None, None
