@@ -208,6 +208,19 @@ def few_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
 FOUR_BIT_COLUMNS = 64
 
 
+def four_bit_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
+    """`few_config` for a W in 4 bits.
+
+    A program decodes for longer than it waits for memory, so more of them should run at a time. It
+    costs little to add up the parts that few tokens leave.
+    """
+    config = few_config(M, N, K, R, shared) | {"BLOCK_SIZE_K": FOUR_BIT_COLUMNS}
+    blocks = triton.cdiv(M, config["BLOCK_SIZE_M"]) * triton.cdiv(N, config["BLOCK_SIZE_N"])
+    wanted = PROGRAMS * (4 if M <= 16 else 2) // blocks
+    config["splits"] = max(1, min(wanted, triton.cdiv(K, FOUR_BIT_COLUMNS) // 4, 8))
+    return config
+
+
 FEW = LaunchConfig(
     op="lora_linear_few",
     default=few_config,
@@ -257,8 +270,7 @@ def _few_linear(v, q, d, p, scaling, gate, bias, u):
         config = FEW.choose(v.device, (m, n, k, r, shared), (m, n, k, r, q.stride(1) != 1))
         stride_q = q.stride()
     else:
-        config = few_config(m, n, k, r, shared) | {"BLOCK_SIZE_K": FOUR_BIT_COLUMNS}
-        stride_q, blocksizes = (0, 0), q.blocksizes
+        config, stride_q, blocksizes = four_bit_config(m, n, k, r, shared), (0, 0), q.blocksizes
         q, *parts = q.tensors
         q = q if q.data_ptr() % 4 == 0 else q.clone()  # it is read in words
         options = {"enable_fp_fusion": False}  # see `absmax_of`

@@ -61,6 +61,7 @@ def test_few_tokens_are_decoded_in_the_loop(path, randn, monkeypatch):
     for tokens, k, form, expected in (
         (64, 128, ("nf4", 64, True), 0),
         (65, 128, ("nf4", 64, True), 1),
+        (4, 1024, ("nf4", 64, True), 0),  # the sum over K in parts
         (4, 128, ("fp4", 4096, False), 0),
         (4, 128, ("nf4", 32, True), 1),
         (4, 96, ("nf4", 64, True), 1),
