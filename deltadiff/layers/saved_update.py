@@ -89,6 +89,7 @@ def read_update(where: str, entry: dict[str, Any], sizes: tuple[int, int]) -> Sa
         if past:
             raise refuse(f"{len(past)} factors alone", "its numbers, too")
         return None
+    tensor: Any
     ((kind, tensor),) = found.items() if len(found) == 1 else (("both", None),)
     fits = isinstance(tensor, Tensor) and tensor.dim() == 1 and not tensor.is_meta
     fits = fits and tensor.layout == torch.strided and not tensor.is_complex()
