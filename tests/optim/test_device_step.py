@@ -49,7 +49,7 @@ def interpreted(monkeypatch):
 
     path = Dispatch("triton", "for the test")
     monkeypatch.setattr("deltadiff.optim.device_step.choose_path", lambda *_: path)
-    monkeypatch.setattr("deltadiff.optim.weight_update.choose_path", lambda *_: path)
+    monkeypatch.setattr("deltadiff.optim.weight_launches.choose_path", lambda *_: path)
     launched = []
     for module in (adamw_step, delta_update, step_counters):
 
@@ -83,7 +83,9 @@ def test_kernels_and_reference_agree(interpreted, monkeypatch, w_update, skip):
     for backend in ("triton", "reference"):
         path = Dispatch(backend, "for the test")
         monkeypatch.setattr("deltadiff.optim.device_step.choose_path", lambda *_, path=path: path)
-        monkeypatch.setattr("deltadiff.optim.weight_update.choose_path", lambda *_, path=path: path)
+        monkeypatch.setattr(
+            "deltadiff.optim.weight_launches.choose_path", lambda *_, path=path: path
+        )
         model = make_model()
         groups = [
             {"params": list(model[0].parameters())[-2:]},
