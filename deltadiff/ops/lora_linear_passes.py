@@ -156,43 +156,41 @@ class LoraLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, lora_A.shape[1])
         rest = lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
+        # Hooks may move saved tensors elsewhere until they are needed. The bytes of a weight stay
+        # where they are in any case, so they are not saved.
+        ctx.packed = weight if isinstance(weight, FourBit) else None
+        dense = None if isinstance(weight, FourBit) else weight
         if isinstance(weight, FourBit):
-            tensors: Sequence[Tensor | None] = weight.tensors
-            ctx.blocksizes = weight.blocksizes
-            y, s = torch.ops.deltadiff.lora_linear_4bit_fwd(
-                rows, *tensors, *ctx.blocksizes, *rest
-            )  # fmt: skip
+            parts = *weight.tensors, *weight.blocksizes
+            y, s = torch.ops.deltadiff.lora_linear_4bit_fwd(rows, *parts, *rest)
         else:
-            tensors, ctx.blocksizes = (weight,), None
             y, s = launch_fwd(rows, weight, *rest)
         need_gate = gate is not None and gate.requires_grad
         kept_x = x if keeps_x(backend, lora_A.requires_grad, need_gate) else None
-        ctx.save_for_backward(kept_x, lora_A, lora_B, gate, s, seed, *tensors)
+        ctx.save_for_backward(kept_x, dense, lora_A, lora_B, gate, s, seed)
         ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
         return y.view(*x.shape[:-1], lora_B.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, gate, s, seed, *tensors = ctx.saved_tensors
+        x, weight, lora_A, lora_B, gate, s, seed = ctx.saved_tensors
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
         needs = [need_x, need_A, need_B, need_gate]
-        n, k = lora_B.shape[0], lora_A.shape[1]
+        n, k, packed = lora_B.shape[0], lora_A.shape[1], ctx.packed
         leading, dy = dy.shape[:-1], dy.reshape(-1, n)
         rows = None if x is None else x.reshape(-1, k)
         rest = ctx.scaling, gate, needs, ctx.dropout, seed
         batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # from is_grads_batched=True
         if torch.is_grad_enabled() or batched:
-            weight = tensors[0]
-            if ctx.blocksizes:
-                packed = FourBit.from_parts(tensors, (n, k), ctx.blocksizes)
+            if packed is not None:
                 weight = decoded(packed, dy.dtype, ctx.backend)
             grads = _reference_bwd(dy, rows, weight, lora_A, lora_B, *rest)
-        elif ctx.blocksizes:
+        elif packed is not None:
+            parts = *packed.tensors, *packed.blocksizes
             grads = torch.ops.deltadiff.lora_linear_4bit_bwd(
-                dy, rows, *tensors, *ctx.blocksizes, lora_A, lora_B, s, *rest, ctx.backend
+                dy, rows, *parts, lora_A, lora_B, s, *rest, ctx.backend
             )
         else:
-            (weight,) = tensors
             grads = launch_bwd(dy, rows, weight, lora_A, lora_B, s, *rest, ctx.backend)
         dx, da, db, dgate = (g if need else None for g, need in zip(grads, needs, strict=True))
         dx = None if dx is None else dx.view(*leading, k)
