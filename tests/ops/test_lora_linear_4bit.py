@@ -33,6 +33,11 @@ def quantised(given, device, form=("nf4", 64, True)):
     return [x, weight, *rest], [x, decode_4bit(weight, x.dtype), *rest]
 
 
+def interpreted(path):
+    """Whether Triton interprets, which is slow."""
+    return path.backend == "triton" and path.device.type == "cpu"
+
+
 def small(randn, path, k=64, n=48, dtype=F32, **more):
     """`quantised` for 8 tokens and rank 2."""
     return quantised(inputs(randn, 8, k, n, 2, dtype, path.device, **more), path.device)
@@ -41,7 +46,7 @@ def small(randn, path, k=64, n=48, dtype=F32, **more):
 @pytest.mark.parametrize("shape, gate, bias, mixed", CASES, ids=lambda v: str(v).replace(" ", ""))
 def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, assert_close):
     given = inputs(randn, *shape, dtype, path.device, F32 if mixed else dtype, gate, bias)
-    for form in FORMATS:
+    for form in FORMATS[:1] if interpreted(path) else FORMATS:
         packed, dense = quantised(given, path.device, form)
         ours = outputs(lora_linear, *packed, backend=path.backend)
         eager = outputs(lora_linear_ref, *dense)
@@ -81,8 +86,8 @@ def test_few_tokens_are_decoded_in_the_loop(path, randn, monkeypatch):
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_bits_are_those_of_the_decoded_weight(path, dtype, form, randn):
     """With dropout, a leading shape and every gradient: nothing but W differs from the dense op."""
-    if path.backend == "triton" and path.device.type == "cpu" and dtype == F32:
-        pytest.skip("the float16 case says the same")
+    if interpreted(path) and (dtype == F32 or form != FORMATS[0]):
+        pytest.skip("one case says the same")
     x, *rest, dy = inputs(randn, 24, 96, 40, 4, dtype, path.device, F32, (4,), True)
     given = [x.view(2, 12, 96), *rest, dy.view(2, 12, 40)]
     packed, dense = quantised(given, path.device, form)
@@ -195,8 +200,8 @@ def test_a_compiled_call_is_one_graph(device, nested, randn):
 
 @pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.long), True])
 def test_the_operations_are_what_their_schemas_say(path, gated, randn):
-    if path.backend == "reference":
-        pytest.skip("it has no operations of its own")
+    if path.backend == "reference" or interpreted(path):
+        pytest.skip("the operations are those of the other backends")
     op, (packed, _) = torch.ops.deltadiff, small(randn, path, gate=(2,) if gated else None)
     x, weight, a, b, gate, bias, dy = packed
     parts = *weight.tensors, *weight.blocksizes
