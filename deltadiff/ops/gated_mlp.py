@@ -21,11 +21,10 @@ from .gated_product import gated_product, gated_product_bwd, gated_product_bwd_a
 from .lora_linear import autocast_dtype, check_lora_linear, path_of
 from .lora_linear_passes import (
     bwd_before_da,
+    dense_or_packed,
     kernel_name,
-    put_together,
     run_bwd,
     run_fwd,
-    taken_apart,
 )
 from .recomputing import is_recomputing
 from .reference_blocks import ACTIVATIONS, LowRankLinear, gated_mlp_ref
@@ -133,10 +132,8 @@ class _GatedMlp(torch.autograd.Function):
             if remade is not None:
                 sources, ctx.again = remade.sources, remade.again
                 ctx.again.add_reader()
-        taken = [taken_apart(weight) for weight in weights]
-        ctx.frames = [(len(parts), frame) for parts, frame in taken]
-        parts = (t for parts, _ in taken for t in parts)
-        ctx.save_for_backward(*parts, *tensors, *outputs, *kept, kept_outer, *sources)
+        dense, ctx.packed = zip(*map(dense_or_packed, weights), strict=True)
+        ctx.save_for_backward(*dense, *tensors, *outputs, *kept, kept_outer, *sources)
         ctx.plan = plan
         return h if plan.up_to_h else y.view(*x.shape[:-1], y.shape[1])
 
@@ -149,7 +146,8 @@ class _GatedMlp(torch.autograd.Function):
         def take(n: int) -> list[Any]:
             return list(itertools.islice(saved, n))
 
-        weights = [put_together(take(n), frame) for n, frame in ctx.frames]
+        dense = take(count)
+        weights = [d if p is None else p for d, p in zip(dense, ctx.packed, strict=True)]
         tensors, outputs, kept = take(_TENSORS * count), take(count - 1), take(count)
         sources = tuple(saved)
         x = sources[0] if ctx.again is None else ctx.again(*sources)

@@ -246,17 +246,15 @@ class LoraLinearFunction(torch.autograd.Function):
             if remade is not None:
                 sources, ctx.again = remade.sources, remade.again
                 ctx.again.add_reader()
-        tensors, ctx.frame = taken_apart(weight)
-        ctx.parts = len(tensors)
-        ctx.save_for_backward(lora_A, lora_B, gate, s, seed, *tensors, *sources)
+        dense, ctx.packed = dense_or_packed(weight)
+        ctx.save_for_backward(dense, lora_A, lora_B, gate, s, seed, *sources)
         ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
         return y.view(*x.shape[:-1], lora_B.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        lora_A, lora_B, gate, s, seed, *rest = ctx.saved_tensors
-        weight = put_together(rest[: ctx.parts], ctx.frame)
-        sources = rest[ctx.parts :]
+        dense, lora_A, lora_B, gate, s, seed, *sources = ctx.saved_tensors
+        weight = dense if ctx.packed is None else ctx.packed
         x = sources[0] if ctx.again is None else ctx.again(*sources)
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
         needs = [need_x, need_A, need_B, need_gate]
@@ -277,19 +275,13 @@ class LoraLinearFunction(torch.autograd.Function):
         return dx, None, da, db, None, dgate, dbias, *[None] * 4
 
 
-Frame = tuple[tuple[int, int], tuple[int, int]] | None  # of a `FourBit`: its shape and blocksizes
+def dense_or_packed(weight: Tensor | FourBit) -> tuple[Tensor | None, FourBit | None]:
+    """The weight as a tensor for autograd to keep, or as bytes that a context keeps itself.
 
-
-def taken_apart(weight: Tensor | FourBit) -> tuple[Sequence[Tensor | None], Frame]:
-    """The tensors of a weight, which autograd can keep, and what `put_together` needs beside."""
-    if isinstance(weight, FourBit):
-        return weight.tensors, (weight.shape, weight.blocksizes)
-    return (weight,), None
-
-
-def put_together(tensors: Sequence[Any], frame: Frame) -> Any:
-    """The weight, a Tensor or a `FourBit`, that was `taken_apart`."""
-    return tensors[0] if frame is None else FourBit.from_parts(tensors, *frame)
+    Hooks may move saved tensors elsewhere until they are needed. The bytes of a weight stay where
+    they are in any case, so they are not saved.
+    """
+    return (None, weight) if isinstance(weight, FourBit) else (weight, None)
 
 
 if not CPP_MISSING:

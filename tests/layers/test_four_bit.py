@@ -156,6 +156,7 @@ def test_what_autograd_keeps(randn):
     model, layer = swapped()
     _, kept = kept_by(model, randn(4, K).requires_grad_())
     assert kept and max(t.numel() * t.element_size() for t in kept) <= layer.weight.numel()
+    assert not any(t.data_ptr() == layer.weight.data_ptr() for t in kept)
 
 
 def test_training_beside_bytes_stored_as_another_dtype(fused, randn):

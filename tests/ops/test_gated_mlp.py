@@ -67,7 +67,7 @@ def double(x, layers, dy):
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "gates and biases"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_output_and_gradients(path, dtype, joint, full, activation, layer, randn, assert_close):
-    m, k, i, n, r = 37, 48, 72, 40, 4
+    m, k, i, n, r = 37, 48, 72, 40, 16
     how = {"dtype": dtype, "device": path.device}
     adapter = F32 if full else dtype
     inner = [(2 * i, k)] if joint else [(i, k), (i, k)]
@@ -76,9 +76,12 @@ def test_output_and_gradients(path, dtype, joint, full, activation, layer, randn
     ours = outputs(gated_mlp, x, layers, dy, activation, [path.backend] * 3)
     eager = outputs(gated_mlp_ref, x, layers, dy, activation)
     truth = outputs(gated_mlp_ref, *double(x, layers, dy), activation)
+    gates = [name for name in truth if name.startswith("gate")]
+    if gates:  # the error of a few numbers is luck
+        columns = (torch.cat([each.pop(name) for name in gates]) for each in (ours, eager, truth))
+        assert_close(*columns, 3, dtype)
     for name, expected in truth.items():
-        assert_close(ours[name], eager[name], expected, 2 if name == "y" else 3,
-                     dtype if "gate" in name else None)  # fmt: skip
+        assert_close(ours[name], eager[name], expected, 2 if name == "y" else 3)
 
 
 def test_it_equals_the_eager_modules(layer, randn):

@@ -1,5 +1,7 @@
 """`lora_linear` over weights of 4 bits, on every backend."""
 
+import gc
+
 import pytest
 import torch
 from four_bit import FORMATS, four_bit
@@ -33,6 +35,11 @@ def quantised(given, device, form=("nf4", 64, True)):
     return [x, weight, *rest], [x, decode_4bit(weight, x.dtype), *rest]
 
 
+def interpreted(path):
+    """Whether Triton interprets, which is slow."""
+    return path.backend == "triton" and path.device.type == "cpu"
+
+
 def small(randn, path, k=64, n=48, dtype=F32, **more):
     """`quantised` for 8 tokens and rank 2."""
     return quantised(inputs(randn, 8, k, n, 2, dtype, path.device, **more), path.device)
@@ -41,7 +48,7 @@ def small(randn, path, k=64, n=48, dtype=F32, **more):
 @pytest.mark.parametrize("shape, gate, bias, mixed", CASES, ids=lambda v: str(v).replace(" ", ""))
 def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, assert_close):
     given = inputs(randn, *shape, dtype, path.device, F32 if mixed else dtype, gate, bias)
-    for form in FORMATS:
+    for form in FORMATS[:1] if interpreted(path) else FORMATS:
         packed, dense = quantised(given, path.device, form)
         ours = outputs(lora_linear, *packed, backend=path.backend)
         eager = outputs(lora_linear_ref, *dense)
@@ -81,8 +88,8 @@ def test_few_tokens_are_decoded_in_the_loop(path, randn, monkeypatch):
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_bits_are_those_of_the_decoded_weight(path, dtype, form, randn):
     """With dropout, a leading shape and every gradient: nothing but W differs from the dense op."""
-    if path.backend == "triton" and path.device.type == "cpu" and dtype == F32:
-        pytest.skip("the float16 case says the same")
+    if interpreted(path) and (dtype == F32 or form != FORMATS[0]):
+        pytest.skip("one case says the same")
     x, *rest, dy = inputs(randn, 24, 96, 40, 4, dtype, path.device, F32, (4,), True)
     given = [x.view(2, 12, 96), *rest, dy.view(2, 12, 40)]
     packed, dense = quantised(given, path.device, form)
@@ -100,7 +107,8 @@ def test_nothing_of_the_size_of_W_is_kept(path, randn):
     (x, weight, a, b, *_), _ = small(randn, path, 128, 96)
     how = dict(scaling=0.7, backend=path.backend)
     _, kept = kept_by(lora_linear, x.requires_grad_(), weight, a.requires_grad_(), b, **how)
-    assert kept and max(t.numel() * t.element_size() for t in kept) <= weight.packed.numel()
+    assert kept and max(t.numel() * t.element_size() for t in kept) <= x.numel() * 4
+    assert not any(t.data_ptr() == weight.packed.data_ptr() for t in kept), "hooks would move it"
 
 
 def test_layers_that_decode_between_the_passes_of_another(path, randn):
@@ -194,8 +202,8 @@ def test_a_compiled_call_is_one_graph(device, nested, randn):
 
 @pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.long), True])
 def test_the_operations_are_what_their_schemas_say(path, gated, randn):
-    if path.backend == "reference":
-        pytest.skip("it has no operations of its own")
+    if path.backend == "reference" or interpreted(path):
+        pytest.skip("the operations are those of the other backends")
     op, (packed, _) = torch.ops.deltadiff, small(randn, path, gate=(2,) if gated else None)
     x, weight, a, b, gate, bias, dy = packed
     parts = *weight.tensors, *weight.blocksizes
@@ -254,7 +262,8 @@ def test_one_workspace_serves_all_layers(randn):
     (x, weight, a, b, *_), _ = quantised(inputs(randn, m, n, n, r, BF16, "cuda", F32), "cuda")
     x.requires_grad_()
     peaks = []
-    for layers in (2, 6):
+    for layers in (2, 2, 6):  # the first round makes what stays
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -263,7 +272,7 @@ def test_one_workspace_serves_all_layers(randn):
             y = lora_linear(y, weight, a, b, scaling=0.1)
         y.square().sum().backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[1] - peaks[0] < n * n * 2 / 2
+    assert peaks[2] - peaks[1] < n * n * 2 / 2
 
 
 @pytest.mark.gpu
@@ -281,11 +290,12 @@ def test_a_captured_graph_decodes_for_itself(tokens, randn):
         y = lora_linear(leaves[0], weight, *leaves[1:], scaling=0.7)
         return [y, *torch.autograd.grad(y, leaves, dy)]
 
-    expected = [t.clone() for t in step()]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
+    with torch.cuda.stream(
+        side
+    ):  # a graph of the current stream's would bring that into the capture
+        expected = [t.detach().clone() for t in step()]
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

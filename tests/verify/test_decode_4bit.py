@@ -36,6 +36,8 @@ def test_a_wrong_weight_fails(harm, monkeypatch):
 def test_a_wrong_layer_fails(path, monkeypatch):
     if path.backend == "reference":
         pytest.skip("it decodes elsewhere")
+    if path.backend == "triton" and path.device.type == "cpu":
+        pytest.skip("Triton interprets, which is slow")
 
     def harmed(*args):
         return swapped_halves(real_decoded(*args))
