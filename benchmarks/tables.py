@@ -382,6 +382,11 @@ def measured(*ops: str) -> Callable[[dict], bool]:
     return lambda r: r["op"] in ops and "variant" in r
 
 
+def recorded(op: str) -> Callable[[dict], bool]:
+    """What a tool wrote of itself; rows of checks may be of what has the same name."""
+    return lambda r: r["op"] == op and "op_suite" not in r
+
+
 Part = tuple[Callable[[Records], str], Callable[[dict], bool]]  # how to write it, of which records
 DOCUMENTS: dict[Path, dict[str, Part]] = {
     FRONT: {"summary": (summary, lambda r: "variant" in r and r["gpu"] == SUMMARY_GPU)},
@@ -397,12 +402,12 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "model": (partial(by_machine, table=model_table), measured("model")),
         "whole step": (partial(by_machine, table=whole_step_table), measured("whole_step")),
         "search": (partial(by_machine, table=search_table), measured("search")),
-        "scaling": (scaling_table, lambda r: r["op"] == "scaling"),
-        "scaling expected": (expected_table, lambda r: r["op"] == "scaling"),
-        "peft calls": (peft_calls_table, lambda r: r["op"] == "peft_call"),
-        "several gpus": (several_gpus_table, lambda r: r["op"] == "several_gpus"),
-        "families": (families_table, lambda r: r["op"] == "families"),
-        "compare": (compare_tables, lambda r: r["op"] == "compare"),
+        "scaling": (scaling_table, recorded("scaling")),
+        "scaling expected": (expected_table, recorded("scaling")),
+        "peft calls": (peft_calls_table, recorded("peft_call")),
+        "several gpus": (several_gpus_table, recorded("several_gpus")),
+        "families": (families_table, recorded("families")),
+        "compare": (compare_tables, recorded("compare")),
     },
 }
 

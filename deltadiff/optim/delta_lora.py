@@ -45,7 +45,7 @@ class DeltaLoRA(DeltaLoRAState):
     A step may be captured in a CUDA graph, as with `FusedAdamW`.
 
     Under DeepSpeed's ZeRO a factored update works, made before `deepspeed.initialize` with one
-    param group: see `zero_vectors`.
+    param group, and goes on from universal checkpoints, too: see `zero_vectors`.
 
     Args:
         model_or_params: a swapped model, or an iterable of parameters, modules or param groups

@@ -52,6 +52,13 @@ def test_checks_are_listed_with_what_failed(tables):
     assert second.endswith("| settings.json | cpu |  | 1,200 | 1 |  |")
 
 
+def test_checks_of_a_tool_are_no_records_of_it(tables):
+    for name, (_, belongs) in tables.DOCUMENTS[tables.ALL].items():
+        for op in ("compare", "scaling", "peft_call", "several_gpus", "families"):
+            row = tally.row("kills", op, 20) | {"gpu": "a CPU"}
+            assert belongs(row) == (name == "checks"), (name, op)
+
+
 def test_every_plot_and_figure_is_linked_and_there(tables):
     for document in tables.DOCUMENTS:
         links = [
