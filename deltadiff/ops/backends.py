@@ -32,7 +32,7 @@ try:
 
     from ..kernels.lora_linear import few_tokens, portable
 
-    LAUNCHERS |= {"few_tokens": few_tokens, "few_tokens_4bit": few_tokens, "portable": portable}
+    LAUNCHERS |= {"few_tokens": few_tokens, "portable": portable}
     _TRITON_MISSING = None
 except ImportError as error:
     _TRITON_MISSING = f"Triton cannot be imported ({error})"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..checks import DTYPES, check_int, check_plain, check_tensor
 from ..errors import ArgumentError, ArgumentTypeError
-from . import reference
 from .backends import check_backend
 from .dispatch import choose_path
+from .reference_4bit import absmax_ref, decode_4bit_ref
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import decode_4bit as kernel
@@ -176,5 +176,5 @@ def decoded(weight: FourBit, dtype: torch.dtype, backend: str) -> Tensor:
         return out
     packed, absmax, code, scale, scale_code, offset, shape, blocksize, scale_blocksize = weight
     if scale is not None and scale_code is not None and offset is not None:
-        absmax = reference.absmax_ref(absmax, scale, scale_code, offset, scale_blocksize)
-    return reference.decode_4bit_ref(packed, absmax, code, shape, blocksize, dtype)
+        absmax = absmax_ref(absmax, scale, scale_code, offset, scale_blocksize)
+    return decode_4bit_ref(packed, absmax, code, shape, blocksize, dtype)

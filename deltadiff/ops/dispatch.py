@@ -17,7 +17,7 @@ import torch
 
 from ..checks import HALF_DTYPES
 from ..errors import BackendUnavailableError
-from .backends import HALF_NAMES, LAUNCHERS, why_unavailable
+from .backends import HALF_NAMES, why_unavailable
 from .transforms import TRANSFORMED
 
 # ------------------------------------------------------------------ the kernels of lora_linear
@@ -32,7 +32,6 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     dropout: bool = False
     transposed: bool = False  # W is stored (in, out)
-    blocksize: int = 0  # W is stored in 4 bits, with one absmax for so many numbers
 
 
 ANY_NUMBER = range(sys.maxsize)
@@ -53,8 +52,6 @@ class Kernel:
             runs only if its backend is asked for by name.
         tokens: the numbers of tokens that it takes.
         gate_reads_x: whether it computes the gate's gradient from x.
-        four_bit: whether it is for the forward pass over a W in 4 bits, which it decodes in its
-            loop. The others get such a W decoded.
     """
 
     name: str
@@ -63,7 +60,6 @@ class Kernel:
     why_only_asked: Callable[[Layer], str | None] = _no_objection
     tokens: range = ANY_NUMBER
     gate_reads_x: bool = False
-    four_bit: bool = False
 
     @property
     def label(self) -> str:
@@ -107,13 +103,6 @@ def _why_not_few_tokens(layer: Layer) -> str | None:
     return None
 
 
-def _why_not_few_4bit(layer: Layer) -> str | None:
-    columns = LAUNCHERS["few_tokens_4bit"].FOUR_BIT_COLUMNS
-    if layer.k % columns or layer.blocksize % columns:
-        return f"blocks of {layer.blocksize} in rows of {layer.k}: not multiples of {columns}"
-    return _why_not_few_tokens(layer)
-
-
 # In order of preference: the first kernel of a backend without an objection to a call runs it.
 KERNELS = (
     Kernel(
@@ -122,7 +111,6 @@ KERNELS = (
         # 15 bits.
         tokens=range(256, 128 * 0x7FFF + 1),
     ),
-    Kernel("few_tokens_4bit", "triton", _why_not_few_4bit, tokens=range(65), four_bit=True),
     Kernel("few_tokens", "triton", _why_not_few_tokens, tokens=range(512)),
     Kernel("portable", "triton"),
     Kernel("cpp", "cpp", gate_reads_x=True),
@@ -157,7 +145,6 @@ def runs_of(backend: str, layer: tuple) -> tuple[Run, ...]:
     layer = Layer(*layer)
     names = backend, FALLBACKS.get(backend)
     candidates = [kernel for name in names for kernel in KERNELS if kernel.backend == name]
-    candidates = [kernel for kernel in candidates if layer.blocksize or not kernel.four_bit]
     bounds = {bound for kernel in candidates for bound in (kernel.tokens.start, kernel.tokens.stop)}
     found: list[Run] = []
     for start in sorted(bounds - {ANY_NUMBER.stop}):
@@ -239,7 +226,6 @@ def choose_path(
     dropout: bool = False,
     transposed: bool = False,
     transformed: bool = False,
-    blocksize: int = 0,
 ) -> Dispatch:
     """Choose what runs an operation on tensors of ``dtype`` on ``device``.
 
@@ -250,8 +236,6 @@ def choose_path(
         dropout: whether the layer has dropout, which that kernel lacks.
         transposed: whether W is stored (in, out), like GPT-2's; that kernel would copy it.
         transformed: what the function of this name says; then only the reference will do.
-        blocksize: how many numbers have one absmax, where W is stored in 4 bits; ``dtype`` is
-            then that of x.
 
     Returns:
         The backend, the reason for it and, for a layer, which kernels run at which number of
@@ -262,7 +246,7 @@ def choose_path(
         BackendUnavailableError: ``backend`` was asked for and cannot run here, or not under a
             transform.
     """
-    call = None if layer is None else Layer(*layer, dtype, dropout, transposed, blocksize)
+    call = None if layer is None else Layer(*layer, dtype, dropout, transposed)
     if backend is not None:
         objection = why_unavailable(backend, device, dtype) or _why_not_taken(backend, call)
         if transformed and backend != "reference":
@@ -301,7 +285,7 @@ def choose_4bit_path(
     """
     if backend is None and device.type == "cpu" and layer[1] % blocksize == 0:
         return Dispatch("reference", "which is faster on a CPU")
-    return choose_path(device, dtype, backend, layer, dropout, blocksize=blocksize)
+    return choose_path(device, dtype, backend, layer, dropout)
 
 
 def _dispatch(backend: str, reason: str, layer: Layer | None) -> Dispatch:

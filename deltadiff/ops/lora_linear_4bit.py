@@ -4,8 +4,7 @@
     lora_linear_4bit_fwd    (y, what is kept) of a forward pass
     lora_linear_4bit_bwd    (dx, dA, dB, dgate) of a backward pass
 
-W is decoded inside of each pass, where torch.compile does not see it and cannot keep it. With few
-tokens, the kernel of the forward pass decodes in its loop, and W is never formed.
+W is decoded inside of each pass, where torch.compile does not see it and cannot keep it.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from .decode_4bit import FourBit, decoded
 from .lora_linear_passes import (
     LoraLinearFunction,
     kept_shape,
-    kernel_of,
     launch_bwd,
     launch_fwd,
     reached_from_cpp,
@@ -66,13 +64,10 @@ def _differentiable(x: Tensor, *args: Any) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "lora_linear_4bit_fwd", "CompositeExplicitAutograd")
 def _fwd(x: Tensor, *args: Any) -> Sequence[Tensor]:
-    weight, rest = _split(args)
-    lora_A, *_, seed, backend = rest
-    if kernel_of(x, weight, lora_A.shape[0], seed is not None, backend).four_bit:
-        return launch_fwd(x, weight, *rest)
+    weight, (*rest, backend) = _split(args)
     in_cpp = reached_from_cpp(backend, x.device)
     run: Any = torch.ops.deltadiff.lora_linear_fwd if in_cpp else launch_fwd
-    return run(x, decoded(weight, x.dtype, backend), *rest)
+    return run(x, decoded(weight, x.dtype, backend), *rest, backend)
 
 
 @torch.library.impl(_LIBRARY, "lora_linear_4bit_bwd", "CompositeExplicitAutograd")

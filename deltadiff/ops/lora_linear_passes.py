@@ -33,17 +33,14 @@ def reached_from_cpp(backend: str, device: torch.device) -> bool:
     return reached and not CPP_MISSING
 
 
-def kernel_of(x: Tensor, weight: Tensor | FourBit, r: int, dropout: bool, backend: str) -> Kernel:
-    """The kernel that runs a call for which ``backend`` was chosen; x (M, K), or dy (M, N)."""
-    layer = (*weight.shape, r, x.dtype, dropout)
-    if isinstance(weight, FourBit):
-        layer = (*layer, False, weight.blocksize)
-    return kernel_at(runs_of(backend, layer), x.shape[0])
+def _kernel_of(tokens: int, weight: Tensor, r: int, dropout: bool, backend: str) -> Kernel:
+    """The kernel that runs a call for which ``backend`` was chosen."""
+    return kernel_at(runs_of(backend, (*weight.shape, r, weight.dtype, dropout)), tokens)
 
 
 def launch_fwd(
     x: Tensor,
-    weight: Tensor | FourBit,
+    weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -55,7 +52,7 @@ def launch_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(y, kept) of the kernel that runs this call; x (M, K)."""
     m, r = x.shape[0], lora_A.shape[0]
-    kernel = kernel_of(x, weight, r, seed is not None, backend)
+    kernel = _kernel_of(m, weight, r, seed is not None, backend)
     kept = None
     if kernel.backend != backend:  # it keeps less, but the backend's calls all keep one shape
         kept = x.new_empty(kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
@@ -79,7 +76,7 @@ def launch_bwd(
     backend: str,
 ) -> Sequence[Tensor | None]:
     """(dx, dA, dB, dgate) of the kernel that ran the forward pass; dy (M, N)."""
-    kernel = kernel_of(dy, weight, lora_A.shape[0], seed is not None, backend)
+    kernel = _kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
     mask = {} if seed is None else {"dropout": dropout, "seed": seed}
     launch = LAUNCHERS[kernel.name].lora_linear_bwd
     return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
@@ -316,7 +313,7 @@ if not CPP_MISSING:
 
         C++ asks once for each kind of call for which backend "hopper" was chosen.
         """
-        if kernel_of(x, weight, lora_A.shape[0], False, "hopper").name != "hopper":
+        if _kernel_of(x.shape[0], weight, lora_A.shape[0], False, "hopper").name != "hopper":
             return []
         try:
             return hopper_plan.lora_linear_plan(x, weight, lora_A, lora_B, *rest)

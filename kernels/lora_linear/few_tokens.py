@@ -6,16 +6,12 @@ Each program multiplies its rows by D itself, beside its columns of Q: this save
 wait for it. K is split into parts so that the whole GPU reads. A second kernel then adds the parts
 up, in a fixed order, and the low-rank term to their sum: parts of U may differ in sign where U does
 not, so an infinite gate times each of them would give NaN.
-
-Q may be stored in 4 bits. Then each program decodes its tiles in the loop, to the bits that
-`decode_4bit.py` gives, and reads a quarter of the bytes.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..decode_4bit import absmax_of
 from ..runtime.gpu import on_device, shared_kib
 from ..runtime.tuned import LaunchConfig, combinations
 from .portable import adapter_gradients, new_kept, rank_part
@@ -45,42 +41,16 @@ def _finished(
     return acc
 
 
-@triton.jit
-def _decoded_tile(
-    packed_ptr, absmax_ptr, code, scale_ptr, scale_code_ptr, offset_ptr, rows, mask_n, k, K,
-    dtype: tl.constexpr, BLOCKSIZE: tl.constexpr, SCALE_BLOCKSIZE: tl.constexpr,
-    BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
-):  # fmt: skip
-    """Q^T (BLOCK_SIZE_K, rows) from column k on, of a Q in 4 bits: see `FOUR_BIT_COLUMNS`.
-
-    ``code`` is in registers: in a loop, Triton would fetch what a pointer points to long before.
-    """
-    words = rows[:, None] * (K // 8) + k // 8 + tl.arange(0, BLOCK_SIZE_K // 8)[None, :]
-    word = tl.load(packed_ptr.to(tl.pointer_type(tl.int32)) + words, mask=mask_n[:, None], other=0)
-    shift = 4 * (tl.arange(0, 8) ^ 1)  # the upper half of a byte comes first
-    number = word[:, :, None] >> shift[None, None, :] & 15
-    number = tl.reshape(number, (BLOCK_SIZE_N * BLOCK_SIZE_K,))
-    value = tl.reshape(tl.gather(code, number, 0), (BLOCK_SIZE_N, BLOCK_SIZE_K))
-    absmax = absmax_of(
-        (rows * K + k) // BLOCKSIZE, mask_n, absmax_ptr, scale_ptr, scale_code_ptr, offset_ptr,
-        SCALE_BLOCKSIZE,
-    )  # fmt: skip
-    value *= tl.where(mask_n, absmax, 0.0)[:, None]  # what was not loaded may be anything
-    return tl.trans(value.to(dtype))
-
-
 @triton.jit(do_not_specialize=["M"])  # Triton does specialise on K_PER_SPLIT % 16 == 0
 def _lora_linear_few_kernel(
     v_ptr, q_ptr, d_ptr, p_ptr, gate_ptr, bias_ptr, y_ptr, u_ptr,
-    absmax_ptr, code_ptr, scale_ptr, scale_code_ptr, offset_ptr,
     scaling, M, N, K, R, K_PER_SPLIT,
     stride_vm, stride_vk, stride_qn, stride_qk, stride_dr, stride_dk, stride_pn, stride_pr,
     stride_gate, stride_bias,
-    BLOCKSIZE: tl.constexpr, SCALE_BLOCKSIZE: tl.constexpr,
     EVEN_K: tl.constexpr, INDEX: tl.constexpr, BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Y (M, N) and U (M, R) float32. With a code, Q is stored in 4 bits, and has no strides.
+    """Y (M, N) and U (M, R) float32.
 
     Without P: (split, M, N) and (split, M, R) float32, V Q^T and V D^T over the parts of K.
     """
@@ -100,26 +70,16 @@ def _lora_linear_few_kernel(
     d_offs = offs_r[None, :] * stride_dr + offs_k[:, None] * stride_dk
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), tl.float32)
     u = tl.zeros((BLOCK_SIZE_M, RANK), tl.float32)
-    if code_ptr is not None:
-        code = tl.load(code_ptr + tl.arange(0, 16))
     for k in range(start, tl.minimum(start + K_PER_SPLIT, K), BLOCK_SIZE_K):
         if EVEN_K:
             v = tl.load(v_ptr + v_offs, mask=mask_m[:, None], other=0.0)
+            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :], other=0.0)
             d = tl.load(d_ptr + d_offs, mask=mask_r[None, :], other=0.0)
         else:
             mask_k = offs_k < K - k
             v = tl.load(v_ptr + v_offs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            d = tl.load(d_ptr + d_offs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
-        if code_ptr is not None:
-            q = _decoded_tile(
-                q_ptr, absmax_ptr, code, scale_ptr, scale_code_ptr, offset_ptr,
-                n0 + offs_n, mask_n, k, K, v.dtype, BLOCKSIZE, SCALE_BLOCKSIZE, BLOCK_SIZE_N,
-                BLOCK_SIZE_K,
-            )  # fmt: skip
-        elif EVEN_K:
-            q = tl.load(q_ptr + q_offs, mask=mask_n[None, :], other=0.0)
-        else:
             q = tl.load(q_ptr + q_offs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+            d = tl.load(d_ptr + d_offs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
         acc = tl.dot(v, q, acc)
         u = tl.dot(v, d, u)
         v_ptr += BLOCK_SIZE_K * stride_vk
@@ -203,24 +163,6 @@ def few_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
     )  # fmt: skip
 
 
-# A tile of a W in 4 bits has so many columns, which are in one block of the quantisation: K and the
-# size of those blocks must be multiples of it.
-FOUR_BIT_COLUMNS = 64
-
-
-def four_bit_config(M: int, N: int, K: int, R: int, shared: int) -> dict:
-    """`few_config` for a W in 4 bits.
-
-    A program decodes for longer than it waits for memory, so more of them should run at a time. It
-    costs little to add up the parts that few tokens leave.
-    """
-    config = few_config(M, N, K, R, shared) | {"BLOCK_SIZE_K": FOUR_BIT_COLUMNS}
-    blocks = triton.cdiv(M, config["BLOCK_SIZE_M"]) * triton.cdiv(N, config["BLOCK_SIZE_N"])
-    wanted = PROGRAMS * (4 if M <= 16 else 2) // blocks
-    config["splits"] = max(1, min(wanted, triton.cdiv(K, FOUR_BIT_COLUMNS) // 4, 8))
-    return config
-
-
 FEW = LaunchConfig(
     op="lora_linear_few",
     default=few_config,
@@ -236,10 +178,7 @@ FEW = LaunchConfig(
 
 
 def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, kept=None):
-    """(y, kept): as `portable.lora_linear_fwd`, without dropout.
-
-    ``weight`` may be a weight of 4 bits, a `deltadiff.ops.decode_4bit.FourBit`.
-    """
+    """(y, kept): as `portable.lora_linear_fwd`, without dropout."""
     if kept is None:
         s = kept = new_kept(x, lora_A)
     else:
@@ -265,15 +204,9 @@ def _few_linear(v, q, d, p, scaling, gate, bias, u):
     y = v.new_empty((m, n))
     if not m:
         return y
-    shared, parts, blocksizes, options = shared_kib(v.device), (None,) * 5, (0, 0), {}
-    if isinstance(q, torch.Tensor):
-        config = FEW.choose(v.device, (m, n, k, r, shared), (m, n, k, r, q.stride(1) != 1))
-        stride_q = q.stride()
-    else:
-        config, stride_q, blocksizes = four_bit_config(m, n, k, r, shared), (0, 0), q.blocksizes
-        q, *parts = q.tensors
-        q = q if q.data_ptr() % 4 == 0 else q.clone()  # it is read in words
-        options = {"enable_fp_fusion": False}  # see `absmax_of`
+    index, shared = index_type(r, v, q, d, p), shared_kib(v.device)
+    key = m, n, k, r, q.stride(1) != 1
+    config = FEW.choose(v.device, (m, n, k, r, shared), key)
     splits, block_k = config.pop("splits"), config["BLOCK_SIZE_K"]
     k_per_split = triton.cdiv(triton.cdiv(k, block_k), splits) * block_k
     splits = triton.cdiv(k, k_per_split)
@@ -292,11 +225,9 @@ def _few_linear(v, q, d, p, scaling, gate, bias, u):
             v.new_empty((splits, m, n), dtype=torch.float32),
             v.new_empty((splits, m, r), dtype=torch.float32),
         )
-    index = index_type(r, v, q, d, p)
     _lora_linear_few_kernel[(*grid, splits)](
-        v, q, d, *ours, *results, *parts, scaling, m, n, k, r, k_per_split,
-        *v.stride(), *stride_q, *d.stride(), *strides, *blocksizes, k % block_k == 0, index,
-        **config, **options,
+        v, q, d, *ours, *results, scaling, m, n, k, r, k_per_split,
+        *v.stride(), *q.stride(), *d.stride(), *strides, k % block_k == 0, index, **config,
     )  # fmt: skip
     if splits > 1:
         rows, columns = 16, 64  # few, so that there are many programs, which read at once

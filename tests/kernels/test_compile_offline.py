@@ -122,12 +122,6 @@ def compile_all(capability: int):
             gate = torch.empty(entries) if entries else None
             lora(m, dtype, adapter_dtype, r, gate, kernels=hopper_launch)
 
-    def four_bit(n, k, nested):
-        absmax = torch.empty(n * k // 64, dtype=torch.uint8 if nested else fp32)
-        scales = (torch.empty(4), torch.empty(256), torch.empty(())) if nested else (None,) * 3
-        tensors = torch.empty(n * k // 2, dtype=torch.uint8), absmax, torch.empty(16), *scales
-        return FourBit(*tensors, (n, k), 64, 256)
-
     for dtype, k, nested in (
         (bf16, 1024, True),
         (fp16, 1024, False),
@@ -135,18 +129,11 @@ def compile_all(capability: int):
         (bf16, 1023, True),
     ):
         case = f"{dtype}, K {k}, {'nested' if nested else 'plain'} absmax"
-        weight = four_bit(64, k, nested)
+        absmax = torch.empty(1024, dtype=torch.uint8 if nested else fp32)
+        scales = (torch.empty(4), torch.empty(256), torch.empty(())) if nested else (None,) * 3
+        tensors = torch.empty(1024 * 32, dtype=torch.uint8), absmax, torch.empty(16), *scales
+        weight = FourBit(*tensors, (64, k), 64, 256)
         decode_4bit.decode_4bit(weight, torch.empty(weight.shape, dtype=dtype))
-    for dtype, m, r, nested in (
-        (bf16, 1, 16, True),
-        (fp16, 1, 16, False),
-        (bf16, 32, 32, True),
-        (bf16, 64, 16, True),
-        (fp16, 64, 64, False),
-    ):
-        case = f"{dtype}, {m} tokens, r {r}, 4 bits, {'nested' if nested else 'plain'} absmax"
-        x, a, b = torch.empty(m, 4096, dtype=dtype), torch.empty(r, 4096), torch.empty(512, r)
-        few_tokens.lora_linear_fwd(x, four_bit(512, 4096, nested), a, b, 2.0, gate[:1], None)
 
     step = torch.empty((), dtype=torch.int64)
     for dtype, roundings in (

@@ -13,7 +13,7 @@ from ...ops.dispatch import KERNELS
 # Beside the kernels themselves: calls of the sm_90 kernel whose factors are packed for it first.
 PACKED = "hopper packed"
 BACKENDS = ("reference", "cpp", "triton")
-KERNEL_LABELS = tuple(kernel.label for kernel in reversed(KERNELS) if not kernel.four_bit)
+KERNEL_LABELS = tuple(kernel.label for kernel in reversed(KERNELS))
 PATHS = {
     "lora_linear": (*KERNEL_LABELS, PACKED),
     "derivatives": KERNEL_LABELS,
