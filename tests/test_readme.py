@@ -3,6 +3,8 @@
 import argparse
 import re
 import shlex
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,17 @@ def test_swap(run, llama, tmp_path, capsys):
     assert swapped and all(layer.lora_B.abs().sum() > 0 for layer in swapped)
     fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
     deltadiff.load_adapter(fresh, tmp_path / "adapter")
+
+
+def test_the_fastest_step(run, llama, monkeypatch, capsys):
+    """Liger's patch stands for itself here: it changes the classes of the whole process."""
+    patched = []
+    liger = types.SimpleNamespace(apply_liger_kernel_to_llama=lambda: patched.append(1))
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    names = run("The fastest step", llama, transformers=transformers, deltadiff=deltadiff)
+    assert patched and "layers swapped" in capsys.readouterr().out
+    assert isinstance(names["optimizer"], deltadiff.DeltaLoRA)
 
 
 def test_with_peft_and_trainer(run, llama, tmp_path, capsys):

@@ -171,7 +171,8 @@ def compile_all(capability: int):
             case = f"{dtype} {activation}"
             gated_product.gated_product(e, g, activation)
             gated_product.gated_product_bwd(e, g, dh, activation, e, g)
-            for r in (16, gated_product.LARGEST_RANK):
+            # Behind the sm_90 kernel, which takes 16 bits.
+            for r in (16, gated_product.LARGEST_RANK) if capability == 90 and dtype != fp32 else ():
                 v = torch.empty(m, r, dtype=dtype)
                 case = f"{dtype} {activation}, r {r}"
                 gated_product.gated_product_bwd_and_da(e, g, dh, v, r, activation, e, g)
@@ -220,12 +221,15 @@ def compiled(request):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_without_spills(compiled, capability):
     kernels, limit = compiled[capability].result(), LIMITS[capability]
-    hopper = {"lora_linear_hopper_kernel", "pack_kernel"} if capability == "90" else set()
+    hopper = set()
+    if capability == "90":
+        hopper = {"lora_linear_hopper_kernel", "pack_kernel", "gated_product_bwd_and_da_kernel"}
     assert {k["kernel"] for k in kernels} == hopper | {
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
         "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
         "delta_update_kernel", "adamw_step_kernel", "advance_counters_kernel",
-        "decode_4bit_kernel",
+        "decode_4bit_kernel", "rms_norm_kernel", "rms_norm_bwd_kernel",
+        "gated_product_kernel", "gated_product_bwd_kernel",
     }  # fmt: skip
     most = [(LIMITS["tuned"] if k["case"].startswith("row") else limit)["spilled"] for k in kernels]
     assert [k for k, m in zip(kernels, most, strict=True) if k["spilled"] > m] == []
