@@ -4,7 +4,7 @@
 folds it into the base weight, and `report.py` and `coverage.py` say what was done and what was not.
 `lora_layers.py` shows all layers alike, ours and PEFT's; `base_format.py` is the one table of how a
 base weight may be stored, and `four_bit.py` knows bitsandbytes' layers. The folder `adapter_files`
-saves and loads what was trained, `peft_files` writes and reads PEFT's files, and `peft` makes
-PEFT's own layers faster. Other rooms import the public names of these files; the root package
-exports those that users need.
+saves and loads what was trained, `peft_files` writes and reads PEFT's files, `peft` makes PEFT's
+own layers faster, and `lean` lets the blocks around the layers keep less for the backward pass.
+Other rooms import the public names of these files; the root package exports those that users need.
 """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from fsdp_runs import METHODS, make_model, parts_of, shard, train, values
+from fsdp_runs import METHODS, make_base, make_model, parts_of, shard, train, values
 from ranks import run_ranks, short_form
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -36,6 +36,28 @@ def train_alone(method, size=2, r=8):
 def test_two_processes_are_one_bit_by_bit(method):
     first, second = run_ranks(train_sharded, method, {})
     assert first == second == train_alone(method)
+
+
+def make_lean(checkpointing):
+    model = make_base(F32).train()
+    report = swap_(model, r=8, lora_alpha=16, seed=1, lean=True)
+    assert report.lean and not any(row.why_not for row in report.lean)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def train_lean(rank, checkpointing):
+    model = shard(make_lean(checkpointing))
+    train(model, DeltaLoRA(model, lr=5e-3), rank, dist.get_world_size(), 3)
+    return values(model)
+
+
+@pytest.mark.parametrize("checkpointing", short_form([False, True], True))
+def test_lean_blocks_of_two_processes_are_those_of_one(checkpointing):
+    model = make_lean(checkpointing)
+    train(model, DeltaLoRA(model, lr=5e-3), steps=3)
+    assert run_ranks(train_lean, checkpointing) == [values(model)] * 2
 
 
 def checkpointed(rank):
