@@ -65,7 +65,7 @@ def rms_norm(
     """y = x / sqrt(mean(x^2) + eps) * (offset + weight), differentiable in x.
 
     A `lora_linear` that reads y keeps x and 1 / rms, which are kept here anyway, and makes y again
-    in its backward pass.
+    in its backward pass. Where only the reference is there, as for float64, all is PyTorch's own.
 
     Args:
         x: (..., K); its dtype is that of ``weight``.
@@ -73,6 +73,8 @@ def rms_norm(
         offset: what is added to the weight: 1 for Gemma.
         rounds_twice: see `reference_blocks.rms_norm_ref`.
     """
+    if choose_path(x.device, x.dtype).backend == "reference":
+        return rms_norm_ref(x, weight.detach(), eps, offset, rounds_twice)[0]
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
