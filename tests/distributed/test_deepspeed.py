@@ -10,6 +10,7 @@ from deepspeed_runs import (
     load_elastic,
     load_universal,
     save_universal,
+    train_by_accelerate,
     train_by_zero,
     trained_values,
 )
@@ -295,6 +296,21 @@ def test_training_under_zero(stage, method, peft):
     train(model, DeltaLoRA(model, lr=5e-3, **how))
     for ours, theirs in zip(found[0], trained_values(model), strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("method", short_form(["LoRA", "factored"], "factored"))
+@pytest.mark.parametrize("stage", short_form([1, 2, 3], 2))
+def test_training_under_zero_by_accelerate(stage, method):
+    pytest.importorskip("deepspeed")
+    first, second = run_ranks(train_by_accelerate, stage, method)
+    dtype, how = METHODS[method]
+    model = make_model(dtype)
+    train(model, DeltaLoRA(model, lr=5e-3, **how))
+    assert first == second
+    if stage < 3:  # which sums in another order
+        assert first == values(model)
+    for found, expected in zip(first, values(model), strict=True):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("peft", short_form([False, True]))

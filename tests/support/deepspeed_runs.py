@@ -1,5 +1,6 @@
 """Runs of fsdp_runs' models under DeepSpeed's ZeRO, and what it does to an optimizer's groups."""
 
+import os
 import tempfile
 from argparse import Namespace
 
@@ -32,6 +33,31 @@ def train_engine(engine, rank, steps=range(STEPS), device="cpu"):
         ids = parts_of(t, dist.get_world_size())[rank].to(device)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
+
+
+def train_by_accelerate(rank, stage, method):
+    """All parameters after training under Accelerate's own integration of DeepSpeed."""
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": dist.get_world_size()}
+    os.environ.update({name: str(place) for name, place in places.items()})
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch` sets it
+    dtype, how = METHODS[method]
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    model = make_model(dtype)
+    model, optimizer = accelerator.prepare(model, DeltaLoRA(model, lr=5e-3, **how))
+    for t in range(STEPS):
+        ids = parts_of(t, dist.get_world_size())[rank].to(accelerator.device)
+        accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return result_in(model)
 
 
 def result_in(engine, result=values):
