@@ -22,13 +22,13 @@ from .lora_linear import autocast_dtype, check_lora_linear, path_of
 from .lora_linear_passes import (
     bwd_before_da,
     dense_or_packed,
-    kernel_name,
+    kernel_of,
     run_bwd,
     run_fwd,
 )
 from .recomputing import is_recomputing
 from .reference_blocks import ACTIVATIONS, LowRankLinear, gated_mlp_ref
-from .remade import Remade, remade_of
+from .remade import Remade, made_of, remade_of, sources_of
 
 _TENSORS = 4  # of each layer that may have gradients: lora_A, lora_B, gate, bias
 
@@ -74,7 +74,8 @@ class _Layer(NamedTuple):
             dy, x, self.weight, self.lora_A, self.lora_B, kept, self.scaling, self.gate, needs[:4],
             0.0, None, self.backend,
         )  # fmt: skip
-        return [*gradients, self._bias_gradient(dy, needs)]
+        wanted = [g if need else None for g, need in zip(gradients, needs[:4], strict=True)]
+        return [*wanted, self._bias_gradient(dy, needs)]
 
     def backward_before_da(
         self, dy: Tensor, kept: Tensor, needs: Sequence[bool]
@@ -125,13 +126,8 @@ class _GatedMlp(torch.autograd.Function):
         e, g = _halves(outputs)
         h = gated_product(e, g, plan.activation)
         y, kept_outer = (outer.first_outputs(h.dtype) if plan.up_to_h else outer).forward(h)
-        sources: Sequence[Tensor | None] = (None,)
-        ctx.again = None
-        if any(layer.reads_x(layer.trained()) for layer in inner):
-            sources = (x,)
-            if remade is not None:
-                sources, ctx.again = remade.sources, remade.again
-                ctx.again.add_reader()
+        reads_x = any(layer.reads_x(layer.trained()) for layer in inner)
+        sources, ctx.again = sources_of(x, remade, reads_x)
         dense, ctx.packed = zip(*map(dense_or_packed, weights), strict=True)
         ctx.save_for_backward(*dense, *tensors, *outputs, *kept, kept_outer, *sources)
         ctx.plan = plan
@@ -149,8 +145,7 @@ class _GatedMlp(torch.autograd.Function):
         dense = take(count)
         weights = [d if p is None else p for d, p in zip(dense, ctx.packed, strict=True)]
         tensors, outputs, kept = take(_TENSORS * count), take(count - 1), take(count)
-        sources = tuple(saved)
-        x = sources[0] if ctx.again is None else ctx.again(*sources)
+        x = made_of(tuple(saved), ctx.again)
         layers = plan.layers(weights, tensors)
         need_x, _, _, _, *rest = ctx.needs_input_grad
         if torch.is_grad_enabled():
@@ -335,7 +330,8 @@ def _keeps_the_same_of_few_outputs(x: Tensor, layer: LowRankLinear, backend: str
     """Whether what a layer keeps is the same, bit by bit, however many outputs it has."""
     tokens = x.numel() // max(1, x.shape[-1])
     r = layer.lora_A.shape[0]
-    return kernel_name(tokens, layer.weight, r, x.dtype, backend) != "few_tokens"  # it splits sums
+    kernel = kernel_of(tokens, layer.weight, r, x.dtype, False, backend)
+    return kernel.name != "few_tokens"  # which splits sums, into parts that depend on the outputs
 
 
 def _cast(layer: LowRankLinear, dtype: torch.dtype) -> LowRankLinear:

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from .decode_4bit import FourBit, decoded
-from .lora_linear_passes import (
-    LoraLinearFunction,
-    kept_shape,
-    launch_bwd,
-    launch_fwd,
-    reached_from_cpp,
-)
+from .lora_linear_passes import LoraLinearFunction, kept_shape, run_bwd, run_fwd
 
 # A `FourBit` without its shape, which lora_A and lora_B tell.
 _WEIGHT = (
@@ -42,10 +36,8 @@ _LIBRARY.define(
 
 
 def lora_linear_4bit(x: Tensor, weight: FourBit, *rest: object) -> Tensor:
-    """`lora_linear` with the arguments of `LoraLinearFunction`, without checks."""
-    if torch.compiler.is_compiling():
-        return torch.ops.deltadiff.lora_linear_4bit(x, *weight.tensors, *weight.blocksizes, *rest)
-    return LoraLinearFunction.apply(x, weight, *rest)
+    """`LoraLinearFunction` over 4 bits for a compiled model; the arguments are the same."""
+    return torch.ops.deltadiff.lora_linear_4bit(x, *weight.tensors, *weight.blocksizes, *rest)
 
 
 def _split(args: Sequence[Any]) -> tuple[FourBit, list[Any]]:
@@ -65,17 +57,13 @@ def _differentiable(x: Tensor, *args: Any) -> Tensor:
 @torch.library.impl(_LIBRARY, "lora_linear_4bit_fwd", "CompositeExplicitAutograd")
 def _fwd(x: Tensor, *args: Any) -> Sequence[Tensor]:
     weight, (*rest, backend) = _split(args)
-    in_cpp = reached_from_cpp(backend, x.device)
-    run: Any = torch.ops.deltadiff.lora_linear_fwd if in_cpp else launch_fwd
-    return run(x, decoded(weight, x.dtype, backend), *rest, backend)
+    return run_fwd(x, decoded(weight, x.dtype, backend), *rest, backend)
 
 
 @torch.library.impl(_LIBRARY, "lora_linear_4bit_bwd", "CompositeExplicitAutograd")
 def _bwd(dy: Tensor, x: Tensor | None, *args: Any) -> Sequence[Tensor | None]:
     weight, (*rest, backend) = _split(args)
-    in_cpp = reached_from_cpp(backend, dy.device)
-    run: Any = torch.ops.deltadiff.lora_linear_bwd if in_cpp else launch_bwd
-    return run(dy, x, decoded(weight, dy.dtype, backend), *rest, backend)
+    return run_bwd(dy, x, decoded(weight, dy.dtype, backend), *rest, backend)
 
 
 @torch.library.register_fake("deltadiff::lora_linear_4bit_fwd", lib=_LIBRARY)

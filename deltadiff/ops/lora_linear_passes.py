@@ -20,7 +20,7 @@ from . import reference
 from .backends import CPP_MISSING, LAUNCHERS
 from .decode_4bit import FourBit, decoded
 from .dispatch import Kernel, keeps_x, kernel_at, runs_of
-from .remade import Remade
+from .remade import Remade, made_of, sources_of
 
 with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
     from ..kernels.lora_linear import hopper_launch, hopper_plan
@@ -33,9 +33,11 @@ def reached_from_cpp(backend: str, device: torch.device) -> bool:
     return reached and not CPP_MISSING
 
 
-def _kernel_of(tokens: int, weight: Tensor, r: int, dropout: bool, backend: str) -> Kernel:
-    """The kernel that runs a call for which ``backend`` was chosen."""
-    return kernel_at(runs_of(backend, (*weight.shape, r, weight.dtype, dropout)), tokens)
+def kernel_of(
+    tokens: int, weight: Tensor | FourBit, r: int, dtype: torch.dtype, dropout: bool, backend: str
+) -> Kernel:
+    """The kernel that runs a call for which ``backend`` was chosen; ``dtype`` is that of x."""
+    return kernel_at(runs_of(backend, (*weight.shape, r, dtype, dropout)), tokens)
 
 
 def launch_fwd(
@@ -52,7 +54,7 @@ def launch_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(y, kept) of the kernel that runs this call; x (M, K)."""
     m, r = x.shape[0], lora_A.shape[0]
-    kernel = _kernel_of(m, weight, r, seed is not None, backend)
+    kernel = kernel_of(m, weight, r, x.dtype, seed is not None, backend)
     kept = None
     if kernel.backend != backend:  # it keeps less, but the backend's calls all keep one shape
         kept = x.new_empty(kept_shape(backend, m, r, gate is not None), dtype=torch.float32)
@@ -76,7 +78,8 @@ def launch_bwd(
     backend: str,
 ) -> Sequence[Tensor | None]:
     """(dx, dA, dB, dgate) of the kernel that ran the forward pass; dy (M, N)."""
-    kernel = _kernel_of(dy.shape[0], weight, lora_A.shape[0], seed is not None, backend)
+    m, r = dy.shape[0], lora_A.shape[0]
+    kernel = kernel_of(m, weight, r, dy.dtype, seed is not None, backend)
     mask = {} if seed is None else {"dropout": dropout, "seed": seed}
     launch = LAUNCHERS[kernel.name].lora_linear_bwd
     return launch(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs, **mask)
@@ -133,59 +136,26 @@ def kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
     return hopper_launch.kept_shape(m, r, gated) if backend == "hopper" else (m, r)
 
 
-def run_fwd(
-    x: Tensor,
-    weight: Tensor | FourBit,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    gate: Tensor | None,
-    bias: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(y, kept) of a forward pass by ``backend``; x (M, K)."""
-    rest = lora_A, lora_B, scaling, gate, bias, dropout, seed, backend
+def run_fwd(x: Tensor, weight: Tensor | FourBit, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(y, kept) of a forward pass; the arguments are those of `launch_fwd`, the backend last."""
     if isinstance(weight, FourBit):
         ops = torch.ops.deltadiff
         return ops.lora_linear_4bit_fwd(x, *weight.tensors, *weight.blocksizes, *rest)
-    in_cpp = reached_from_cpp(backend, x.device)
+    in_cpp = reached_from_cpp(rest[-1], x.device)
     run: Any = torch.ops.deltadiff.lora_linear_fwd if in_cpp else launch_fwd
     return run(x, weight, *rest)
 
 
 def run_bwd(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | FourBit,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    kept: Tensor,
-    scaling: float,
-    gate: Tensor | None,
-    needs: Sequence[bool],
-    dropout: float,
-    seed: Tensor | None,
-    backend: str,
-) -> list[Tensor | None]:
-    """(dx, dA, dB, dgate) of a backward pass, None for each that is not needed; dy (M, N)."""
-    rest = lora_A, lora_B, kept, scaling, gate, needs, dropout, seed, backend
+    dy: Tensor, x: Tensor | None, weight: Tensor | FourBit, *rest: Any
+) -> Sequence[Tensor | None]:
+    """(dx, dA, dB, dgate) of a backward pass; the arguments are those of `launch_bwd`."""
     if isinstance(weight, FourBit):
-        run: Any = torch.ops.deltadiff.lora_linear_4bit_bwd
-        grads = run(dy, x, *weight.tensors, *weight.blocksizes, *rest)
-    else:
-        in_cpp = reached_from_cpp(backend, dy.device)
-        run = torch.ops.deltadiff.lora_linear_bwd if in_cpp else launch_bwd
-        grads = run(dy, x, weight, *rest)
-    return [g if need else None for g, need in zip(grads, needs, strict=True)]
-
-
-def kernel_name(
-    tokens: int, weight: Tensor | FourBit, r: int, dtype: torch.dtype, backend: str
-) -> str:
-    """The name of the kernel that runs a call without dropout, for which ``backend`` was chosen."""
-    return kernel_at(runs_of(backend, (*weight.shape, r, dtype, False)), tokens).name
+        ops = torch.ops.deltadiff
+        return ops.lora_linear_4bit_bwd(dy, x, *weight.tensors, *weight.blocksizes, *rest)
+    in_cpp = reached_from_cpp(rest[-1], dy.device)
+    run: Any = torch.ops.deltadiff.lora_linear_bwd if in_cpp else launch_bwd
+    return run(dy, x, weight, *rest)
 
 
 def bwd_before_da(
@@ -203,7 +173,8 @@ def bwd_before_da(
 
     All are None, and nothing was computed, where another kernel than that of sm_90 runs the call.
     """
-    if kernel_name(dy.shape[0], weight, lora_A.shape[0], dy.dtype, backend) != "hopper":
+    m, r = dy.shape[0], lora_A.shape[0]
+    if kernel_of(m, weight, r, dy.dtype, False, backend).name != "hopper":
         return [None] * 4
     matrix = decoded(weight, dy.dtype, backend) if isinstance(weight, FourBit) else weight
     return hopper_launch.bwd_before_da(
@@ -236,13 +207,8 @@ class LoraLinearFunction(torch.autograd.Function):
         rows = x.reshape(-1, lora_A.shape[1])
         y, s = run_fwd(rows, weight, lora_A, lora_B, scaling, gate, bias, dropout, seed, backend)
         need_gate = gate is not None and gate.requires_grad
-        sources: Sequence[Tensor | None] = (None,)
-        ctx.again = None
-        if keeps_x(backend, lora_A.requires_grad, need_gate):
-            sources = (x,)
-            if remade is not None:
-                sources, ctx.again = remade.sources, remade.again
-                ctx.again.add_reader()
+        reads_x = keeps_x(backend, lora_A.requires_grad, need_gate)
+        sources, ctx.again = sources_of(x, remade, reads_x)
         dense, ctx.packed = dense_or_packed(weight)
         ctx.save_for_backward(dense, lora_A, lora_B, gate, s, seed, *sources)
         ctx.scaling, ctx.dropout, ctx.backend = scaling, dropout, backend
@@ -252,7 +218,7 @@ class LoraLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dense, lora_A, lora_B, gate, s, seed, *sources = ctx.saved_tensors
         weight = dense if ctx.packed is None else ctx.packed
-        x = sources[0] if ctx.again is None else ctx.again(*sources)
+        x = made_of(sources, ctx.again)
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
         needs = [need_x, need_A, need_B, need_gate]
         n, k = lora_B.shape[0], lora_A.shape[1]
@@ -266,7 +232,7 @@ class LoraLinearFunction(torch.autograd.Function):
             grads = _reference_bwd(dy, rows, matrix, lora_A, lora_B, *last)
         else:
             grads = run_bwd(dy, rows, weight, lora_A, lora_B, s, *last, ctx.backend)
-        dx, da, db, dgate = grads
+        dx, da, db, dgate = (g if need else None for g, need in zip(grads, needs, strict=True))
         dx = None if dx is None else dx.view(*leading, k)
         dbias = dy.sum(0, dtype=torch.float32).to(dy.dtype) if need_bias else None
         return dx, None, da, db, None, dgate, dbias, *[None] * 4
@@ -313,7 +279,8 @@ if not CPP_MISSING:
 
         C++ asks once for each kind of call for which backend "hopper" was chosen.
         """
-        if _kernel_of(x.shape[0], weight, lora_A.shape[0], False, "hopper").name != "hopper":
+        m, r = x.shape[0], lora_A.shape[0]
+        if kernel_of(m, weight, r, x.dtype, False, "hopper").name != "hopper":
             return []
         try:
             return hopper_plan.lora_linear_plan(x, weight, lora_A, lora_B, *rest)

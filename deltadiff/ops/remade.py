@@ -6,6 +6,7 @@ for all the layers that read it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,3 +64,23 @@ def remade_of(tensor: Tensor) -> Remade | None:
     """What this tensor can be made of again; None if that is unknown, or it was written since."""
     found: Remade | None = getattr(tensor, _ATTRIBUTE, None)
     return found if found is not None and found._version == tensor._version else None
+
+
+def sources_of(
+    x: Tensor, remade: Remade | None, reads_x: bool
+) -> tuple[Sequence[Tensor | None], Again | None]:
+    """What a layer keeps in the place of its input, for `made_of` in its backward pass.
+
+    ``reads_x``: whether that reads the input; where it does not, nothing is kept.
+    """
+    if not reads_x:
+        return (None,), None
+    if remade is None:
+        return (x,), None
+    remade.again.add_reader()
+    return remade.sources, remade.again
+
+
+def made_of(sources: Sequence[Any], again: Again | None) -> Tensor | None:
+    """The input of a layer, of what `sources_of` gave; None where the layer does not read it."""
+    return sources[0] if again is None else again(*sources)
