@@ -29,6 +29,7 @@ from .lora_linear_passes import (
 from .recomputing import is_recomputing
 from .reference_blocks import ACTIVATIONS, LowRankLinear, gated_mlp_ref
 from .remade import Remade, made_of, remade_of, sources_of
+from .transforms import wants_reference
 
 _TENSORS = 4  # of each layer that may have gradients: lora_A, lora_B, gate, bias
 
@@ -145,10 +146,11 @@ class _GatedMlp(torch.autograd.Function):
         dense = take(count)
         weights = [d if p is None else p for d, p in zip(dense, ctx.packed, strict=True)]
         tensors, outputs, kept = take(_TENSORS * count), take(count - 1), take(count)
-        x = made_of(tuple(saved), ctx.again)
+        with torch.set_grad_enabled(wants_reference(dy)):
+            x = made_of(tuple(saved), ctx.again)
         layers = plan.layers(weights, tensors)
         need_x, _, _, _, *rest = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if wants_reference(dy):
             dx, *found = _derivable(dy, x, layers, plan.activation, [need_x, *rest])
             return dx, None, None, None, *found
         *inner, outer = layers
@@ -230,22 +232,24 @@ def _derivable(
     activation: str,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients by PyTorch's own operations, for derivatives of these in turn."""
+    """The gradients by PyTorch's own operations, see `wants_reference`."""
     if x is None:
         given = "a second derivative where no lora_A of the inner layers is trained"
         raise BackendUnavailableError("gated_mlp", given, "a model without lean blocks")
-    # Aliases, so that no gradient goes on from one of them to another that it was made of.
+    create_graph, device = torch.is_grad_enabled(), dy.device.type
     tensors = [t for q in layers for t in (q.lora_A, q.lora_B, q.gate, q.bias)]
-    leaves: list[Any] = [t if t is None else t.view_as(t) for t in (x, *tensors)]
-    each = zip(*[iter(leaves[1:])] * _TENSORS, strict=True)
-    *inner, outer = (
-        LowRankLinear._make((_matrix(q.weight, dy.dtype, q.backend), *parts, q.scaling))
-        for q, parts in zip(layers, each, strict=True)
-    )
-    y = gated_mlp_ref(leaves[0], inner, outer, activation)
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
+        # Aliases, so that no gradient goes on from one of them to another that it was made of.
+        leaves: list[Any] = [t if t is None else t.view_as(t) for t in (x, *tensors)]
+        each = zip(*[iter(leaves[1:])] * _TENSORS, strict=True)
+        *inner, outer = (
+            LowRankLinear._make((_matrix(q.weight, dy.dtype, q.backend), *parts, q.scaling))
+            for q, parts in zip(layers, each, strict=True)
+        )
+        y = gated_mlp_ref(leaves[0], inner, outer, activation)
     wanted = [need and t is not None for need, t in zip(needed, leaves, strict=True)]
     inputs = [t for t, want in zip(leaves, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=create_graph))
     return [next(found) if want else None for want in wanted]
 
 

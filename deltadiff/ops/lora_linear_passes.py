@@ -21,6 +21,7 @@ from .backends import CPP_MISSING, LAUNCHERS
 from .decode_4bit import FourBit, decoded
 from .dispatch import Kernel, keeps_x, kernel_at, runs_of
 from .remade import Remade, made_of, sources_of
+from .transforms import wants_reference
 
 with contextlib.suppress(ImportError, AttributeError):  # without Gluon, dispatch names no "hopper"
     from ..kernels.lora_linear import hopper_launch, hopper_plan
@@ -218,15 +219,15 @@ class LoraLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dense, lora_A, lora_B, gate, s, seed, *sources = ctx.saved_tensors
         weight = dense if ctx.packed is None else ctx.packed
-        x = made_of(sources, ctx.again)
+        with torch.set_grad_enabled(wants_reference(dy)):
+            x = made_of(sources, ctx.again)
         need_x, _, need_A, need_B, _, need_gate, need_bias = ctx.needs_input_grad[:7]
         needs = [need_x, need_A, need_B, need_gate]
         n, k = lora_B.shape[0], lora_A.shape[1]
         leading, dy = dy.shape[:-1], dy.reshape(-1, n)
         rows = None if x is None else x.reshape(-1, k)
         last = ctx.scaling, gate, needs, ctx.dropout, seed
-        batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # from is_grads_batched=True
-        if torch.is_grad_enabled() or batched:
+        if wants_reference(dy):
             four_bit = isinstance(weight, FourBit)
             matrix = decoded(weight, dy.dtype, ctx.backend) if four_bit else weight
             grads = _reference_bwd(dy, rows, matrix, lora_A, lora_B, *last)

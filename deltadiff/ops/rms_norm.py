@@ -10,6 +10,7 @@ from ..checks import wide_dtype
 from .dispatch import choose_path
 from .reference_blocks import rms_norm_again_ref, rms_norm_ref
 from .remade import tell_remade
+from .transforms import wants_reference
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
     from ..kernels import rms_norm as kernels
@@ -51,9 +52,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
-            y, _ = rms_norm_ref(x, weight, *ctx.settings)
-            (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        if wants_reference(dy):
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                leaf = x.view_as(x)
+                y, _ = rms_norm_ref(leaf, weight, *ctx.settings)
+            (dx,) = torch.autograd.grad(y, leaf, dy, create_graph=create_graph)
         else:
             dx = _backward(dy, x, weight, rstd, ctx.settings[1])
         return dx, None, None, None, None

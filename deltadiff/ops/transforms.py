@@ -18,6 +18,15 @@ def transformed() -> bool:
     return _torch_func_is_at_work() or forward_ad._current_level >= 0
 
 
+def wants_reference(dy: torch.Tensor) -> bool:
+    """Whether a backward pass has to be made of PyTorch's own operations.
+
+    It has, if its results are differentiated in turn (``create_graph=True``), or if ``dy`` stands
+    for several gradients at a time (``is_grads_batched=True``).
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
 def refuse_transforms(op: str) -> None:
     """Raise where an operation that writes its tensors in place is called under a transform."""
     if transformed():

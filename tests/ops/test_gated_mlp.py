@@ -155,6 +155,20 @@ def test_second_derivatives_are_those_of_the_reference(normed, layer, randn, ass
         assert_close(found, theirs, expected, 3)
 
 
+def test_several_gradients_at_a_time(layer, randn):
+    """``is_grads_batched=True``, which no kernel takes."""
+    x, layers = (
+        randn(9, 16).requires_grad_(),
+        [layer(24, 16, 2), layer(24, 16, 2), layer(16, 24, 2)],
+    )
+    y = gated_mlp(rms_norm(x, randn(16), 1e-6), layers[:2], layers[2], "silu")
+    leaves, dys = [*leaves_of(x, layers).values()], randn(3, 9, 16)
+    found = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in dys]
+    for batched, alone in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(batched, torch.stack(alone))
+
+
 def test_autocast_computes_in_its_dtype(layer, randn):
     layers = [layer(24, 16, 2), layer(24, 16, 2), layer(16, 24, 2)]
     x = randn(3, 3, 16).requires_grad_()
