@@ -88,6 +88,17 @@ def test_readers_keep_the_input_of_the_norm_and_get_the_same_gradients(pairs, ra
         assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
+def test_several_gradients_at_a_time(pairs, randn):
+    """``is_grads_batched=True``, which no kernel takes."""
+    x, dys = randn(5, 8).requires_grad_(), randn(3, 5, 6)
+    out = read(rms_norm(x, randn(8), EPS), pairs)
+    leaves = [x, *(t for _, a, b in pairs for t in (a, b))]
+    found = torch.autograd.grad(out, leaves, dys, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, leaves, dy, retain_graph=True) for dy in dys]
+    for batched, alone in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(batched, torch.stack(alone))
+
+
 def test_it_is_made_once_and_dropped_after_the_last_reader(pairs, randn):
     x, made = randn(5, 8).requires_grad_(), []
     y = rms_norm(x, randn(8), EPS)
