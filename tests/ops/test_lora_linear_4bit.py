@@ -176,7 +176,7 @@ def test_the_operations_are_what_their_schemas_say(path, gated, randn):
         pytest.skip("the operations are those of the other backends")
     op, (packed, _) = torch.ops.deltadiff, small(randn, path, gate=(2,) if gated else None)
     x, weight, a, b, gate, bias, dy = packed
-    parts = *weight.tensors, *weight.blocksizes
+    parts = weight.parts
     args = a, b, 0.7, gate, bias, 0.0, None, path.backend
     opcheck(op.lora_linear_4bit_fwd.default, (x, *parts, *args))
     _, s = op.lora_linear_4bit_fwd(x, *parts, *args)
