@@ -44,42 +44,36 @@ class Float8(NamedTuple):
     def of(cls, source: Any) -> "Float8":
         """The weight of a layer in FP8, or a weight of torchao, in its own memory.
 
+        Scales are converted where they are stored otherwise than here: in 16 bits or as powers of
+        two, as checkpoints have them, 0-dim, or those of rows in one dimension.
+
         Args:
-            source: a layer that holds ``weight`` in FP8, ``weight_scale_inv`` (transformers) or
-                ``weight_scale`` (deltadiff), and ``block_size`` (None for one scale); a layer whose
-                weight is torchao's; or such a weight itself.
+            source: a layer that holds ``weight`` in FP8, ``weight_scale_inv`` and ``block_size``
+                (None for one scale), as transformers' and deltadiff's do; a layer whose weight is
+                torchao's; or such a weight itself.
 
         Raises:
-            ArgumentTypeError: it is none of these.
-            ArgumentError: the shape of the scales tells no blocks, or they do not fit the weight.
+            ArgumentTypeError: it is none of these. `check_fp8` says whether the parts fit.
         """
         weight = source.weight if isinstance(source, nn.Module) else source
         if hasattr(weight, "qdata"):  # torchao's Float8Tensor
             data, scale, block = weight.qdata, weight.scale, weight.block_size
+        elif hasattr(getattr(weight, "tensor_impl", None), "float8_data"):  # before torchao 0.13
+            stored, block = weight.tensor_impl, weight.block_size
+            data, scale = stored.float8_data, stored.scale
         else:
             data, block = weight, getattr(source, "block_size", None)
-            scale = getattr(source, "weight_scale_inv", getattr(source, "weight_scale", None))
+            scale = getattr(source, "weight_scale_inv", None)
         if not isinstance(data, Tensor) or data.dtype not in DATA_DTYPES or scale is None:
             kind = getattr(data, "dtype", type(data).__name__)
             given = f"{kind}{' without scales' if scale is None else ''}"
             raise ArgumentTypeError("weight", given, "FP8 with scales, of a layer or of torchao")
-        return cls.from_scale(data.detach(), scale.detach(), block)
-
-    @classmethod
-    def from_scale(cls, data: Tensor, scale: Tensor, block: Any) -> "Float8":
-        """The weight with scales as checkpoints store them: in 16 bits, as powers of two, 0-dim.
-
-        ``block``: None for one scale.
-        """
         if scale.dtype not in SCALE_DTYPES:
             accepted = " or ".join(map(str, SCALE_DTYPES))
-            raise ArgumentTypeError("scale", f"dtype {scale.dtype}", accepted)
-        if not block:
-            block = tuple(data.shape)
-        scale = scale.to(torch.float32)
-        weight = cls(data, scale.view(1, 1) if scale.numel() == 1 else scale, tuple(block))
-        check_fp8("weight", weight)
-        return weight
+            raise ArgumentTypeError("weight.scale", f"dtype {scale.dtype}", accepted)
+        scale = scale.detach().to(torch.float32)
+        scale = scale.view(-1, 1) if scale.dim() < 2 else scale
+        return cls(data.detach(), scale, tuple(block or data.shape))
 
     @classmethod
     def from_parts(cls, parts: Any, shape: tuple[int, int]) -> "Float8":

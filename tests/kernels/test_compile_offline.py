@@ -240,7 +240,7 @@ def test_kernels_compile_without_spills(compiled, capability):
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
         "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
         "delta_update_kernel", "adamw_step_kernel", "advance_counters_kernel",
-        "decode_4bit_kernel", "rms_norm_kernel", "rms_norm_bwd_kernel",
+        "decode_4bit_kernel", "decode_fp8_kernel", "rms_norm_kernel", "rms_norm_bwd_kernel",
         "gated_product_kernel", "gated_product_bwd_kernel",
     }  # fmt: skip
     most = [(LIMITS["tuned"] if k["case"].startswith("row") else limit)["spilled"] for k in kernels]

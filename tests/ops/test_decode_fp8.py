@@ -8,7 +8,7 @@ import torch
 from fp8 import BLOCKS, float8
 
 from deltadiff.errors import ArgumentError, ArgumentTypeError, BackendUnavailableError
-from deltadiff.ops.decode_fp8 import DATA_DTYPES, Float8, decode_fp8
+from deltadiff.ops.decode_fp8 import DATA_DTYPES, Float8, check_fp8, decode_fp8
 from deltadiff.ops.reference_fp8 import quantise_fp8_ref
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -104,20 +104,19 @@ def test_memory_that_begins_anywhere(path, randn):
 # ------------------------------------------------------------------------ what weights are made of
 
 
-def layer_of(data, scale, block_size, name="weight_scale_inv"):
+def layer_of(data, scale, block_size):
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(data, requires_grad=False)
-    setattr(layer, name, torch.nn.Parameter(scale, requires_grad=False))
+    layer.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
     layer.block_size = block_size
     return layer
 
 
 @pytest.mark.parametrize("stored", [F32, BF16, F16, torch.float8_e8m0fnu], ids=str)
-@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
-def test_scales_as_checkpoints_store_them(stored, name, randn):
+def test_scales_as_checkpoints_store_them(stored, randn):
     data, scale, _ = float8(randn(130, 200))
     scale = scale.to(stored)
-    weight = Float8.of(layer_of(data, scale, [128, 128], name))
+    weight = Float8.of(layer_of(data, scale, [128, 128]))
     assert weight.block == (128, 128) and torch.equal(weight.scale, scale.to(F32))
     assert weight.data.data_ptr() == data.data_ptr()
 
@@ -127,8 +126,17 @@ def test_one_scale_in_each_of_its_forms(randn):
     for form in (scale, scale.view(1), scale.view(())):
         weight = Float8.of(layer_of(data, form, None))
         assert weight.block == (40, 30) and weight.scale.shape == (1, 1)
-    torchao = SimpleNamespace(qdata=data, scale=scale.view(()), block_size=[40, 30])
-    assert Float8.of(torchao).block == (40, 30)
+
+
+def test_weights_of_torchao(randn):
+    data, scale, _ = float8(randn(40, 30), (1, None))
+    of_old = SimpleNamespace(float8_data=data, scale=scale.view(40))
+    for weight in (
+        SimpleNamespace(qdata=data, scale=scale, block_size=[1, 30]),
+        SimpleNamespace(tensor_impl=of_old, block_size=(1, 30)),
+    ):
+        assert Float8.of(weight).block == (1, 30) and torch.equal(Float8.of(weight).scale, scale)
+        check_fp8("weight", Float8.of(weight))
 
 
 def test_what_is_no_weight_in_FP8(randn):
@@ -137,10 +145,10 @@ def test_what_is_no_weight_in_FP8(randn):
         Float8.of(data)
     with pytest.raises(ArgumentTypeError, match="weight: got torch.float32 without scales"):
         Float8.of(torch.nn.Linear(4, 4))
-    with pytest.raises(ArgumentTypeError, match="scale: got dtype torch.uint8; accepted: torch.fl"):
+    with pytest.raises(ArgumentTypeError, match="weight.scale: got dtype torch.uint8; accepted"):
         Float8.of(layer_of(data, scale.to(torch.uint8), (128, 128)))
     with pytest.raises(ArgumentError, match=r"weight.scale: got shape \(2, 2\).*\(3, 4\)"):
-        Float8.of(layer_of(data, scale, (64, 64)))
+        decode_fp8(Float8.of(layer_of(data, scale, (64, 64))), F32)
 
 
 def test_what_does_not_fit_is_named(randn):
