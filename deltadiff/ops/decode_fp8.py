@@ -56,14 +56,9 @@ class Float8(NamedTuple):
             ArgumentTypeError: it is none of these. `check_fp8` says whether the parts fit.
         """
         weight = source.weight if isinstance(source, nn.Module) else source
-        if hasattr(weight, "qdata"):  # torchao's Float8Tensor
-            data, scale, block = weight.qdata, weight.scale, weight.block_size
-        elif hasattr(getattr(weight, "tensor_impl", None), "float8_data"):  # before torchao 0.13
-            stored, block = weight.tensor_impl, weight.block_size
-            data, scale = stored.float8_data, stored.scale
-        else:
-            data, block = weight, getattr(source, "block_size", None)
-            scale = getattr(source, "weight_scale_inv", None)
+        data, scale, block = _of_torchao(weight) or (
+            weight, getattr(source, "weight_scale_inv", None), getattr(source, "block_size", None)
+        )  # fmt: skip
         if not isinstance(data, Tensor) or data.dtype not in DATA_DTYPES or scale is None:
             kind = getattr(data, "dtype", type(data).__name__)
             given = f"{kind}{' without scales' if scale is None else ''}"
@@ -93,6 +88,25 @@ class Float8(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.data.device
+
+
+def is_fp8(weight: Any) -> bool:
+    """Whether a weight is stored in FP8, as a tensor of that dtype or by torchao."""
+    of_torchao = _of_torchao(weight)
+    data = weight if of_torchao is None else of_torchao[0]
+    return data.dtype in DATA_DTYPES
+
+
+def _of_torchao(weight: Any) -> tuple[Any, Any, Any] | None:
+    """(data, scale, block) of a weight of torchao; None for another."""
+    if type(weight) in (nn.Parameter, Tensor):
+        return None
+    if hasattr(weight, "qdata"):
+        return weight.qdata, getattr(weight, "scale", None), getattr(weight, "block_size", None)
+    stored = getattr(weight, "tensor_impl", None)  # before torchao 0.13
+    if hasattr(stored, "float8_data"):
+        return stored.float8_data, stored.scale, weight.block_size
+    return None
 
 
 def check_fp8(name: str, weight: Float8) -> None:

@@ -295,7 +295,8 @@ def choose_fp8_path(
 ) -> Dispatch:
     """`choose_path` for a layer over a weight in FP8, which computes in ``dtype``."""
     path = choose_path(device, dtype, backend, layer, dropout)
-    return replace(path, reason=f"{path.reason}; FP8 weight: decoded in each pass")
+    why = "FP8 weight: decoded in each pass; activations are not quantised"
+    return replace(path, reason=f"{path.reason}; {why}")
 
 
 def choose_4bit_path(
