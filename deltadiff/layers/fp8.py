@@ -3,11 +3,12 @@
 Their own products quantise the activations to FP8 too, where that is what the checkpoint or the
 configuration says; scales of activations are then part of the layer. `lora_linear` decodes W in
 each pass and takes the activations as they are, so it has no use for those, and the result is
-nearer to that of the weights before they were quantised. transformers' layer alone, before its
-version 5, gives no gradient of its input.
+nearer to that of the weights before they were quantised. Older versions of transformers' layer give
+no gradient of its input at all.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import DTYPES, dtype_name
 from ..errors import ArgumentError
-from ..ops.decode_fp8 import DATA_DTYPES, Float8, check_fp8
+from ..ops.decode_fp8 import DATA_DTYPES, Float8, check_fp8, is_fp8
 from ..ops.dispatch import Dispatch, choose_fp8_path
 from ..ops.lora_linear import autocast_dtype
 from .fused_branch import fused_branch
@@ -24,6 +25,8 @@ from .quantised_format import QuantisedFormat, why_called
 
 # What such a layer holds beside weight and bias.
 SCALES = ("weight_scale_inv", "activation_scale")
+# Beside FP8Linear, what its product has for the backward pass in newer versions of transformers.
+_BACKWARD = "FP8LinearFunction"
 
 
 def is_fp8_layer(module: nn.Module) -> bool:
@@ -80,6 +83,28 @@ def _path(base: Any, r: int, dropout: float, backend: str | None) -> Dispatch:
 def _branch(x: Tensor, base: Any, weight: Any, *product: Any) -> Tensor:
     bias = base.bias.to(x.dtype) if _changes_dtype(base, x) else base.bias
     return fused_branch(x, weight, bias, *product)
+
+
+def describe_products(bases: Iterable[Any]) -> list[str]:
+    """A line for each kind of layer in FP8 whose own product is another one, and how."""
+    found: dict[str, int] = {}
+    for base in bases:
+        if is_fp8(base.weight) and _quantises_activations(base):
+            words = f"{type(base).__name__} would quantise its activations too"
+            if getattr(base, "activation_scale", None) is not None:
+                words += " (its activation_scale is not used here)"
+            if is_fp8_layer(base) and not hasattr(sys.modules[type(base).__module__], _BACKWARD):
+                words += ", and give no gradient of them"
+            found[words] = found.get(words, 0) + 1
+    return [f"FP8: {words}; {n} decoded instead" for words, n in found.items()]
+
+
+def _quantises_activations(base: Any) -> bool:
+    """Whether the own product of a layer does, by its class or by torchao's configuration."""
+    if is_fp8_layer(base):
+        return type(base).__module__.startswith("transformers.")
+    of_old = type(base.weight).__name__ == "LinearActivationQuantizedTensor"
+    return of_old or getattr(base.weight, "act_quant_kwargs", None) is not None
 
 
 def keeping_fp8(module: Any, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

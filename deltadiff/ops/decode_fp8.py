@@ -56,9 +56,9 @@ class Float8(NamedTuple):
             ArgumentTypeError: it is none of these. `check_fp8` says whether the parts fit.
         """
         weight = source.weight if isinstance(source, nn.Module) else source
-        data, scale, block = _of_torchao(weight) or (
-            weight, getattr(source, "weight_scale_inv", None), getattr(source, "block_size", None)
-        )  # fmt: skip
+        data, scale, block = _of_torchao(weight) or (weight, None, None)
+        if data is weight and hasattr(source, "block_size"):
+            scale, block = getattr(source, "weight_scale_inv", None), source.block_size
         if not isinstance(data, Tensor) or data.dtype not in DATA_DTYPES or scale is None:
             kind = getattr(data, "dtype", type(data).__name__)
             given = f"{kind}{' without scales' if scale is None else ''}"

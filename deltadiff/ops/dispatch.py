@@ -295,8 +295,7 @@ def choose_fp8_path(
 ) -> Dispatch:
     """`choose_path` for a layer over a weight in FP8, which computes in ``dtype``."""
     path = choose_path(device, dtype, backend, layer, dropout)
-    why = "FP8 weight: decoded in each pass; activations are not quantised"
-    return replace(path, reason=f"{path.reason}; {why}")
+    return replace(path, reason=f"{path.reason}; FP8 weight: decoded in each pass")
 
 
 def choose_4bit_path(
