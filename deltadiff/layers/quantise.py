@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,16 @@ from ..text import align_columns
 from .base_format import base_format
 from .coverage import WeightGroup, group_lines, group_weights, why_left_out
 from .float8_linear import Float8Linear
-from .linear import is_conv1d, linear_shape, refuse_peft
+from .linear import is_conv1d, is_peft_model, linear_shape
 from .lora_layers import lora_layers
 from .matrices import find_matrices
 from .swap import replace_modules
 from .targets.choose import Targets, choose_modules
 from .targets.eligible import find_refused, is_linear
 from .targets.heads import find_heads
+
+if TYPE_CHECKING:
+    from .linear import LinearLayer
 
 # The rows and columns of the weight that one scale is for; None is the whole side.
 GRANULARITIES = {"block": (128, 128), "row": (1, None), "tensor": (None, None)}
@@ -118,7 +122,9 @@ def quantise_(
     if not isinstance(granularity, str) or granularity not in GRANULARITIES:
         accepted = ", ".join(map(repr, GRANULARITIES))
         raise ArgumentError("granularity", f"{granularity!r:.80}", accepted)
-    refuse_peft("quantise_", model)
+    if is_peft_model(model):
+        accepted = "the base model: `quantise_` that, then `get_peft_model`"
+        raise ArgumentTypeError("model", "a model with PEFT's layers", accepted)
     if lora_layers(model):
         accepted = "`quantise_` before `swap_`; `unswap_` takes the pairs out"
         raise SwapError("model", "a model with swapped layers", accepted)
@@ -129,7 +135,8 @@ def quantise_(
     rows, before, after = [], 0, 0
     for name, layer in layers.items():
         weight, error = _quantised(layer, granularity)
-        new = Float8Linear(weight, layer.bias, layer.weight.dtype).train(layer.training)
+        new = Float8Linear(weight, layer._parameters["bias"], layer.weight.dtype)
+        new.train(layer.training)
         rows.append(QuantiseRow(name, linear_shape(layer), layer.weight.dtype, error))
         before += layer.weight.nbytes
         after += weight.data.nbytes + weight.scale.nbytes
@@ -147,10 +154,10 @@ def quantise_(
 
 def _choose(
     model: nn.Module, targets: Targets
-) -> tuple[dict[str, nn.Linear], dict[nn.Module, str]]:
+) -> tuple[dict[str, "LinearLayer"], dict[nn.Module, str]]:
     """The layers to be quantised, each once, and the reasons why others are not."""
-    tied = {m.module: m.tied for m in find_matrices(model) if m.tied}
-    chosen: dict[nn.Module, str] = {}
+    tied = {id(m.parameter): (m.owner, *m.tied) for m in find_matrices(model) if m.tied}
+    chosen: dict[LinearLayer, str] = {}
     reasons: dict[nn.Module, str] = {}
     for name, module in choose_modules(model, targets, to_swap=True).items():
         assert is_linear(module)
@@ -165,21 +172,21 @@ def _choose(
     if not chosen:
         given = f"no layer that can be quantised: {next(iter(reasons.values()))}"
         raise ArgumentTypeError("model", given, "layers with a dense weight of their own")
-    return {name: module for module, name in chosen.items()}, reasons  # type: ignore[misc]
+    return {name: module for module, name in chosen.items()}, reasons
 
 
-def _why_not(module: nn.Linear, tied: dict[nn.Module, list[str]]) -> str | None:
+def _why_not(module: "LinearLayer", tied: dict[int, tuple[str, ...]]) -> str | None:
     """The reason why a linear layer that `swap_` takes cannot be quantised, in words."""
     if not base_format(module.weight).writable:
         return "its weight is quantised already"
-    if module in tied:
-        return f"its weight is tied to {', '.join(tied[module])}"
+    if id(module.weight) in tied:
+        return f"its weight is tied: {' and '.join(tied[id(module.weight)])} hold the same"
     if module.weight.grad is not None:
         return "its weight has a gradient: it is being trained"
     return None
 
 
-def _quantised(layer: nn.Linear, granularity: str) -> tuple[Float8, float]:
+def _quantised(layer: "LinearLayer", granularity: str) -> tuple[Float8, float]:
     """The weight of a layer in FP8, and its relative error."""
     w = layer.weight.T if is_conv1d(layer) else layer.weight
     n, k = w.shape

@@ -36,10 +36,6 @@ class Float8(NamedTuple):
     scale: Tensor
     block: tuple[int, int]
 
-    # The name of its operations, and their schema of `parts`, see `lora_linear_quantised`.
-    NAME = "fp8"
-    SCHEMA = "Tensor data, Tensor scale, int block_rows, int block_columns"
-
     @classmethod
     def of(cls, source: Any) -> "Float8":
         """The weight of a layer in FP8, or a weight of torchao, in its own memory.
@@ -103,7 +99,7 @@ def _of_torchao(weight: Any) -> tuple[Any, Any, Any] | None:
         return None
     if hasattr(weight, "qdata"):
         return weight.qdata, getattr(weight, "scale", None), getattr(weight, "block_size", None)
-    stored = getattr(weight, "tensor_impl", None)  # before torchao 0.13
+    stored: Any = getattr(weight, "tensor_impl", None)  # before torchao 0.13
     if hasattr(stored, "float8_data"):
         return stored.float8_data, stored.scale, weight.block_size
     return None

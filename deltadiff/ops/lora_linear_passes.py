@@ -19,7 +19,7 @@ from ..errors import BackendUnavailableError
 from . import reference
 from .backends import CPP_MISSING, LAUNCHERS
 from .dispatch import Kernel, keeps_x, kernel_at, runs_of
-from .quantised import Quantised, decoded, is_quantised
+from .quantised import Quantised, decoded, is_quantised, operation
 from .remade import Remade, made_of, sources_of
 from .transforms import wants_reference
 
@@ -140,8 +140,7 @@ def kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
 def run_fwd(x: Tensor, weight: Tensor | Quantised, *rest: Any) -> tuple[Tensor, Tensor]:
     """(y, kept) of a forward pass; the arguments are those of `launch_fwd`, the backend last."""
     if is_quantised(weight):
-        op = getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}_fwd")
-        return op(x, *weight.parts, *rest)
+        return operation(weight, "_fwd")(x, *weight.parts, *rest)
     in_cpp = reached_from_cpp(rest[-1], x.device)
     run: Any = torch.ops.deltadiff.lora_linear_fwd if in_cpp else launch_fwd
     return run(x, weight, *rest)
@@ -152,8 +151,7 @@ def run_bwd(
 ) -> Sequence[Tensor | None]:
     """(dx, dA, dB, dgate) of a backward pass; the arguments are those of `launch_bwd`."""
     if is_quantised(weight):
-        op = getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}_bwd")
-        return op(dy, x, *weight.parts, *rest)
+        return operation(weight, "_bwd")(dy, x, *weight.parts, *rest)
     in_cpp = reached_from_cpp(rest[-1], dy.device)
     run: Any = torch.ops.deltadiff.lora_linear_bwd if in_cpp else launch_bwd
     return run(dy, x, weight, *rest)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltadiff import lora_linear
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.ops.quantised import decoded
+from deltadiff.ops.quantised import decoded, operation
 from deltadiff.ops.reference import lora_linear_ref
 
 pytest.importorskip("bitsandbytes")
@@ -188,10 +188,7 @@ def test_the_operations_are_what_their_schemas_say(path, form, gated, randn):
         pytest.skip("the operations are those of the other backends")
     packed, _ = small(randn, path, form=form, gate=(2,) if gated else None)
     x, weight, a, b, gate, bias, dy = packed
-    op, fwd, bwd = (
-        getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}{which}").default
-        for which in ("", "_fwd", "_bwd")
-    )
+    op, fwd, bwd = (operation(weight, which).default for which in ("", "_fwd", "_bwd"))
     parts = weight.parts
     args = a, b, 0.7, gate, bias, 0.0, None, path.backend
     # torch's check that nothing is written compares by a product, which it has not for FP8.
