@@ -144,7 +144,7 @@ def quantise_(
     heads, refused = find_heads(model), find_refused(model)
     matrices = find_matrices(model)
     left_out = [
-        (m.name, reasons.get(m.module) or why_left_out(m, heads, refused), m.elements)
+        (m.name, reasons.get(id(m.parameter)) or why_left_out(m, heads, refused), m.elements)
         for m in matrices
         if not isinstance(m.module, Float8Linear)
     ]
@@ -152,20 +152,18 @@ def quantise_(
     return QuantiseReport(tuple(rows), granularity, before, after, total, group_weights(left_out))
 
 
-def _choose(
-    model: nn.Module, targets: Targets
-) -> tuple[dict[str, "LinearLayer"], dict[nn.Module, str]]:
-    """The layers to be quantised, each once, and the reasons why others are not."""
+def _choose(model: nn.Module, targets: Targets) -> tuple[dict[str, "LinearLayer"], dict[int, str]]:
+    """The layers to be quantised, each once, and by the ids of weights, why others are not."""
     tied = {id(m.parameter): (m.owner, *m.tied) for m in find_matrices(model) if m.tied}
     chosen: dict[LinearLayer, str] = {}
-    reasons: dict[nn.Module, str] = {}
+    reasons: dict[int, str] = {}
     for name, module in choose_modules(model, targets, to_swap=True).items():
         assert is_linear(module)
         reason = _why_not(module, tied)
         if reason is None:
             chosen.setdefault(module, name)
         else:
-            reasons[module] = reason
+            reasons[id(module.weight)] = reason
             if targets != "all-linear":
                 given, accepted = f"{name}: {reason}", "layers with a dense weight of their own"
                 raise ArgumentTypeError("target_modules", given, accepted)

@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..ops.dispatch import choose_path
 from .adamw_step import check_adamw_step
 from .decode_4bit import check_decode_4bit
+from .decode_fp8 import check_decode_fp8
 from .delta_update import check_delta_update
 from .gated_mlp import check_gated_mlp
 from .lora_linear import check_lora_linear
@@ -60,6 +61,7 @@ def run(
 OPERATIONS = {
     "lora_linear": check_lora_linear,
     "decode_4bit": check_decode_4bit,
+    "decode_fp8": check_decode_fp8,
     "gated_mlp": check_gated_mlp,
     "delta_update": check_delta_update,
     "adamw_step": check_adamw_step,

@@ -105,7 +105,8 @@ def computed():
 
 
 REFUSED = {
-    tied: "its weight is tied: embed and bad hold the same", trained: "its weight has a gradient: it is being trained",
+    tied: "its weight is tied: embed and bad hold the same",
+    trained: "its weight has a gradient: it is being trained",
     already: "its weight is quantised already", hooked: "hooks on it would be dropped",
     computed: "computed by a parametrisation",
 }  # fmt: skip
