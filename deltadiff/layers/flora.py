@@ -7,9 +7,9 @@ into the smaller factor in each pass, so a layer stays one call of `lora_linear`
 
 A and B start as in the authors' code (SJTU-DeepVisionLab/FLoRA), by Kaiming's normal rule with a =
 sqrt(3) of an (out, r) and an (in, r) tensor, which is N(0, 1 / (2 r)), and G starts at 0. Their
-scale s is a number that does not depend on r, 1 unless it is given. Their later code for language
-models (Chongjie-Si/Subspace-Tuning) starts from N(0, 0.02^2) and scales by alpha / r. AdamW trains
-all three: `FusedAdamW`, or any other optimizer.
+scale s is a number that does not depend on r, 1 unless it is given. The first author's collection
+of methods for language models (Chongjie-Si/Subspace-Tuning) scales by alpha / r instead, and its
+code for GLUE starts from N(0, 0.02^2). AdamW trains all three: `FusedAdamW`, for example.
 """
 
 import math

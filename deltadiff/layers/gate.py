@@ -9,7 +9,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def fits_rank(shape: Sequence[int], r: int) -> bool:
     return tuple(shape) in ((), (1,), (r,), (r, r))
 
 
-def is_core(gate: Tensor | None) -> bool:
+def is_core(gate: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a gate is a full matrix; one of a single entry is a number."""
     return gate is not None and gate.dim() == 2 and gate.numel() > 1
 

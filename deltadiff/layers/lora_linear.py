@@ -192,7 +192,7 @@ class LoraLinear(HoldsPairs, LayerState):
                 given = f"lora_dropout={dropout} on a layer whose branch holds a Delta-LoRA update"
                 raise SwapError("lora_dropout", given, "0, or `merge_` first and swap again")
             a, b, gate, scaling = self.branch_delta.stack(a, b, scaling)
-        if gate is not None and is_core(gate):
+        if is_core(gate):
             a, b = fold_core(a, b, gate)
             gate = None
         return a, b, scaling, gate, dropout

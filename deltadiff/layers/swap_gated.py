@@ -1,5 +1,6 @@
 """`swap_gated_`: `swap_` for methods that train what stands between the factors of a pair."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,11 +43,12 @@ def swap_gated_(
         raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
     refuse_peft(method, model)
     before = set(lora_layers(model).values())
-    swap_(model, r=r, lora_alpha=r if lora_alpha is None else lora_alpha, seed=seed, **options)
+    alpha = r if lora_alpha is None else lora_alpha
+    notes = swap_(model, r=r, lora_alpha=alpha, seed=seed, **options).notes
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
         if layer not in before and isinstance(layer, LoraLinear):
             for p in (layer.lora_A, layer.lora_B):
                 p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
             layer.gate = nn.Parameter(layer.lora_A.new_zeros(gate))
-    return swap_report(model)
+    return replace(swap_report(model), notes=notes)  # with the gates among what is trained

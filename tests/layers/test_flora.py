@@ -27,7 +27,7 @@ from deltadiff import (
 from deltadiff.errors import ArgumentError, ArgumentTypeError, SwapError
 from deltadiff.layers.flora import swap_flora_
 from deltadiff.layers.lora_layers import lora_layers
-from deltadiff.optim.adalora import AdaLoRA
+from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 from deltadiff.optim.dylora import DyLoRA, truncate_
 
 
@@ -58,6 +58,13 @@ def test_the_start_is_the_base_model_and_the_authors_draw():
     unswap_(model)
     assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("swap", [swap_flora_, swap_adalora_])
+def test_the_report_tells_which_layers_are_too_small(swap):
+    report = swap(base(), **{"r" if swap is swap_flora_ else "init_r": 8})
+    assert [row.module for row in report.rows] == ["0", "2"]
+    assert "1 layers are smaller than r = 8 and got no pair: 4" in str(report)
 
 
 def test_the_scale_is_alpha_over_r():
@@ -193,34 +200,37 @@ def test_compiled_and_checkpointed_as_eager():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(512, 256), (256, 512)], ids=["into A", "into B"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_hopper_kernels_and_a_captured_pass(gpu_path, dtype, assert_close):
-    """Sizes and tokens that the fast kernels take, eagerly and from a CUDA graph."""
+def test_sizes_of_the_fast_kernels_and_a_captured_pass(sizes, dtype, assert_close):
     torch.manual_seed(0)
-    for n, k in ((512, 256), (256, 512)):
-        model = nn.Sequential(nn.Linear(k, n)).to("cuda", dtype)
-        swap_flora_(model, r=16)
-        nn.init.normal_(model[0].gate)
-        x = torch.randn(384, k, device="cuda", dtype=dtype)
+    (n, k), tokens = sizes, 384
+    model = nn.Sequential(nn.Linear(k, n)).to("cuda", dtype)
+    swap_flora_(model, r=16)
+    nn.init.normal_(model[0].gate)
+    x = torch.randn(tokens, k, device="cuda", dtype=dtype)
+    dy = torch.randn(tokens, n, device="cuda", dtype=dtype)
 
-        def eager(model, x):
-            m = model[0]
-            return linear(x, m.weight + (m.lora_B @ m.gate @ m.lora_A).to(m.weight.dtype), m.bias)
+    def eager(model, x):
+        m = model[0]
+        return linear(x, m.weight, m.bias) + linear(x, (m.lora_B @ m.gate @ m.lora_A).to(x.dtype))
 
-        truth = copy.deepcopy(model).double()
-        found = [model(x), *gradients(model, lambda model: model(x))]  # noqa: B023
-        other = [eager(model, x), *gradients(model, lambda model: eager(model, x))]  # noqa: B023
-        exact = [
-            eager(truth, x.double()),
-            *gradients(truth, lambda model: eager(model, x.double())),  # noqa: B023
-        ]
-        for i, results in enumerate(zip(found, other, exact, strict=True)):
-            assert_close(*results, 2 if i == 0 else 3)
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(graph):
+    def results(run, model, x):
+        model.zero_grad()
+        y = run(model, x)
+        y.backward(dy.to(y.dtype))
+        return [y.detach(), *(p.grad.clone() for p in model[0].adapter)]
+
+    found, other = results(lambda model, x: model(x), model, x), results(eager, model, x)
+    exact = results(eager, copy.deepcopy(model).double(), x.double())
+    for i, (ours, theirs, truth) in enumerate(zip(found, other, exact, strict=True)):
+        assert_close(ours, theirs, truth, 2 if i == 0 else 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        model(x)
+        with torch.cuda.graph(graph):
             y = model(x)
-        with torch.no_grad():
-            model[0].gate.mul_(2)
+        model[0].gate.mul_(2)
         graph.replay()
         assert torch.equal(y, model(x))
 
