@@ -9,7 +9,7 @@ from ..ops import reference
 from ..ops.decode_4bit import FourBit, decode_4bit
 from ..ops.lora_linear import lora_linear
 from .lora_linear import lora_linear_outputs
-from .tolerance import FORWARD, GRADIENT, Bench, Row, poisoned
+from .tolerance import FORWARD, GRADIENT, Bench, Case, Row, poisoned
 
 
 def check_decode_4bit(bench: Bench) -> Iterator[Row]:
@@ -40,7 +40,7 @@ def decode_4bit_rows(case, tokens, k, n, r, blocksize, dtype, adapter) -> Iterat
         w = formula(weight, dtype)
         call, backend = (x, weight, *factors, dy), case.backend
         with poisoned():
-            decoded.append(decode_4bit(weight, dtype, backend=_decoder(backend)))
+            decoded.append(decode_4bit(weight, dtype, backend=decoder_of(backend)))
             ours.append(lora_linear_outputs(lora_linear, *call, backend=backend))
         again.append(lora_linear_outputs(lora_linear, *call, backend=backend))
         expected.append(w)
@@ -55,25 +55,32 @@ def decode_4bit_rows(case, tokens, k, n, r, blocksize, dtype, adapter) -> Iterat
     yield case.equal("run to run", *runs)
 
 
-def _decoder(backend: str) -> str | None:
+def decoder_of(backend: str) -> str | None:
     """The backend that decodes for a backend of `lora_linear`; None is the usual one."""
     return {"hopper": "triton", "cpp": None}.get(backend, backend)
 
 
-def draw_4bit(case, n: int, k: int, blocksize: int, nested: bool) -> FourBit:
-    """A weight of random numbers of about k^-0.5, with an absmax of one or of two levels."""
+def draw_4bit(
+    case: Case, n: int, k: int, blocksize: int, nested: bool, scale_blocksize: int = 256
+) -> FourBit:
+    """A weight of random numbers of about k^-0.5, with an absmax of one or of two levels.
+
+    NF4 and FP4 are two tables of 16 numbers; here such a table is random, too.
+    """
     real = torch.float32
     blocks = -(-n * k // blocksize)
     packed = case.integers(-(-n * k // 2), most=127, dtype=torch.int8).view(torch.uint8)
     code = case.uniform(16, low=-1.0, high=1.0, dtype=real)
     if not nested:
         absmax = case.uniform(blocks, low=1.0, high=3.0, dtype=real) * k**-0.5
-        return FourBit(packed, absmax, code, None, None, None, (n, k), blocksize, 0)
+        tensors = packed, absmax, code, None, None, None
+        return FourBit.from_parts(tensors, (n, k), (blocksize, 0))
     absmax = case.integers(blocks, most=127, dtype=torch.int8).view(torch.uint8)
-    scale = case.uniform(-(-blocks // 256), low=0.5, high=1.0, dtype=real) * k**-0.5
+    scale = case.uniform(-(-blocks // scale_blocksize), low=0.5, high=1.0, dtype=real) * k**-0.5
     scale_code = case.uniform(256, low=-1.0, high=1.0, dtype=real)
     offset = case.uniform(1, low=1.5, high=2.0, dtype=real).view(()) * k**-0.5
-    return FourBit(packed, absmax, code, scale, scale_code, offset, (n, k), blocksize, 256)
+    tensors = packed, absmax, code, scale, scale_code, offset
+    return FourBit.from_parts(tensors, (n, k), (blocksize, scale_blocksize))
 
 
 def formula(weight: FourBit, dtype: torch.dtype) -> Tensor:

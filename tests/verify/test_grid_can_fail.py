@@ -8,8 +8,17 @@ import torch
 from commands import refused
 
 from deltadiff.__main__ import main
+from deltadiff.ops import lora_linear_4bit as four_bit_passes
 from deltadiff.verify import command
-from deltadiff.verify.grid import adamw_step, delta_update, draws, lora_linear, step_counters
+from deltadiff.verify.grid import (
+    adamw_step,
+    delta_update,
+    draws,
+    gated_mlp,
+    lora_linear,
+    lora_linear_4bit,
+    step_counters,
+)
 from deltadiff.verify.grid.memory import GuardedAllocations, Layout, Memory
 from deltadiff.verify.grid.run import groups_of, run_grid, run_number
 
@@ -70,6 +79,41 @@ def test_lora_linear(harm, symptom, monkeypatch):
     assert not failed("lora_linear", 20)
     monkeypatch.setattr(lora_linear, "lora_linear", harmed(harm))
     assert symptom in failed("lora_linear", 60 if harm is swallows else 20)
+
+
+# --------------------------------------------------- over 4 bits, and whole blocks
+
+
+def test_lora_linear_over_4_bits(monkeypatch):
+    assert not failed("lora_linear_4bit", 20)
+    real = four_bit_passes.decoded
+    monkeypatch.setattr(four_bit_passes, "decoded", lambda *args: real(*args) * 1.05)
+    assert "y: error" in (text := failed("lora_linear_4bit", 10)) and "W: error" not in text
+
+
+def test_decoding(monkeypatch):
+    real = lora_linear_4bit.decode_4bit
+
+    def wrong(weight, *args, **options):
+        return real(weight._replace(absmax=weight.absmax.roll(1)), *args, **options)
+
+    monkeypatch.setattr(lora_linear_4bit, "decode_4bit", wrong)
+    assert "W: error" in failed("lora_linear_4bit", 20)
+
+
+def test_gated_mlp(monkeypatch):
+    assert not failed("gated_mlp", 20)
+    real = gated_mlp.gated_mlp
+    monkeypatch.setattr(gated_mlp, "gated_mlp", lambda *args: real(*args) * 1.05)
+    assert "y: error" in failed("gated_mlp", 10)
+
+
+def test_gated_mlp_under_checkpointing(monkeypatch):
+    def wrong(block, x, layers, use_reentrant):
+        return block(x * 1.001, layers)
+
+    monkeypatch.setattr(gated_mlp, "checkpoint", wrong)
+    assert "checkpointed and not: error" in failed("gated_mlp", 20)
 
 
 # ---------------------------------------------------------------- the others
