@@ -14,7 +14,7 @@ from ..checks import NAMED_DTYPES, need_package
 from ..devices import default_device, environment, find_device, free_memory
 from ..errors import ArgumentError
 from ..files import as_folder, make_folder
-from . import four_bit, layer, model, search, step
+from . import layer, model, quantised, search, step
 from .arguments import count, shape
 from .methods import Settings
 from .models import BASES, PRESETS
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
         return sub
 
-    variants = tuple(dict.fromkeys(layer.VARIANTS + four_bit.VARIANTS))
+    variants = tuple(dict.fromkeys(layer.VARIANTS + quantised.VARIANTS))
     _add_layer_arguments(what("layer", "One LoRA linear layer.", variants))
     what("step", "The optimizer step of Delta-LoRA and its parts.", step.VARIANTS)
     text = "Training steps of a whole model with random weights, Llama-2-7B's shape on a GPU."
@@ -66,8 +66,8 @@ def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", nargs="+", type=count, metavar="R", help=f"default {layer.RANK}")
     parser.add_argument("--dtype", choices=NAMED_DTYPES, help="default bfloat16")
     parser.add_argument(
-        "--base", choices=("dense", "nf4"), default="dense",
-        help="the frozen weight: of --dtype, or 4-bit numbers of bitsandbytes (default dense)",
+        "--base", choices=("dense", *quantised.BASES), default="dense",
+        help="the frozen weight: of --dtype (dense, the default), or quantised",
     )  # fmt: skip
     parser.add_argument(
         "--compile-seconds", type=float, default=20.0, metavar="S",
@@ -155,11 +155,12 @@ def _chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
         return step.step_cases(device, args.quick)
     if args.what == "search":
         return search.search_cases(device, args.quick)
-    if args.base == "nf4":
-        need_package("bitsandbytes", extra=None, argument="--base")
+    if args.base != "dense":
+        base = quantised.BASES[args.base]
+        need_package(base.package, extra=None, argument="--base")
         if args.dtype not in (None, "bfloat16"):
-            raise ArgumentError("--dtype", args.dtype, "bfloat16 beside --base nf4")
-        return four_bit.four_bit_cases(device, args.shapes, args.ranks, args.quick)
+            raise ArgumentError("--dtype", args.dtype, f"bfloat16 beside --base {args.base}")
+        return quantised.quantised_cases(base, device, args.shapes, args.ranks, args.quick)
     if args.shapes or args.ranks or args.dtype:
         dtype = NAMED_DTYPES[args.dtype or "bfloat16"]
         return layer.layer_cases_of(device, args.shapes, args.ranks, dtype)

@@ -93,11 +93,11 @@ def layer_case(
     dtype: torch.dtype,
     graph: bool = False,
     names: Iterable[str] = VARIANTS,
-    weight_bits: float | None = None,
+    stored: tuple[str, float] | None = None,
 ) -> Case:
     """M tokens, K in, N out, rank r, in those variants of ``names`` that this dtype has.
 
-    ``weight_bits``: what an element of W takes, where that is not its dtype's (see `four_bit`).
+    ``stored``: for a quantised weight, what records call the operation, and the bits of an element.
 
     FLOPs: forward 2 M N K + 2 M r (K + N); backward 2 M N K + 4 M r (K + N).
     Bytes that must move: forward item (M K + N K + M N), backward item (2 M K + N K + M N), and
@@ -106,12 +106,12 @@ def layer_case(
     """
     backward = mode == "forward+backward"
     flops = (2 * m * n * k) * (1 + backward) + (2 * m * r * (k + n)) * (1 + 2 * backward)
-    of_weight = n * k * (1 if weight_bits is None else weight_bits / (8 * dtype.itemsize))
+    op, bits = stored or ("lora_linear", 8 * dtype.itemsize)
+    of_weight = n * k * bits / (8 * dtype.itemsize)
     items = (m * k + of_weight + m * n) + backward * (2 * m * k + of_weight + m * n)
     items += r * (k + n) * (1 + 2 * backward)
     fields = {
-        "op": "lora_linear" if weight_bits is None else "lora_linear_4bit",
-        "mode": mode, "graph": graph,
+        "op": op, "mode": mode, "graph": graph,
         "shape": {"M": m, "K": k, "N": n, "r": r}, "rounding": None,
         "dtype": dtype_name(dtype), "bytes": int(items * dtype.itemsize), "flops": flops,
     }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from commands import refused
 
 from deltadiff.__main__ import main
-from deltadiff.ops import lora_linear_4bit as four_bit_passes
+from deltadiff.ops import decode_4bit
 from deltadiff.verify import command
 from deltadiff.verify.grid import (
     adamw_step,
@@ -16,7 +16,6 @@ from deltadiff.verify.grid import (
     draws,
     gated_mlp,
     lora_linear,
-    lora_linear_4bit,
     step_counters,
 )
 from deltadiff.verify.grid.memory import GuardedAllocations, Layout, Memory
@@ -86,19 +85,14 @@ def test_lora_linear(harm, symptom, monkeypatch):
 
 def test_lora_linear_over_4_bits(monkeypatch):
     assert not failed("lora_linear_4bit", 20)
-    real = four_bit_passes.decoded
-    monkeypatch.setattr(four_bit_passes, "decoded", lambda *args: real(*args) * 1.05)
-    assert "y: error" in (text := failed("lora_linear_4bit", 10)) and "W: error" not in text
+    real = decode_4bit.decode_4bit_ref
 
+    def wrong(packed, absmax, *args):
+        return real(packed, absmax * 1.05, *args)
 
-def test_decoding(monkeypatch):
-    real = lora_linear_4bit.decode_4bit
-
-    def wrong(weight, *args, **options):
-        return real(weight._replace(absmax=weight.absmax.roll(1)), *args, **options)
-
-    monkeypatch.setattr(lora_linear_4bit, "decode_4bit", wrong)
-    assert "W: error" in failed("lora_linear_4bit", 20)
+    monkeypatch.setattr(decode_4bit, "decode_4bit_ref", wrong)
+    text = failed("lora_linear_4bit", 10)
+    assert "y: error" in text and "W: error" in text
 
 
 def test_gated_mlp(monkeypatch):
