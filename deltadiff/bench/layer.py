@@ -198,19 +198,31 @@ def peft_layer(weight, lora_A, lora_B, dtype, swap=False, linear=_linear):
     model = inject_adapter_in_model(config, model)
     if swap:
         swap_(model)
-    layer = model[0]
+    factors = set_peft_factors(model[0], lora_A, lora_B, dtype)
+    return mixed(model[0], dtype, weight.dtype), factors
+
+
+def set_peft_factors(
+    layer: nn.Module, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
+) -> list[nn.Parameter]:
+    """Copies of A and B in ``dtype``, put into a layer of PEFT."""
     factors = []
     for modules, values in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
         modules["default"].weight = nn.Parameter(values.to(dtype, copy=True))
         factors.append(modules["default"].weight)
-    if dtype == weight.dtype:
-        return layer, factors
+    return factors
 
-    def autocast(x):  # trainers run mixed precision this way
-        with torch.autocast(x.device.type, dtype=weight.dtype):
-            return layer(x)
 
-    return autocast, factors
+def mixed(call: Callable, adapter_dtype: torch.dtype, dtype: torch.dtype) -> Callable:
+    """``call`` under autocast where the adapters have another dtype, as trainers run it."""
+    if adapter_dtype == dtype:
+        return call
+
+    def autocast(x):
+        with torch.autocast(x.device.type, dtype=dtype):
+            return call(x)
+
+    return autocast
 
 
 def _peft_compiled(weight, lora_A, lora_B, dtype):

@@ -31,13 +31,13 @@ def test_labels_of_whole_steps_cover_no_other_label_and_no_point():
 
     fields = {
         "op": "whole_step", "model": "A model", "method": "LoRA", "base": "bf16", "batch": 2,
-        "sequence": 8, "shape": {"M": 4096},
+        "sequence": 8, "shape": {"M": 4096}, "checkpointing": False,
     }  # fmt: skip
     names = ("frozen", "deltadiff", "deltadiff-layers", "peft", "peft-bf16", "peft-swapped")
     records = [
-        {**fields, "variant": name, "checkpointing": False, "p50_ms": 250 + i, "peak_mib": 40960 + i}
+        {**fields, "variant": name, "p50_ms": 250 + i, "peak_mib": 40960 + i}
         for i, name in enumerate(names)
-    ]  # fmt: skip
+    ]
     records += [{**records[0], "p50_ms": 300, "peak_mib": 20480}]
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)
