@@ -165,8 +165,10 @@ def _by_formula(
     """By eager PyTorch, in ``dtype`` instead of that of each tensor."""
 
     def cast(t: Tensor | None) -> Tensor | None:
-        # Dense, because PyTorch gets some products of others wrong in bfloat16.
-        return t if t is None else t.contiguous() if dtype is None else t.to(dtype)
+        if t is None or dtype is not None:
+            return t if t is None else t.to(dtype)
+        # Dense, because PyTorch gets some products of others wrong in this dtype.
+        return t.contiguous() if t.dtype == torch.bfloat16 else t
 
     def block(x: Tensor, layers: list[LowRankLinear]) -> Tensor:
         y = rms_norm_ref(x, cast(given.norm), EPS)[0] if call.normed else x
