@@ -2,13 +2,12 @@
 
 A *dense* weight holds ordinary floating-point numbers: `lora_linear` multiplies by it, and
 Delta-LoRA and `merge_` write into it. A *quantised* weight is never written. `lora_linear` decodes
-the 4 bits of bitsandbytes (see `four_bit`). Only the base layer's own forward pass can multiply by
-other formats; the low-rank branch is added to the result.
+the 4 bits of bitsandbytes (see `four_bit`) and FP8 (see `fp8`). Only the base layer's own forward
+pass can multiply by other formats; the low-rank branch is added to the result.
 
 To support another format, write its forward pass here and make `base_format` find its entry.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import DTYPES, HALF_DTYPES
-from ..ops.decode_4bit import FourBit
+from ..ops.decode_fp8 import is_fp8
 from ..ops.dispatch import Dispatch, choose_path
-from ..ops.lora_linear import lora_linear
+from ..ops.quantised import Quantised
 from ..ranks import is_sharded
-from .four_bit import as_four_bit, casts, compute_dtype, four_bit_path, is_four_bit, runs_fused
+from .four_bit import FOUR_BIT, is_four_bit, is_four_bit_layer
+from .fp8 import FP8
+from .fused_branch import fused_branch
 from .linear import is_conv1d, linear_shape
+from .quantised_format import QuantisedFormat
 
 if TYPE_CHECKING:
     from .linear import LinearLayer
@@ -45,7 +47,7 @@ class BaseFormat:
     """
 
     forward: Callable[["LoraLinear", Tensor, Tensor, Tensor, float, Tensor | None, float], Tensor]
-    weight: Callable[["LoraLinear", Tensor, int], Tensor | FourBit | None]
+    weight: Callable[["LoraLinear", Tensor, int], Tensor | Quantised | None]
     path: Callable[[Any, int, float, str | None], Dispatch]
     writable: bool
     adapter_dtypes: tuple[torch.dtype, ...]
@@ -53,53 +55,21 @@ class BaseFormat:
 
 def base_format(weight: Tensor) -> BaseFormat:
     """The format in which ``weight`` is stored."""
-    return _FOUR_BIT if is_four_bit(weight) else _DENSE.get(weight.dtype, _QUANTISED)
+    if is_four_bit(weight):
+        return _FOUR_BIT
+    return _FP8 if is_fp8(weight) else _DENSE.get(weight.dtype, _QUANTISED)
+
+
+def quantised_format(base: nn.Module) -> QuantisedFormat | None:
+    """How `lora_linear` decodes the weight of a layer; None where it does not."""
+    if is_four_bit_layer(base):
+        return FOUR_BIT
+    return FP8 if is_fp8(base.weight) else None
 
 
 def check_backend(base_layer: "LinearLayer", r: int, dropout: float, backend: str | None) -> None:
     """Raise BackendUnavailableError where ``backend`` cannot run a branch beside this layer."""
     base_format(base_layer.weight).path(base_layer, r, dropout, backend)
-
-
-def fused_branch(
-    x: Tensor,
-    weight: Tensor | FourBit,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-    gate: Tensor | None,
-    dropout: float,
-    backend: str | None,
-) -> Tensor:
-    """One call of `lora_linear`; with dropout, PyTorch's generator gives the seed of the mask."""
-    seed = torch.randint(2**63 - 1, (), device=x.device) if dropout else 0
-    return lora_linear(
-        x, weight, a, b, scaling=scaling, gate=gate, bias=bias,
-        dropout=dropout, seed=seed, backend=backend,
-    )  # fmt: skip
-
-
-def four_bit_branch(
-    x: Tensor,
-    base: Any,
-    weight: FourBit,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-    gate: Tensor | None,
-    dropout: float,
-    backend: str | None,
-) -> Tensor:
-    """`fused_branch` in the dtype in which a 4-bit layer computes, given out in that of x."""
-    dtype, bias, device = compute_dtype(base, x), base.bias, x.device.type
-    bias = None if bias is None else bias.to(dtype)
-    off: Any = contextlib.nullcontext()
-    if torch.is_autocast_enabled(device):  # to which the layer pays no heed
-        off = torch.autocast(device, enabled=False)
-    with off:
-        y = fused_branch(x.to(dtype), weight, bias, a, b, scaling, gate, dropout, backend)
-    return y.to(x.dtype)
 
 
 def _fused(
@@ -129,31 +99,8 @@ def _beside_base_layer(
     return layer.base_layer(x) + scaling * (s @ b.to(x.dtype).T)
 
 
-def _four_bit(
-    layer: "LoraLinear",
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-    gate: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    base, backend = layer.base_layer, layer.backend
-    weight, dtype = as_four_bit(base), compute_dtype(base, x)
-    if isinstance(weight, str) or not runs_fused(weight, dtype, a.shape[0], dropout, backend):
-        return _beside_base_layer(layer, x, a, b, scaling, gate, dropout)
-    return four_bit_branch(x, base, weight, a, b, scaling, gate, dropout, backend)
-
-
 def _dense_weight(layer: "LoraLinear", x: Tensor, r: int) -> Tensor | None:
     return None if is_sharded(layer.weight) else layer.matrix
-
-
-def _four_bit_weight(layer: "LoraLinear", x: Tensor, r: int) -> FourBit | None:
-    weight = as_four_bit(layer.base_layer)
-    if not isinstance(weight, FourBit) or casts(layer.base_layer, x):
-        return None
-    return weight if runs_fused(weight, x.dtype, r, 0.0, layer.backend) else None
 
 
 def _no_weight(layer: "LoraLinear", x: Tensor, r: int) -> None:
@@ -178,6 +125,35 @@ def _quantised(forward: Any, weight: Any, path: Any) -> BaseFormat:
     return BaseFormat(forward, weight, path, False, (torch.float32,))
 
 
+def _decoded(form: QuantisedFormat) -> BaseFormat:
+    """A format whose weights `lora_linear` decodes itself, where it runs the layer."""
+
+    def forward(
+        layer: "LoraLinear",
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        gate: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        base, backend = layer.base_layer, layer.backend
+        weight, dtype = form.weight_of(base), form.compute_dtype(base, x)
+        if isinstance(weight, str) or not form.runs_fused(
+            weight, dtype, a.shape[0], dropout, backend
+        ):
+            return _beside_base_layer(layer, x, a, b, scaling, gate, dropout)
+        return form.branch(x, base, weight, a, b, scaling, gate, dropout, backend)
+
+    def weight(layer: "LoraLinear", x: Tensor, r: int) -> Quantised | None:
+        found = form.weight_of(layer.base_layer)
+        if isinstance(found, str) or form.changes_dtype(layer.base_layer, x):
+            return None
+        return found if form.runs_fused(found, x.dtype, r, 0.0, layer.backend) else None
+
+    return _quantised(forward, weight, form.path)
+
+
 _DENSE = {dtype: _dense(dtype) for dtype in DTYPES}
-_FOUR_BIT = _quantised(_four_bit, _four_bit_weight, four_bit_path)
+_FOUR_BIT, _FP8 = _decoded(FOUR_BIT), _decoded(FP8)
 _QUANTISED = _quantised(_beside_base_layer, _no_weight, _own_product)

@@ -6,6 +6,7 @@ does anything else than its class says, or `choose_4bit_path` says so, the layer
 and the low-rank branch is added to its output (see `base_format`).
 """
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from ..errors import ArgumentError
 from ..kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 from ..ops.decode_4bit import FourBit
 from ..ops.dispatch import Dispatch, choose_4bit_path
-from .hooks import HOOKS
+from .fused_branch import fused_branch
 from .linear import linear_shape
+from .quantised_format import QuantisedFormat, why_called
 
 _LAYERS = ("Linear4bit", "LinearNF4", "LinearFP4")
 
@@ -34,31 +36,33 @@ def is_four_bit_layer(module: nn.Module) -> bool:
     return kind.__name__ in _LAYERS and kind.__module__.startswith("bitsandbytes.")
 
 
-def compute_dtype(base: Any, x: Tensor) -> torch.dtype:
-    """The dtype in which a 4-bit layer computes: its own, or where it has none, that of x."""
-    return base.compute_dtype or x.dtype
+def _compute_dtype(base: Any, x: Tensor | None) -> torch.dtype:
+    """The layer's own dtype, or where it has none, that of x.
+
+    Passes to come are supposed to get inputs of the dtype that its weight was quantised from.
+    """
+    given = base.weight.quant_state.dtype if x is None else x.dtype
+    return base.compute_dtype or given
 
 
-def casts(base: Any, x: Tensor) -> bool:
-    """Whether a 4-bit layer computes in another dtype than that of x, or than autocast's."""
-    dtype, device = compute_dtype(base, x), x.device.type
+def _changes_dtype(base: Any, x: Tensor) -> bool:
+    dtype, device = _compute_dtype(base, x), x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype
     return x.dtype != dtype or autocast
 
 
-def four_bit_path(base: Any, r: int, dropout: float, backend: str | None) -> Dispatch:
+def _path(base: Any, r: int, dropout: float, backend: str | None) -> Dispatch:
     """What runs a 4-bit layer with a branch of rank r: a backend of `lora_linear`, or the layer.
 
-    The latter is called backend "reference". A layer without a dtype of its own is supposed to get
-    inputs of the dtype that its weight was quantised from.
+    The latter is called backend "reference".
 
     Raises:
         BackendUnavailableError: ``backend`` cannot run it here.
     """
-    weight = as_four_bit(base)
+    weight = _weight_of(base)
     if isinstance(weight, str):
         return _own_product(weight)
-    dtype = base.compute_dtype or base.weight.quant_state.dtype
+    dtype = _compute_dtype(base, None)
     path = choose_4bit_path(*_call(weight, dtype, r, dropout, backend))
     if path.backend == "reference":
         return _own_product(path.reason)
@@ -69,15 +73,12 @@ def _own_product(reason: str) -> Dispatch:
     return Dispatch("reference", f"4-bit weight: the base layer's own product ({reason})")
 
 
-def runs_fused(
-    weight: FourBit, dtype: torch.dtype, r: int, dropout: float, backend: str | None
-) -> bool:
-    """Whether `lora_linear` is to run a layer with this weight, which computes in ``dtype``."""
-    return _runs_fused(*_call(weight, dtype, r, dropout, backend))
+def _runs_fused(weight: FourBit, *call: Any) -> bool:
+    return _is_fused(*_call(weight, *call))
 
 
 @torch.compiler.assume_constant_result
-def _runs_fused(*call: Any) -> bool:
+def _is_fused(*call: Any) -> bool:
     return choose_4bit_path(*call).backend != "reference"
 
 
@@ -88,15 +89,13 @@ def _call(
     return weight.device, dtype, backend, layer, dropout > 0, weight.blocksize
 
 
-def as_four_bit(base: Any) -> FourBit | str:
+def _weight_of(base: Any) -> FourBit | str:
     """The weight, where `lora_linear` computes what this layer would, else in words why not."""
     if not is_four_bit_layer(base):
         return f"{type(base).__name__} has a forward pass of its own"
-    for hooks in HOOKS:
-        if getattr(base, hooks):
-            return "hooks on it"
-    if "forward" in vars(base) and not _only_moves_inputs(base):
-        return "a forward pass that was put on it"
+    called = why_called(base)
+    if called is not None:
+        return called
     if base.compute_dtype not in (None, *KERNEL_DTYPES):
         return f"it computes in {base.compute_dtype}"
     try:
@@ -108,12 +107,33 @@ def as_four_bit(base: Any) -> FourBit | str:
     return weight
 
 
-def _only_moves_inputs(base: Any) -> bool:
-    """Whether the forward pass on an instance is that of accelerate's hook for a ``device_map``.
+def _branch(
+    x: Tensor,
+    base: Any,
+    weight: Any,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    dropout: float,
+    backend: str | None,
+) -> Tensor:
+    """`fused_branch` in the dtype in which a 4-bit layer computes, given out in that of x."""
+    dtype, bias, device = _compute_dtype(base, x), base.bias, x.device.type
+    bias = None if bias is None else bias.to(dtype)
+    off: Any = contextlib.nullcontext()
+    if torch.is_autocast_enabled(device):  # to which the layer pays no heed
+        off = torch.autocast(device, enabled=False)
+    with off:
+        y = fused_branch(x.to(dtype), weight, bias, a, b, scaling, gate, dropout, backend)
+    return y.to(x.dtype)
 
-    transformers puts one on each layer of a quantised model. It moves the input to the device of
-    the layer; `lora_linear` refuses inputs on another one.
-    """
-    hook = vars(base).get("_hf_hook")
-    moves = type(hook).__name__ == "AlignDevicesHook" and not hook.offload
-    return moves and vars(base).get("_old_forward") == type(base).forward.__get__(base)
+
+FOUR_BIT = QuantisedFormat(
+    weight_of=_weight_of,
+    compute_dtype=_compute_dtype,
+    changes_dtype=_changes_dtype,
+    runs_fused=_runs_fused,
+    path=_path,
+    branch=_branch,
+)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ranks import local
+from .fp8 import is_fp8_layer, keeping_fp8, why_not_loadable
 from .linear import is_conv1d
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class LayerState(nn.Linear):
             self.lora_A, self.lora_B = self.pair_owner.lora_A, self.pair_owner.lora_B
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LayerState":
-        super()._apply(fn, recurse)
+        super()._apply(keeping_fp8(self, fn), recurse)
         self._take_pair()  # `to_empty` makes new parameters
         return self
 
@@ -116,6 +117,7 @@ class LayerState(nn.Linear):
             error_msgs += self._use_owners_pair(state, prefix)
         if "gate" not in self._parameters:
             self._load_gate(state, f"{prefix}gate", missing_keys, error_msgs)
+        error_msgs += why_not_loadable(self, state, prefix)
         if not self._has_plain_base():
             assign = local_metadata.get("assign_to_params_buffers", False)
             self._load_base(state, prefix, assign, missing_keys, unexpected_keys, error_msgs)
@@ -157,8 +159,9 @@ class LayerState(nn.Linear):
     # ------------------------------------------------------- the state of the base layer
 
     def _has_plain_base(self) -> bool:
-        """Whether weight and bias are all that the base layer would save."""
-        return type(self.base_layer) is nn.Linear or is_conv1d(self.base_layer)
+        """Whether its parameters, which this layer holds too, are all that the base would save."""
+        base = self.base_layer
+        return type(base) is nn.Linear or is_conv1d(base) or is_fp8_layer(base)
 
     def _load_base(
         self,

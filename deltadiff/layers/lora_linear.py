@@ -19,6 +19,7 @@ from .delta_state import (
     load_delta,
     take_saved_delta,
 )
+from .fp8 import scales_of
 from .layer_state import PAIR, LayerState
 from .linear import is_conv1d, linear_shape
 from .lora_layers import HoldsPairs, LoraLayer, Place, swapped_layers
@@ -56,6 +57,7 @@ class LoraLinear(HoldsPairs, LayerState):
             sharing); Delta-LoRA does not update their weights. None for a pair of the layer's own.
         pair_owner: the first layer of that group; None for it, and for a pair of the layer's own.
         base_layer: the layer that was here before; `unswap_` puts it back.
+        base_parameters: the names of its parameters, all of which this layer holds.
         delta: what Delta-LoRA has added so far; None for plain LoRA.
         branch_delta: ``delta`` where the forward pass adds it, None where W holds all of it.
         swapped_in: False once `unswap_` or `merge_` took the layer out.
@@ -66,6 +68,7 @@ class LoraLinear(HoldsPairs, LayerState):
     lora_dropout: float
     backend: str | None
     transposed: bool
+    base_parameters: tuple[str, ...]
     branch_delta: PendingDelta | None
     swapped_in: bool
 
@@ -94,6 +97,10 @@ class LoraLinear(HoldsPairs, LayerState):
         self.swapped_in = True
         # It is not registered as a submodule, because its parameters are this layer's.
         self.__dict__["base_layer"] = base_layer
+        scales = scales_of(base_layer)
+        self.base_parameters = ("weight", "bias", *scales)
+        for name, scale in scales.items():
+            self.register_parameter(name, scale)
 
     def pairs(self) -> dict[str, LoraLayer]:
         return {"": self}
@@ -134,11 +141,11 @@ class LoraLinear(HoldsPairs, LayerState):
     def leave_base(self) -> None:
         """Give the base layer parameters of its own, which are those of this layer."""
         if self._has_plain_base():
-            vars(self.base_layer)["_parameters"] = dict.fromkeys(("weight", "bias"))
+            vars(self.base_layer)["_parameters"] = dict.fromkeys(self.base_parameters)
         self._give_back()
 
     def _give_back(self) -> None:
-        for name in ("weight", "bias"):
+        for name in self.base_parameters:
             self.base_layer._parameters[name] = self._parameters.get(name)
 
     @property

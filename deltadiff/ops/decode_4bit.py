@@ -1,16 +1,14 @@
 """`decode_4bit`: the matrix that a weight of 4 bits stands for."""
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, check_int, check_plain, check_tensor
+from ..checks import check_int, check_plain, check_tensor
 from ..errors import ArgumentError, ArgumentTypeError
-from .backends import check_backend
-from .dispatch import choose_path
+from .dispatch import choose_decoder
 from .reference_4bit import absmax_ref, decode_4bit_ref
 
 with contextlib.suppress(ImportError):  # without Triton, `choose_path` does not name "triton"
@@ -49,6 +47,13 @@ class FourBit(NamedTuple):
     blocksize: int
     scale_blocksize: int
 
+    # The name of its operations, and their schema of `parts`, see `lora_linear_quantised`.
+    NAME = "4bit"
+    SCHEMA = (
+        "Tensor packed, Tensor absmax, Tensor code, Tensor? scale, Tensor? scale_code, "
+        "Tensor? offset, int blocksize, int scale_blocksize"
+    )
+
     @classmethod
     def of(cls, weight: Any) -> "FourBit":
         """The weight of a ``bitsandbytes.nn.Linear4bit``, in its own memory.
@@ -75,16 +80,19 @@ class FourBit(NamedTuple):
         scale_blocksize = 0
         if nested is not None:
             scales, scale_blocksize = (nested.absmax, nested.code, state.offset), nested.blocksize
-        tensors = packed, state.absmax, state.code, *scales
-        return cls.from_parts(tensors, tuple(state.shape), (state.blocksize, scale_blocksize))
+        parts = packed, state.absmax, state.code, *scales, state.blocksize, scale_blocksize
+        return cls.from_parts(parts, tuple(state.shape))
 
     @classmethod
-    def from_parts(
-        cls, tensors: Sequence[Any], shape: tuple[int, int], blocksizes: tuple[int, int]
-    ) -> "FourBit":
-        """The weight with these ``tensors`` and ``blocksizes``."""
-        packed, absmax, code, scale, scale_code, offset = tensors
-        return cls(packed, absmax, code, scale, scale_code, offset, shape, *blocksizes)
+    def from_parts(cls, parts: Any, shape: tuple[int, int]) -> "FourBit":
+        """The weight with these `parts` and this shape."""
+        *tensors, blocksize, scale_blocksize = parts
+        return cls(*tensors, shape, blocksize, scale_blocksize)
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What operations of PyTorch take in the place of the weight."""
+        return *self.tensors, *self.blocksizes
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -157,15 +165,10 @@ def decode_4bit(weight: FourBit, dtype: torch.dtype, *, backend: str | None = No
     if not isinstance(weight, FourBit):
         raise ArgumentTypeError("weight", type(weight).__name__, "a FourBit")
     check_4bit("weight", weight)
-    if dtype not in DTYPES:
-        given = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
-        raise ArgumentTypeError("dtype", given, " or ".join(map(str, DTYPES)))
-    if backend is not None:
-        check_backend(backend)
-    return decoded(weight, dtype, choose_path(weight.device, dtype, backend).backend)
+    return decoded_4bit(weight, dtype, choose_decoder(weight.device, dtype, backend))
 
 
-def decoded(weight: FourBit, dtype: torch.dtype, backend: str) -> Tensor:
+def decoded_4bit(weight: FourBit, dtype: torch.dtype, backend: str) -> Tensor:
     """`decode_4bit` by a backend that was chosen, without checks.
 
     There is one kernel, which serves all backends that run on a GPU.

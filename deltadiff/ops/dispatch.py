@@ -10,14 +10,14 @@ add its entry there, and its launchers to the imports of `backends`.
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from ..checks import HALF_DTYPES
-from ..errors import BackendUnavailableError
-from .backends import HALF_NAMES, why_unavailable
+from ..checks import DTYPES, HALF_DTYPES
+from ..errors import ArgumentTypeError, BackendUnavailableError
+from .backends import HALF_NAMES, check_backend, why_unavailable
 from .transforms import TRANSFORMED
 
 # ------------------------------------------------------------------ the kernels of lora_linear
@@ -269,6 +269,34 @@ def choose_path(
             return _dispatch(name, _why_chosen(name, device, refused if call else ""), call)
         refused = objection
     return _dispatch("reference", refused, call)
+
+
+def choose_decoder(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    """The backend that decodes a weight of few bits to ``dtype``.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: the dtype or the backend is none.
+        BackendUnavailableError: ``backend`` cannot run here.
+    """
+    if dtype not in DTYPES:
+        given = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise ArgumentTypeError("dtype", given, " or ".join(map(str, DTYPES)))
+    if backend is not None:
+        check_backend(backend)
+    return choose_path(device, dtype, backend).backend
+
+
+def choose_fp8_path(
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None,
+    layer: tuple[int, int, int],
+    dropout: bool,
+) -> Dispatch:
+    """`choose_path` for a layer over a weight in FP8, which computes in ``dtype``."""
+    path = choose_path(device, dtype, backend, layer, dropout)
+    why = "FP8 weight: decoded in each pass; activations are not quantised"
+    return replace(path, reason=f"{path.reason}; {why}")
 
 
 def choose_4bit_path(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..checks import check_matrix
 from ..errors import ArgumentError, BackendUnavailableError
-from .decode_4bit import FourBit, decoded
 from .dispatch import keeps_x
 from .gated_product import gated_product, gated_product_bwd, gated_product_bwd_and_da, takes_da
 from .lora_linear import autocast_dtype, check_lora_linear, path_of
@@ -26,6 +25,7 @@ from .lora_linear_passes import (
     run_bwd,
     run_fwd,
 )
+from .quantised import Quantised, decoded, is_quantised
 from .recomputing import is_recomputing
 from .reference_blocks import ACTIVATIONS, LowRankLinear, gated_mlp_ref
 from .remade import Remade, made_of, remade_of, sources_of
@@ -37,7 +37,7 @@ _TENSORS = 4  # of each layer that may have gradients: lora_A, lora_B, gate, bia
 class _Layer(NamedTuple):
     """The arguments of a layer, and the backend that runs it."""
 
-    weight: Tensor | FourBit
+    weight: Tensor | Quantised
     lora_A: Tensor
     lora_B: Tensor
     gate: Tensor | None
@@ -56,7 +56,7 @@ class _Layer(NamedTuple):
 
     def first_outputs(self, dtype: torch.dtype) -> "_Layer":
         """The layer with its first outputs alone, which keeps the same for the backward pass."""
-        weight, few = _matrix(self.weight, dtype, self.backend), slice(8)
+        weight, few = decoded(self.weight, dtype, self.backend), slice(8)
         bias = None if self.bias is None else self.bias[few]
         return self._replace(weight=weight[few], lora_B=self.lora_B[few], bias=bias)
 
@@ -117,7 +117,7 @@ class _GatedMlp(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         plan: _Plan,
-        weights: Sequence[Tensor | FourBit],
+        weights: Sequence[Tensor | Quantised],
         remade: Remade | None,
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -243,7 +243,7 @@ def _derivable(
         leaves: list[Any] = [t if t is None else t.view_as(t) for t in (x, *tensors)]
         each = zip(*[iter(leaves[1:])] * _TENSORS, strict=True)
         *inner, outer = (
-            LowRankLinear._make((_matrix(q.weight, dy.dtype, q.backend), *parts, q.scaling))
+            LowRankLinear._make((decoded(q.weight, dy.dtype, q.backend), *parts, q.scaling))
             for q, parts in zip(layers, each, strict=True)
         )
         y = gated_mlp_ref(leaves[0], inner, outer, activation)
@@ -251,10 +251,6 @@ def _derivable(
     inputs = [t for t, want in zip(leaves, wanted, strict=True) if want]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=create_graph))
     return [next(found) if want else None for want in wanted]
-
-
-def _matrix(weight: Tensor | FourBit, dtype: torch.dtype, backend: str) -> Tensor:
-    return decoded(weight, dtype, backend) if isinstance(weight, FourBit) else weight
 
 
 def gated_mlp(
@@ -300,7 +296,7 @@ def gated_mlp(
     sizes = {layer.weight.shape[0] for layer in inner}
     if len(sizes) > 1 or width % 2:
         raise ArgumentError("inner", f"outputs of {width} in all", "two equal halves")
-    if not isinstance(outer.weight, FourBit):
+    if not is_quantised(outer.weight):
         check_matrix("outer.weight", outer.weight)
     if outer.weight.shape[1] != width // 2:
         given = "x".join(map(str, outer.weight.shape))
@@ -313,11 +309,11 @@ def gated_mlp(
     ]
     if "reference" in paths:
         *inner, outer = (
-            q._replace(weight=_matrix(q.weight, x.dtype, path))
+            q._replace(weight=decoded(q.weight, x.dtype, path))
             for q, path in zip(layers, paths, strict=True)
         )
         return gated_mlp_ref(x, inner, outer, activation)
-    weights = [q.weight if isinstance(q.weight, FourBit) else q.weight.detach() for q in layers]
+    weights = [q.weight if is_quantised(q.weight) else q.weight.detach() for q in layers]
     tensors = [t for q in layers for t in (q.lora_A, q.lora_B, q.gate, q.bias)]
     rest = tuple((q.scaling, path) for q, path in zip(layers, paths, strict=True))
     # Without the outer layer's product, which takes a third of the pass, if nobody reads that.
@@ -341,7 +337,7 @@ def _keeps_the_same_of_few_outputs(x: Tensor, layer: LowRankLinear, backend: str
 def _cast(layer: LowRankLinear, dtype: torch.dtype) -> LowRankLinear:
     """The layer as autocast multiplies by it: W and the bias in ``dtype``."""
     bias = None if layer.bias is None else layer.bias.to(dtype)
-    if isinstance(layer.weight, FourBit):
+    if is_quantised(layer.weight):
         return layer._replace(bias=bias)
     return layer._replace(weight=layer.weight.detach().to(dtype), bias=bias)
 

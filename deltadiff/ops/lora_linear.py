@@ -16,17 +16,17 @@ from ..checks import (
 from ..errors import ArgumentTypeError
 from . import reference
 from .backends import check_backend
-from .decode_4bit import FourBit, check_4bit, decoded
 from .dispatch import choose_path
-from .lora_linear_4bit import lora_linear_4bit
 from .lora_linear_passes import LoraLinearFunction, reached_from_cpp
+from .lora_linear_quantised import lora_linear_quantised
+from .quantised import Quantised, check_quantised, decoded, is_quantised
 from .remade import remade_of
 from .transforms import transformed
 
 
 def check_lora_linear(
     x: Tensor,
-    weight: Tensor | FourBit,
+    weight: Tensor | Quantised,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -35,15 +35,15 @@ def check_lora_linear(
 ) -> None:
     """Raise where the arguments of `lora_linear` do not fit each other."""
     check_plain("x", x)
-    if isinstance(weight, FourBit):
-        check_4bit("weight", weight)
+    if is_quantised(weight):
+        check_quantised("weight", weight)
     else:
         check_matrix("weight", weight)
     check_matrix("lora_A", lora_A)
     check_number("scaling", scaling)
     (n, k), r = weight.shape, lora_A.shape[0]
     adapter_dtypes = (x.dtype,) if x.dtype == torch.float64 else (x.dtype, torch.float32)
-    if isinstance(weight, FourBit):
+    if is_quantised(weight):
         check_tensor("x", x, (*x.shape[:-1], k), weight.device, DTYPES)
     else:
         check_tensor("x", x, (*x.shape[:-1], k), x.device, (weight.dtype,))
@@ -60,13 +60,13 @@ def check_lora_linear(
 # -------------------------------------------------------------------------------- lora_linear
 
 
-def _layer(weight: Tensor | FourBit, lora_A: Tensor) -> tuple[tuple[int, int, int], bool]:
+def _layer(weight: Tensor | Quantised, lora_A: Tensor) -> tuple[tuple[int, int, int], bool]:
     """(out_features, in_features, r), and whether W is stored (in, out), for `choose_path`."""
     try:
         (n, k), r = weight.shape, lora_A.shape[0]
-        transposed = not isinstance(weight, FourBit) and weight.stride(1) != 1
+        transposed = not is_quantised(weight) and weight.stride(1) != 1
     except (AttributeError, ValueError, IndexError, RuntimeError):
-        if not isinstance(weight, FourBit):  # these two name what does not fit
+        if not is_quantised(weight):  # these two name what does not fit
             check_matrix("weight", weight)
         check_matrix("lora_A", lora_A)
         raise
@@ -76,7 +76,7 @@ def _layer(weight: Tensor | FourBit, lora_A: Tensor) -> tuple[tuple[int, int, in
 
 
 def path_of(
-    x: Tensor, weight: Tensor | FourBit, lora_A: Tensor, backend: str | None, dropout: bool
+    x: Tensor, weight: Tensor | Quantised, lora_A: Tensor, backend: str | None, dropout: bool
 ) -> tuple[str, bool]:
     """The backend that runs a call, and whether torch.ops.deltadiff reaches it."""
     if backend is not None:
@@ -112,7 +112,7 @@ def _lora_linear_path(
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | FourBit,
+    weight: Tensor | Quantised,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -141,8 +141,8 @@ def lora_linear(
         x: (..., K), any leading shape and strides, also empty; float32, bfloat16, float16 or
             float64.
         weight: (N, K), the dtype of x (under autocast both are cast to the autocast dtype). Or a
-            `FourBit` of this shape, which is decoded in the dtype of x in each pass; nothing of the
-            size of W is kept for the backward pass, except by the reference.
+            `FourBit` or `Float8` of this shape, which is decoded in the dtype of x in each pass;
+            nothing of the size of W is kept for the backward pass, except by the reference.
         lora_A: (r, K), the dtype of x or float32 (the usual mixed case; its gradient is then
             float32).
         lora_B: (N, r), the dtype of lora_A.
@@ -169,7 +169,7 @@ def lora_linear(
         if bias is not None:
             check_plain("bias", bias)
         x = x.to(compute)
-        if not isinstance(weight, FourBit):
+        if not is_quantised(weight):
             check_matrix("weight", weight)
             weight = weight.detach().to(compute)
         bias = None if bias is None else bias.to(compute)
@@ -185,7 +185,7 @@ def lora_linear(
     remade = None
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         remade = remade_of(x)
-    if native and remade is None and not isinstance(weight, FourBit):
+    if native and remade is None and not is_quantised(weight):
         try:
             return torch.ops.deltadiff.lora_linear(*kernel_args)
         except Exception as raised:  # C++ says only that something does not fit
@@ -197,12 +197,12 @@ def lora_linear(
             del error
     check_lora_linear(*args)
     if backend == "reference":
-        matrix = decoded(weight, x.dtype, backend) if isinstance(weight, FourBit) else weight
+        matrix = decoded(weight, x.dtype, backend)
         return reference.lora_linear_ref(
             x, matrix, lora_A, lora_B, scaling=scaling, gate=gate, bias=bias, dropout=p,
             seed=0 if mask_seed is None else mask_seed,
         )  # fmt: skip
-    weight = weight if isinstance(weight, FourBit) else weight.detach()
-    if torch.compiler.is_compiling() and isinstance(weight, FourBit):
-        return lora_linear_4bit(x, weight, *kernel_args[2:])
+    weight = weight if is_quantised(weight) else weight.detach()
+    if torch.compiler.is_compiling() and is_quantised(weight):
+        return lora_linear_quantised(x, weight, *kernel_args[2:])
     return LoraLinearFunction.apply(x, weight, *kernel_args[2:], remade)

@@ -1,10 +1,10 @@
 """The two passes of `lora_linear`, launched from Python, and their autograd.
 
 `csrc/lora_linear_autograd.cpp` is `LoraLinearFunction` in C++, for matrices of ordinary numbers. A
-weight of 4 bits (`FourBit`) is decoded in each pass and forgotten after it: nothing of the size of
-W is kept for the backward pass. The memory comes from PyTorch's allocator, which gives the layers
-that run one after another on a stream the same block again: one workspace for each stream, and in
-each CUDA graph, that nobody has to look after.
+weight of few bits (`Quantised`) is decoded in each pass and forgotten after it: nothing of the size
+of W is kept for the backward pass. The memory comes from PyTorch's allocator, which gives the
+layers that run one after another on a stream the same block again: one workspace for each stream,
+and in each CUDA graph, that nobody has to look after.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from . import reference
 from .backends import CPP_MISSING, LAUNCHERS
-from .decode_4bit import FourBit, decoded
 from .dispatch import Kernel, keeps_x, kernel_at, runs_of
+from .quantised import Quantised, decoded, is_quantised
 from .remade import Remade, made_of, sources_of
 from .transforms import wants_reference
 
@@ -35,7 +35,7 @@ def reached_from_cpp(backend: str, device: torch.device) -> bool:
 
 
 def kernel_of(
-    tokens: int, weight: Tensor | FourBit, r: int, dtype: torch.dtype, dropout: bool, backend: str
+    tokens: int, weight: Tensor | Quantised, r: int, dtype: torch.dtype, dropout: bool, backend: str
 ) -> Kernel:
     """The kernel that runs a call for which ``backend`` was chosen; ``dtype`` is that of x."""
     return kernel_at(runs_of(backend, (*weight.shape, r, dtype, dropout)), tokens)
@@ -137,31 +137,46 @@ def kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
     return hopper_launch.kept_shape(m, r, gated) if backend == "hopper" else (m, r)
 
 
-def run_fwd(x: Tensor, weight: Tensor | FourBit, *rest: Any) -> tuple[Tensor, Tensor]:
+def run_fwd(x: Tensor, weight: Tensor | Quantised, *rest: Any) -> tuple[Tensor, Tensor]:
     """(y, kept) of a forward pass; the arguments are those of `launch_fwd`, the backend last."""
-    if isinstance(weight, FourBit):
-        ops = torch.ops.deltadiff
-        return ops.lora_linear_4bit_fwd(x, *weight.tensors, *weight.blocksizes, *rest)
+    if is_quantised(weight):
+        op = getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}_fwd")
+        return op(x, *weight.parts, *rest)
     in_cpp = reached_from_cpp(rest[-1], x.device)
     run: Any = torch.ops.deltadiff.lora_linear_fwd if in_cpp else launch_fwd
     return run(x, weight, *rest)
 
 
 def run_bwd(
-    dy: Tensor, x: Tensor | None, weight: Tensor | FourBit, *rest: Any
+    dy: Tensor, x: Tensor | None, weight: Tensor | Quantised, *rest: Any
 ) -> Sequence[Tensor | None]:
     """(dx, dA, dB, dgate) of a backward pass; the arguments are those of `launch_bwd`."""
-    if isinstance(weight, FourBit):
-        ops = torch.ops.deltadiff
-        return ops.lora_linear_4bit_bwd(dy, x, *weight.tensors, *weight.blocksizes, *rest)
+    if is_quantised(weight):
+        op = getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}_bwd")
+        return op(dy, x, *weight.parts, *rest)
     in_cpp = reached_from_cpp(rest[-1], dy.device)
     run: Any = torch.ops.deltadiff.lora_linear_bwd if in_cpp else launch_bwd
     return run(dy, x, weight, *rest)
 
 
+def fwd_over(x: Tensor, weight: Quantised, *rest: Any) -> tuple[Tensor, Tensor]:
+    """`run_fwd` over a weight of few bits, behind the boundary of an operation of PyTorch.
+
+    This and `bwd_over` are where a kernel is to be chosen that multiplies by such a weight itself.
+    """
+    return run_fwd(x, decoded(weight, x.dtype, rest[-1]), *rest)
+
+
+def bwd_over(
+    dy: Tensor, x: Tensor | None, weight: Quantised, *rest: Any
+) -> Sequence[Tensor | None]:
+    """`run_bwd` over a weight of few bits, see `fwd_over`."""
+    return run_bwd(dy, x, decoded(weight, dy.dtype, rest[-1]), *rest)
+
+
 def bwd_before_da(
     dy: Tensor,
-    weight: Tensor | FourBit,
+    weight: Tensor | Quantised,
     lora_A: Tensor,
     lora_B: Tensor,
     kept: Tensor,
@@ -177,7 +192,7 @@ def bwd_before_da(
     m, r = dy.shape[0], lora_A.shape[0]
     if kernel_of(m, weight, r, dy.dtype, False, backend).name != "hopper":
         return [None] * 4
-    matrix = decoded(weight, dy.dtype, backend) if isinstance(weight, FourBit) else weight
+    matrix = decoded(weight, dy.dtype, backend)
     return hopper_launch.bwd_before_da(
         dy, matrix, lora_A, lora_B, kept, scaling, gate, (needs[0], False, *needs[2:])
     )
@@ -186,15 +201,15 @@ def bwd_before_da(
 class LoraLinearFunction(torch.autograd.Function):
     """What `csrc/lora_linear_autograd.cpp` does.
 
-    It is used where that is not built, where Triton interprets, for a weight of 4 bits, and for an
-    x that the backward pass makes again (see `remade.py`).
+    It is used where that is not built, where Triton interprets, for a weight of few bits, and for
+    an x that the backward pass makes again (see `remade.py`).
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | FourBit,
+        weight: Tensor | Quantised,
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
@@ -228,8 +243,7 @@ class LoraLinearFunction(torch.autograd.Function):
         rows = None if x is None else x.reshape(-1, k)
         last = ctx.scaling, gate, needs, ctx.dropout, seed
         if wants_reference(dy):
-            four_bit = isinstance(weight, FourBit)
-            matrix = decoded(weight, dy.dtype, ctx.backend) if four_bit else weight
+            matrix = decoded(weight, dy.dtype, ctx.backend)
             grads = _reference_bwd(dy, rows, matrix, lora_A, lora_B, *last)
         else:
             grads = run_bwd(dy, rows, weight, lora_A, lora_B, s, *last, ctx.backend)
@@ -239,13 +253,13 @@ class LoraLinearFunction(torch.autograd.Function):
         return dx, None, da, db, None, dgate, dbias, *[None] * 4
 
 
-def dense_or_packed(weight: Tensor | FourBit) -> tuple[Tensor | None, FourBit | None]:
+def dense_or_packed(weight: Tensor | Quantised) -> tuple[Tensor | None, Quantised | None]:
     """The weight as a tensor for autograd to keep, or as bytes that a context keeps itself.
 
     Hooks may move saved tensors elsewhere until they are needed. The bytes of a weight stay where
     they are in any case, so they are not saved.
     """
-    return (None, weight) if isinstance(weight, FourBit) else (weight, None)
+    return (None, weight) if is_quantised(weight) else (weight, None)
 
 
 if not CPP_MISSING:

@@ -50,7 +50,7 @@ def rms_norm_again_ref(
 class LowRankLinear(NamedTuple):
     """The arguments of one `lora_linear`, all but x; W is (out, in)."""
 
-    weight: Any  # a Tensor; `gated_mlp` takes a `FourBit` too
+    weight: Any  # a Tensor; `gated_mlp` takes a `Quantised` too
     lora_A: Tensor
     lora_B: Tensor
     gate: Tensor | None

@@ -49,6 +49,7 @@ def compile_all(capability: int):
     from deltadiff.kernels import (
         adamw_step,
         decode_4bit,
+        decode_fp8,
         delta_update,
         gated_product,
         rms_norm,
@@ -134,6 +135,17 @@ def compile_all(capability: int):
         tensors = torch.empty(1024 * 32, dtype=torch.uint8), absmax, torch.empty(16), *scales
         weight = FourBit(*tensors, (64, k), 64, 256)
         decode_4bit.decode_4bit(weight, torch.empty(weight.shape, dtype=dtype))
+
+    for dtype, data, k, block in (
+        (bf16, torch.float8_e4m3fn, 1024, (128, 128)),
+        (fp16, torch.float8_e5m2, 1024, (1, 1024)),
+        (fp32, torch.float8_e4m3fn, 1024, (64, 1024)),
+        (bf16, torch.float8_e4m3fn, 1023, (7, 9)),
+    ):
+        case = f"{dtype} of {data}, K {k}, blocks of {block}"
+        scale = torch.empty(-(-64 // block[0]), -(-k // block[1]))
+        out = torch.empty(64, k, dtype=dtype)
+        decode_fp8.decode_fp8(torch.empty(64, k).to(data), scale, block, out)
 
     step = torch.empty((), dtype=torch.int64)
     for dtype, roundings in (
@@ -228,7 +240,7 @@ def test_kernels_compile_without_spills(compiled, capability):
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
         "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",
         "delta_update_kernel", "adamw_step_kernel", "advance_counters_kernel",
-        "decode_4bit_kernel", "rms_norm_kernel", "rms_norm_bwd_kernel",
+        "decode_4bit_kernel", "decode_fp8_kernel", "rms_norm_kernel", "rms_norm_bwd_kernel",
         "gated_product_kernel", "gated_product_bwd_kernel",
     }  # fmt: skip
     most = [(LIMITS["tuned"] if k["case"].startswith("row") else limit)["spilled"] for k in kernels]

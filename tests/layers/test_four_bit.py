@@ -11,7 +11,7 @@ from torch import nn
 
 from deltadiff import DeltaLoRA, lora_linear, merge_, swap_, swap_report, unswap_
 from deltadiff.errors import ArgumentTypeError, BackendUnavailableError
-from deltadiff.layers import base_format
+from deltadiff.layers import fused_branch
 from deltadiff.ops.decode_4bit import FourBit, decode_4bit
 from deltadiff.ops.reference import lora_linear_ref
 
@@ -56,14 +56,14 @@ def expected(layer, x, a=None, b=None, gate=1.0):
 @pytest.fixture
 def fused(monkeypatch):
     """The calls of `lora_linear` over weights of 4 bits."""
-    calls, ours = [], base_format.lora_linear
+    calls, ours = [], fused_branch.lora_linear
 
     def count(x, weight, *args, **options):
         if isinstance(weight, FourBit):
             calls.append((x.dtype, options["backend"]))
         return ours(x, weight, *args, **options)
 
-    monkeypatch.setattr(base_format, "lora_linear", count)
+    monkeypatch.setattr(fused_branch, "lora_linear", count)
     return calls
 
 

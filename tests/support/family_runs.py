@@ -13,7 +13,7 @@ from families import Family
 from torch import Tensor, nn
 
 from deltadiff import swap_
-from deltadiff.layers import base_format
+from deltadiff.layers import fused_branch
 from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.layers.peft.fuse import why_not_fusable
 from deltadiff.layers.report import SwapReport
@@ -161,13 +161,13 @@ def fused_layers(model: nn.Module) -> Iterator[set[str]]:
     """The names of PEFT's layers that `lora_linear` computed inside."""
     names = {id(a): name for name, (a, _) in pairs(model).items()}
     found: set[str] = set()
-    original = base_format.lora_linear
+    original = fused_branch.lora_linear
 
     def noting(x, weight, lora_A, *args, **kwargs):
         found.add(names[id(lora_A)])
         return original(x, weight, lora_A, *args, **kwargs)
 
-    with patch.object(base_format, "lora_linear", noting):
+    with patch.object(fused_branch, "lora_linear", noting):
         yield found
 
 

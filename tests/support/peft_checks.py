@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltadiff import swap_
-from deltadiff.layers import base_format
+from deltadiff.layers import fused_branch
 from deltadiff.layers.peft.fuse import tuner_layers
 from deltadiff.layers.peft.fused_linear import Fused
 from deltadiff.layers.report import SwapReport
@@ -23,7 +23,7 @@ def fused_calls(model: nn.Module) -> Iterator[Counter[str]]:
     names = {m: name for name, m in model.named_modules()}
     counts: Counter[str] = Counter()
     running: list[str] = []
-    forward, multiply = Fused.forward, base_format.lora_linear
+    forward, multiply = Fused.forward, fused_branch.lora_linear
 
     def named_forward(self, *args, **kwargs):
         running.append(names.get(self, "?"))
@@ -37,7 +37,7 @@ def fused_calls(model: nn.Module) -> Iterator[Counter[str]]:
         return multiply(*args, **kwargs)
 
     with mock.patch.object(Fused, "forward", named_forward):
-        with mock.patch.object(base_format, "lora_linear", counted):
+        with mock.patch.object(fused_branch, "lora_linear", counted):
             yield counts
 
 

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from deltadiff.ops import decode_4bit as op
-from deltadiff.ops import lora_linear_4bit
+from deltadiff.ops import lora_linear_passes
 from deltadiff.verify import decode_4bit as verify_decode_4bit
 from deltadiff.verify.run import run
 
-real_decode, real_decoded = verify_decode_4bit.decode_4bit, op.decoded
+real_decode, real_decoded = verify_decode_4bit.decode_4bit, lora_linear_passes.decoded
 
 
 def one_bit(w):
@@ -42,7 +41,7 @@ def test_a_wrong_layer_fails(path, monkeypatch):
     def harmed(*args):
         return swapped_halves(real_decoded(*args))
 
-    monkeypatch.setattr(lora_linear_4bit, "decoded", harmed)
+    monkeypatch.setattr(lora_linear_passes, "decoded", harmed)
     rows, _ = run(path.device, ["decode_4bit"], path.backend, quick=True, seed=3)
     failed = {row.output for row in rows if row.ok is False}
     assert failed == {"dx", "y"}

@@ -8,10 +8,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from ...errors import SwapError
-from ...ops.decode_4bit import FourBit
+from ...ops.quantised import is_quantised
 from ...ops.reference_blocks import LowRankLinear
 from ...ranks import is_partitioned
-from ..base_format import four_bit_branch, fused_branch
 from ..delta_state import (
     check_loadable,
     check_saved_delta,
@@ -21,7 +20,7 @@ from ..delta_state import (
     load_delta,
     take_saved_delta,
 )
-from ..four_bit import casts
+from ..fused_branch import fused_branch
 from ..lora_layers import HoldsPairs, LoraLayer
 from ..pending_delta import PendingDelta
 from .pair import PeftPair
@@ -81,15 +80,15 @@ class Fused(HoldsPairs, lora.LoraLayer):
         if route.units:
             route.read()
         weight, product = route.matrix, self._product(route)
-        if isinstance(weight, FourBit):
-            return four_bit_branch(x, self.base_layer, weight, *product, self.backend)
+        if is_quantised(weight) and route.format is not None:
+            return route.format.branch(x, self.base_layer, weight, *product, self.backend)
         return fused_branch(x, weight, route.bias, *product, self.backend)
 
     def as_lora_linear(self, x: Tensor) -> LowRankLinear | None:
         route = find_route(self, x)
         if route is None or route.units:
             return None
-        if isinstance(route.matrix, FourBit) and casts(self.base_layer, x):
+        if route.format is not None and route.format.changes_dtype(self.base_layer, x):
             return None
         a, b, scaling, gate, dropout = self._product(route)
         return None if dropout else LowRankLinear(route.matrix, a, b, gate, route.bias, scaling)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ...checks import HALF_DTYPES
 from ...kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
-from ...ops.decode_4bit import FourBit
+from ...ops.quantised import Quantised
 from ...ranks import is_unit
-from ..four_bit import as_four_bit, compute_dtype, is_four_bit_layer
+from ..base_format import quantised_format
 from ..hooks import HOOKS
 from ..linear import is_conv1d
 from .rules import active_adapters, why_not_now, why_peft
@@ -30,7 +30,8 @@ class Route:
     Attributes:
         names: the active adapters that the layer has.
         weight, matrix, bias: of the base layer; the matrix is W, (out_features, in_features), which
-            `lora_linear` also takes in 4 bits.
+            `lora_linear` also takes in few bits.
+        format: how it decodes those; None for a dense W.
         factors: A, B and the dropout module of each adapter.
         units: the modules that FSDP shards one by one. Their parameters are whole while they are
             called, see `run_inside`; outside of that, other tensors stand in their places.
@@ -39,7 +40,7 @@ class Route:
     def __init__(self, layer: "Fused"):
         base, self.names = layer.base_layer, active_adapters(layer)
         self._base: Any = base
-        self._four_bit = is_four_bit_layer(base)
+        self.format = quantised_format(base)
         self._transposed = is_conv1d(base)
         self._active = layer._active_adapter
         if not isinstance(self._active, str):
@@ -57,7 +58,7 @@ class Route:
             (m._parameters, key) for m in modules if m not in self.units for key in m._parameters
         ]
         self._places = [(owner, key, owner[key]) for owner, key in owners]
-        called = modules[1:] if self._four_bit else modules  # `as_four_bit` asks about the base
+        called = modules if self.format is None else modules[1:]  # else `weight_of` asks it
         self._hooks = [
             (found, len(found)) for m in called for found in (getattr(m, h) for h in HOOKS)
         ]
@@ -71,9 +72,11 @@ class Route:
     def read(self) -> None:
         """Read the parameters anew, which stand in their places while the units run."""
         self.weight: Tensor = self._base.weight
-        self.matrix: Tensor | FourBit = self.weight.T if self._transposed else self.weight
-        if self._four_bit:
-            self.matrix = FourBit.of(self.weight)
+        self.matrix: Tensor | Quantised = self.weight.T if self._transposed else self.weight
+        if self.format is not None:
+            matrix = self.format.weight_of(self._base)
+            assert not isinstance(matrix, str)  # `why_peft` has asked
+            self.matrix = matrix
         self.bias: Tensor | None = self._base.bias
         self.factors: list[tuple[Tensor, Tensor, nn.Module]] = [
             (a.weight, b.weight, dropout) for a, b, dropout in self._parts
@@ -100,8 +103,8 @@ class Route:
                 return False
         if why_not_now() is not None:
             return False
-        if self._four_bit:  # what is beside the bytes may have been moved or made anew
-            matrix = as_four_bit(self._base)
+        if self.format is not None:  # what is beside the bytes may have been moved or made anew
+            matrix = self.format.weight_of(self._base)
             if isinstance(matrix, str):
                 return False
             self.matrix = matrix
@@ -117,8 +120,8 @@ class Route:
         # Where the input is cast, and where several adapters meet, the rules are asked again.
         if not own["cast_input_dtype_enabled"] or len(self.names) > 1:
             return False
-        if self._four_bit:
-            accepted = torch.float32, compute_dtype(self._base, x)
+        if self.format is not None:
+            accepted = torch.float32, self.format.compute_dtype(self._base, x)
             return x.dtype in KERNEL_DTYPES and adapter in accepted
         if torch.is_autocast_enabled(w.device.type):
             compute = torch.get_autocast_dtype(w.device.type)

@@ -10,9 +10,10 @@ from ...checks import DTYPES, HALF_DTYPES
 from ...kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 from ...ops.transforms import TRANSFORMED, transformed
 from ...ranks import is_sharded, is_unit, plain_kind
-from ..four_bit import as_four_bit, four_bit_path, is_four_bit_layer, runs_fused
+from ..base_format import quantised_format
 from ..hooks import HOOKS
 from ..linear import is_conv1d
+from ..quantised_format import QuantisedFormat
 from ..targets.eligible import has_same_product, is_tensor_parallel
 from .units import (
     becomes_whole,
@@ -53,16 +54,16 @@ def why_peft(layer: "LoraLayer", x: Tensor | None = None) -> str | None:
     if layer.merged_adapters:
         return "its adapters are merged"
     base = layer.base_layer
-    four_bit = is_four_bit_layer(base)
+    form = quantised_format(base)
     plain = plain_kind(base) is nn.Linear or is_conv1d(base) or has_same_product(base)
-    if not plain and not four_bit:
+    if not plain and form is None:
         return f"its base layer is {kind_of(base)}"
     if is_tensor_parallel(base):
         return "tensor parallelism splits its base weight"
     names = active_adapters(layer)
     if not names:
         return "it has no active adapter"
-    modules = [] if four_bit else [base]
+    modules = [base] if form is None else []
     for name in names:
         reason = _why_not_adapter(layer, name)
         if reason is not None:
@@ -73,8 +74,8 @@ def why_peft(layer: "LoraLayer", x: Tensor | None = None) -> str | None:
     if any(map(_has_hooks, modules)):
         return "hooks on the modules inside of it"
     reason = why_not_now()
-    if reason is None and four_bit:
-        return _why_not_four_bit(layer, base, names, x)
+    if reason is None and form is not None:
+        return _why_not_quantised(layer, base, form, names, x)
     return reason or _why_not_tensors(layer, base, names, x)
 
 
@@ -161,11 +162,11 @@ def _why_not_tensors(
     return None
 
 
-def _why_not_four_bit(
-    layer: "LoraLayer", base: Any, names: list[str], x: Tensor | None
+def _why_not_quantised(
+    layer: "LoraLayer", base: Any, form: QuantisedFormat, names: list[str], x: Tensor | None
 ) -> str | None:
-    """As `_why_not_tensors`, on a base layer of 4 bits, which takes inputs of any dtype."""
-    weight = as_four_bit(base)
+    """As `_why_not_tensors`, on a base layer of few bits, which takes inputs of any dtype."""
+    weight = form.weight_of(base)
     if isinstance(weight, str):
         return f"of its base layer, {weight}"
     if base.weight.requires_grad:
@@ -177,8 +178,8 @@ def _why_not_four_bit(
         return "its parameters are on several devices"
     if any(isinstance(s, Tensor) and s.device != weight.device for s in _scalings(layer, names)):
         return "its scaling is a tensor on another device"
-    given = base.weight.quant_state.dtype if x is None else x.dtype
-    compute = base.compute_dtype or given
+    compute = form.compute_dtype(base, x)
+    given = compute if x is None else x.dtype
     if given not in KERNEL_DTYPES:
         return f"an input of {given}"
     dtypes = {module.weight.dtype for module in pairs}
@@ -189,10 +190,12 @@ def _why_not_four_bit(
     rank = sum(layer.lora_A[name].weight.shape[0] for name in names)
     dropout = sum(dropout_of(layer, name) for name in names)
     # A layer that `fuse_` has not seen yet has no backend; `swap_` asks for one then.
-    if hasattr(layer, "backend") and not runs_fused(weight, compute, rank, dropout, layer.backend):
+    if hasattr(layer, "backend") and not form.runs_fused(
+        weight, compute, rank, dropout, layer.backend
+    ):
         if x is not None:
-            return "its 4-bit weight"
-        return four_bit_path(base, rank, dropout, layer.backend).reason
+            return "its quantised weight"
+        return form.path(base, rank, dropout, layer.backend).reason
     if x is not None and type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"an input of type {type(x).__name__}"
     if x is not None and x.device != weight.device:

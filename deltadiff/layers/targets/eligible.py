@@ -4,6 +4,7 @@
 multiply its input by a whole, ordinary weight: whatever else it does would be dropped in silence.
 A quantised layer with a forward pass of its own is called as it is, so that neither this forward
 pass nor a hook is lost, except where `lora_linear` is known to compute the same (see `four_bit`).
+One in FP8 is always decoded (see `fp8`), so it must be as plain as one of ordinary numbers.
 """
 
 from typing import TYPE_CHECKING, TypeGuard
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...checks import DTYPES, dtype_name
+from ...ops.decode_fp8 import is_fp8
 from ...ranks import is_partitioned, is_sharded, why_no_shard
 from ..four_bit import is_four_bit
+from ..fp8 import SCALES, is_fp8_layer, why_not_fp8
 from ..linear import is_conv1d, linear_shape
 from ..lora_linear import LoraLinear
 from .weight_readers import find_readers
@@ -66,7 +69,7 @@ def why_not_linear(module: nn.Module, bypassed: str | None = None) -> str | None
     if w is None or "bias" not in module._parameters:
         return "its weight or bias is no parameter but computed (weight_norm, pruning, FSDP, ...)"
     reason = _why_not_weight(module, w)
-    if reason is None and w.dtype in DTYPES and not is_four_bit(w):
+    if reason is None and (is_fp8(w) or w.dtype in DTYPES and not is_four_bit(w)):
         reason = _why_not_call(module)
     reason = reason or bypassed
     return _ON_META if reason is None and w.is_meta else reason
@@ -92,6 +95,8 @@ def _why_not_weight(module: "LinearLayer", w: Tensor) -> str | None:
         return "a weight of 0 elements: sharded, or with a side of 0"
     if (w.dtype in _BYTES or is_four_bit(w)) and _own_forward(module):
         return None
+    if is_fp8(w):
+        return why_not_fp8(module)
     if w.dtype not in DTYPES:
         return f"its weight is {dtype_name(w.dtype)}, a format that cannot be taken"
     if type(w) is not nn.Parameter or w.layout is not torch.strided:
@@ -129,7 +134,8 @@ def _why_not_call(module: "LinearLayer") -> str | None:
         return f"hooks on it would be dropped ({', '.join(hooks)})"
     tensors = {**module._parameters, **module._buffers, **module._modules}
     more = [name for name, held in tensors.items() if held is not None]
-    more = [name for name in more if name not in ("weight", "bias")]
+    known = ("weight", "bias", *(SCALES if is_fp8_layer(module) else ()))
+    more = [name for name in more if name not in known]
     return f"it holds more than weight and bias: {', '.join(more)}" if more else None
 
 
@@ -140,6 +146,7 @@ def _own_forward(module: nn.Module) -> bool:
     if of_instance is not None and of_instance != kind.forward.__get__(module):
         return True  # accelerate leaves the class's own there when its hook is removed
     plain = is_conv1d(module) or kind.forward is nn.Linear.forward or has_same_product(module)
+    plain = plain or is_fp8_layer(module)
     return not plain or kind.__call__ is not nn.Module.__call__
 
 

@@ -1,22 +1,29 @@
-"""`lora_linear` over weights of 4 bits, on every backend."""
+"""`lora_linear` over weights of 4 bits and in FP8, on every backend."""
 
+import functools
 import gc
 
 import pytest
 import torch
-from four_bit import FORMATS, four_bit
+from four_bit import FORMATS as FOUR_BIT
+from four_bit import four_bit
+from fp8 import BLOCKS, float8
 from lora_linear_calls import doubles, inputs, kept_by, outputs
 from torch.library import opcheck
+from torch.testing._internal.optests.generate_tests import ALL_TEST_UTILS
 from torch.utils.checkpoint import checkpoint
 
 from deltadiff import lora_linear
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.ops.decode_4bit import decode_4bit
+from deltadiff.ops.quantised import decoded
 from deltadiff.ops.reference import lora_linear_ref
 
 pytest.importorskip("bitsandbytes")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+FORMATS = [*FOUR_BIT, *BLOCKS[:2]]  # 4 bits of bitsandbytes, blocks of FP8
+ONE_OF_EACH = [FOUR_BIT[0], BLOCKS[0]]
 
 CASES = [  # tokens, in, out, r, gate, bias, adapters in float32
     ((3, 64, 24, 5), None, True, False),
@@ -25,11 +32,12 @@ CASES = [  # tokens, in, out, r, gate, bias, adapters in float32
 ]
 
 
-def quantised(given, device, form=("nf4", 64, True)):
-    """The arguments of `inputs` with W in 4 bits, and with the W that those stand for."""
+def quantised(given, device, form=FOUR_BIT[0]):
+    """The arguments of `inputs` with W in few bits, and with the W that those stand for."""
     x, w, *rest = given
-    weight = four_bit(w.float(), *form, device=device)
-    return [x, weight, *rest], [x, decode_4bit(weight, x.dtype), *rest]
+    in_4_bits = form in FOUR_BIT
+    weight = four_bit(w.float(), *form, device=device) if in_4_bits else float8(w, form, device)
+    return [x, weight, *rest], [x, decoded(weight, x.dtype, "reference"), *rest]
 
 
 def interpreted(path):
@@ -37,15 +45,15 @@ def interpreted(path):
     return path.backend == "triton" and path.device.type == "cpu"
 
 
-def small(randn, path, k=64, n=48, dtype=F32, **more):
+def small(randn, path, k=64, n=48, dtype=F32, form=FOUR_BIT[0], **more):
     """`quantised` for 8 tokens and rank 2."""
-    return quantised(inputs(randn, 8, k, n, 2, dtype, path.device, **more), path.device)
+    return quantised(inputs(randn, 8, k, n, 2, dtype, path.device, **more), path.device, form)
 
 
 @pytest.mark.parametrize("shape, gate, bias, mixed", CASES, ids=lambda v: str(v).replace(" ", ""))
 def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, assert_close):
     given = inputs(randn, *shape, dtype, path.device, F32 if mixed else dtype, gate, bias)
-    for form in FORMATS[:1] if interpreted(path) else FORMATS:
+    for form in ONE_OF_EACH if interpreted(path) else FORMATS:
         packed, dense = quantised(given, path.device, form)
         ours = outputs(lora_linear, *packed, backend=path.backend)
         eager = outputs(lora_linear_ref, *dense)
@@ -58,7 +66,7 @@ def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, asse
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_bits_are_those_of_the_decoded_weight(path, dtype, form, randn):
     """With dropout, a leading shape and every gradient: nothing but W differs from the dense op."""
-    if interpreted(path) and (dtype == F32 or form != FORMATS[0]):
+    if interpreted(path) and (dtype == F32 or form not in ONE_OF_EACH):
         pytest.skip("one case says the same")
     x, *rest, dy = inputs(randn, 24, 96, 40, 4, dtype, path.device, F32, (4,), True)
     given = [x.view(2, 12, 96), *rest, dy.view(2, 12, 40)]
@@ -71,14 +79,15 @@ def test_the_bits_are_those_of_the_decoded_weight(path, dtype, form, randn):
             assert torch.equal(ours[name], theirs[name]), (name, dropout)
 
 
-def test_nothing_of_the_size_of_W_is_kept(path, randn):
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
+def test_nothing_of_the_size_of_W_is_kept(path, form, randn):
     if path.backend == "reference":
         pytest.skip("it keeps W, as its docstring says")
-    (x, weight, a, b, *_), _ = small(randn, path, 128, 96)
+    (x, weight, a, b, *_), _ = small(randn, path, 128, 96, form=form)
     how = dict(scaling=0.7, backend=path.backend)
     _, kept = kept_by(lora_linear, x.requires_grad_(), weight, a.requires_grad_(), b, **how)
     assert kept and max(t.numel() * t.element_size() for t in kept) <= x.numel() * 4
-    assert not any(t.data_ptr() == weight.packed.data_ptr() for t in kept), "hooks would move it"
+    assert not any(t.data_ptr() == weight[0].data_ptr() for t in kept), "hooks would move it"
 
 
 def test_layers_that_decode_between_the_passes_of_another(path, randn):
@@ -123,8 +132,9 @@ def test_activation_checkpointing(path, reentrant, randn):
     assert all(map(torch.equal, *found))
 
 
-def test_autocast_computes_in_its_dtype(randn):
-    packed, _ = quantised(inputs(randn, 8, 64, 48, 2, F32, "cpu", bias=True), "cpu")
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
+def test_autocast_computes_in_its_dtype(form, randn):
+    packed, _ = quantised(inputs(randn, 8, 64, 48, 2, F32, "cpu", bias=True), "cpu", form)
     with torch.autocast("cpu", BF16):
         y = lora_linear(*packed[:4], scaling=0.7, bias=packed[5])
     x, weight, a, b, _, bias, _ = packed
@@ -132,8 +142,9 @@ def test_autocast_computes_in_its_dtype(randn):
     assert y.dtype == BF16 and torch.equal(y, expected)
 
 
-def test_second_derivatives_and_transforms(randn):
-    packed, dense = quantised(inputs(randn, 6, 64, 48, 2, F32, "cpu"), "cpu")
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
+def test_second_derivatives_and_transforms(form, randn):
+    packed, dense = quantised(inputs(randn, 6, 64, 48, 2, F32, "cpu"), "cpu", form)
     found = []
     for x, weight, a, b, *_ in (packed, dense):
 
@@ -150,12 +161,12 @@ def test_second_derivatives_and_transforms(randn):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_compiled_call_is_one_graph(device, nested, randn):
+@pytest.mark.parametrize("form", [*ONE_OF_EACH, ("nf4", 64, False)], ids=str)
+def test_a_compiled_call_is_one_graph(device, form, randn):
     torch._dynamo.reset()
     dtype = F32 if device == "cpu" else BF16
     given = inputs(randn, 12, 64, 48, 2, dtype, device, F32, (2,), True)
-    packed, _ = quantised(given, device, ("nf4", 64, nested))
+    packed, _ = quantised(given, device, form)
     results, kept = [], []
     for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
 
@@ -166,26 +177,34 @@ def test_a_compiled_call_is_one_graph(device, nested, randn):
         results.append(outputs(wrap(call), *packed))
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
-    most = packed[1].packed.numel() * 4
+    most = given[1].numel() * 2
     assert all(t.numel() * t.element_size() < most for tensors in kept for t in tensors)
 
 
 @pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.long), True])
-def test_the_operations_are_what_their_schemas_say(path, gated, randn):
+@pytest.mark.parametrize("form", ONE_OF_EACH, ids=str)
+def test_the_operations_are_what_their_schemas_say(path, form, gated, randn):
     if path.backend == "reference" or interpreted(path):
         pytest.skip("the operations are those of the other backends")
-    op, (packed, _) = torch.ops.deltadiff, small(randn, path, gate=(2,) if gated else None)
+    packed, _ = small(randn, path, form=form, gate=(2,) if gated else None)
     x, weight, a, b, gate, bias, dy = packed
-    parts = *weight.tensors, *weight.blocksizes
+    op, fwd, bwd = (
+        getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}{which}").default
+        for which in ("", "_fwd", "_bwd")
+    )
+    parts = weight.parts
     args = a, b, 0.7, gate, bias, 0.0, None, path.backend
-    opcheck(op.lora_linear_4bit_fwd.default, (x, *parts, *args))
-    _, s = op.lora_linear_4bit_fwd(x, *parts, *args)
+    # torch's check that nothing is written compares by a product, which it has not for FP8.
+    tests = set(ALL_TEST_UTILS) - ({"test_schema"} if form in BLOCKS else set())
+    check = functools.partial(opcheck, test_utils=tuple(tests))
+    check(fwd, (x, *parts, *args))
+    _, s = fwd(x, *parts, *args)
     for needs in ([True, True, True, gated], [False, False, True, False]):
         kept = x if needs[1] else None, *parts, a, b, s, 0.7, gate, needs, *args[5:]
-        opcheck(op.lora_linear_4bit_bwd.default, (dy, *kept))
+        check(bwd, (dy, *kept))
     leaves = [t if t is None else t.requires_grad_() for t in (a, b)]
     leaves += [0.7, gate if gate is None else gate.requires_grad_()]
-    opcheck(op.lora_linear_4bit.default, (x.requires_grad_(), *parts, *leaves, *args[4:]))
+    check(op, (x.requires_grad_(), *parts, *leaves, *args[4:]))
 
 
 def test_a_compiled_call_takes_any_number_of_tokens(randn):

@@ -1,0 +1,126 @@
+"""Layers with a weight in FP8 as base layers: transformers' FP8Linear, torchao's, and our own.
+
+Their own products quantise the activations to FP8 too, where that is what the checkpoint or the
+configuration says; scales of activations are then part of the layer. `lora_linear` decodes W in
+each pass and takes the activations as they are, so it has no use for those, and the result is
+nearer to that of the weights before they were quantised. transformers' layer alone, before its
+version 5, gives no gradient of its input.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import DTYPES, dtype_name
+from ..errors import ArgumentError
+from ..ops.decode_fp8 import DATA_DTYPES, Float8, check_fp8
+from ..ops.dispatch import Dispatch, choose_fp8_path
+from ..ops.lora_linear import autocast_dtype
+from .fused_branch import fused_branch
+from .linear import linear_shape
+from .quantised_format import QuantisedFormat, why_called
+
+# What such a layer holds beside weight and bias.
+SCALES = ("weight_scale_inv", "activation_scale")
+
+
+def is_fp8_layer(module: nn.Module) -> bool:
+    """Whether a module is of a class that holds a weight in FP8 and its scales as parameters."""
+    kind = type(module)
+    of_transformers = kind.__name__ == "FP8Linear" and kind.__module__.startswith("transformers.")
+    ours = kind.__name__ == "Float8Linear" and kind.__module__.startswith("deltadiff.")
+    return of_transformers or ours
+
+
+def scales_of(base: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of a layer that belong to a weight in FP8, by name; empty for other layers."""
+    held = base._parameters if is_fp8_layer(base) else {}
+    return {name: held[name] for name in SCALES if name in held}
+
+
+def why_not_fp8(module: Any) -> str | None:
+    """None for a layer with a weight in FP8 that can be decoded, else the reason in words."""
+    if type(module) is not nn.Linear and not is_fp8_layer(module):
+        return f"its weight is {dtype_name(module.weight.dtype)}, a format that cannot be taken"
+    try:
+        weight = Float8.of(module)
+        check_fp8("weight", weight)
+    except ArgumentError as error:
+        return f"its weight in FP8 cannot be taken ({error})"
+    if tuple(weight.shape) != linear_shape(module):
+        return f"its weight has the shape {tuple(weight.shape)}: packed"
+    return None
+
+
+def _weight_of(base: Any) -> Float8 | str:
+    return why_called(base) or why_not_fp8(base) or Float8.of(base)
+
+
+def _compute_dtype(base: Any, x: Tensor | None) -> torch.dtype:
+    """That of x or of autocast; for passes to come, that which the layer was quantised from."""
+    if x is not None:
+        return autocast_dtype(x) or x.dtype
+    known = (getattr(base, "dtype_before", None), base.weight.dtype, getattr(base.bias, "dtype", 0))
+    return next((dtype for dtype in known if dtype in DTYPES), torch.bfloat16)
+
+
+def _changes_dtype(base: Any, x: Tensor) -> bool:
+    """Only a bias may; autocast is `lora_linear`'s own business."""
+    return autocast_dtype(x) is None and base.bias is not None and base.bias.dtype != x.dtype
+
+
+def _path(base: Any, r: int, dropout: float, backend: str | None) -> Dispatch:
+    layer = (*linear_shape(base), r)
+    device = base.weight.device
+    return choose_fp8_path(device, _compute_dtype(base, None), backend, layer, dropout > 0)
+
+
+def _branch(x: Tensor, base: Any, weight: Any, *product: Any) -> Tensor:
+    bias = base.bias.to(x.dtype) if _changes_dtype(base, x) else base.bias
+    return fused_branch(x, weight, bias, *product)
+
+
+def keeping_fp8(module: Any, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` of ``module._apply``, which lets FP8 and its scales keep their dtypes.
+
+    ``model.to(torch.bfloat16)`` would take W without its scales, and round these.
+    """
+    if module.weight.dtype not in DATA_DTYPES:
+        return fn
+    kept = [t for t in (module.weight, *map(module._parameters.get, SCALES)) if t is not None]
+
+    def apply(t: Tensor) -> Tensor:
+        if not any(t is one for one in kept):
+            return fn(t)
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]
+        return fn(t.view(integers)).view(t.dtype)
+
+    return apply
+
+
+def why_not_loadable(module: Any, state: dict[str, Any], prefix: str) -> list[str]:
+    """What speaks against the entries of a state for a layer that holds FP8, in words.
+
+    torch would cast a weight of another dtype, and leave the scales as they were.
+    """
+    saved = state.get(f"{prefix}weight")
+    if not isinstance(saved, Tensor) or module.weight.dtype not in DATA_DTYPES:
+        return []
+    scale = f"{prefix}weight_scale_inv"
+    if saved.dtype == module.weight.dtype and scale in state:
+        return []
+    given = f"{dtype_name(saved.dtype)}{'' if scale in state else ' without ' + scale}"
+    own = dtype_name(module.weight.dtype)
+    return [f"{prefix}weight is {given}; this layer loads {own} together with its scales"]
+
+
+FP8 = QuantisedFormat(
+    weight_of=_weight_of,
+    compute_dtype=_compute_dtype,
+    changes_dtype=_changes_dtype,
+    runs_fused=lambda *call: True,
+    path=_path,
+    branch=_branch,
+)

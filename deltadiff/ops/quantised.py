@@ -1,0 +1,32 @@
+"""The weights of few bits that `lora_linear` takes beside tensors of ordinary numbers."""
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from .decode_4bit import FourBit, check_4bit, decoded_4bit
+from .decode_fp8 import Float8, check_fp8, decoded_fp8
+
+Quantised = FourBit | Float8
+QUANTISED = (FourBit, Float8)
+
+
+def is_quantised(weight: object) -> TypeGuard[Quantised]:
+    """Whether a weight is one of few bits."""
+    return isinstance(weight, QUANTISED)
+
+
+def check_quantised(name: str, weight: Quantised) -> None:
+    """Raise where the parts of a weight of few bits do not fit each other."""
+    if isinstance(weight, FourBit):
+        check_4bit(name, weight)
+    else:
+        check_fp8(name, weight)
+
+
+def decoded(weight: Tensor | Quantised, dtype: torch.dtype, backend: str) -> Tensor:
+    """W (N, K) in ``dtype``, by the backend that runs the call; a tensor as it is."""
+    if isinstance(weight, FourBit):
+        return decoded_4bit(weight, dtype, backend)
+    return decoded_fp8(weight, dtype, backend) if isinstance(weight, Float8) else weight
