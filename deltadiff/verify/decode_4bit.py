@@ -73,14 +73,13 @@ def draw_4bit(
     code = case.uniform(16, low=-1.0, high=1.0, dtype=real)
     if not nested:
         absmax = case.uniform(blocks, low=1.0, high=3.0, dtype=real) * k**-0.5
-        tensors = packed, absmax, code, None, None, None
-        return FourBit.from_parts(tensors, (n, k), (blocksize, 0))
+        return FourBit(packed, absmax, code, None, None, None, (n, k), blocksize, 0)
     absmax = case.integers(blocks, most=127, dtype=torch.int8).view(torch.uint8)
     scale = case.uniform(-(-blocks // scale_blocksize), low=0.5, high=1.0, dtype=real) * k**-0.5
     scale_code = case.uniform(256, low=-1.0, high=1.0, dtype=real)
     offset = case.uniform(1, low=1.5, high=2.0, dtype=real).view(()) * k**-0.5
-    tensors = packed, absmax, code, scale, scale_code, offset
-    return FourBit.from_parts(tensors, (n, k), (blocksize, scale_blocksize))
+    nested_in = scale, scale_code, offset
+    return FourBit(packed, absmax, code, *nested_in, (n, k), blocksize, scale_blocksize)
 
 
 def formula(weight: FourBit, dtype: torch.dtype) -> Tensor:

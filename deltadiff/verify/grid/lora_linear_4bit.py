@@ -46,7 +46,7 @@ class Format:
                 scales[case.random.randrange(scales.numel())] = value
         beside = Layout(offset=self.offset)
         tensors = [None if t is None else memory.place(t, beside) for t in drawn.tensors]
-        placed = FourBit.from_parts(tensors, drawn.shape, drawn.blocksizes)
+        placed = FourBit(*tensors, drawn.shape, *drawn.blocksizes)
         return placed, formula(placed, dtype)
 
 
