@@ -9,7 +9,7 @@ does not count.
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from ..checks import dtype_name
 from ..devices import free_memory
 from ..errors import ArgumentError
-from .clocks import sample, synchronize
+from .clocks import time_steps
 from .methods import Method, Names, Settings, forward_backward, methods
 from .models import (
     BASES,
@@ -97,21 +97,21 @@ def model_records(
         if whole:
             fields |= {"liger": settings.liger, "base": settings.base}
         with _checkpointing(model, checkpoint):
-            floor = _time(frozen_step, settings.steps, device)
-            before, frozen = floor.seconds, [*floor.seconds]
+            before, peak = time_steps(frozen_step, settings.steps, device)
+            frozen = [*before]
             for target in targets:
                 for method in chosen:
                     if checkpoint and not (method.checkpointed and target == "all"):
                         continue
                     timing = measure_method(method, target, model, batch, settings)
-                    after = _time(frozen_step, settings.steps, device).seconds
+                    after, _ = time_steps(frozen_step, settings.steps, device)
                     frozen += after
                     own = {"targets": target, "method": method.method, "rounding": method.rounding}
                     own["adapter_dtype"] = method.adapter_dtype(settings)
                     yield record({**fields, **own}, method.variant, timing, before + after)
                     before = after
             own = dict.fromkeys(("targets", "method", "rounding", "adapter_dtype"))
-            timing = Timing(frozen, peak_mib=floor.peak_mib)
+            timing = Timing(frozen, peak_mib=peak)
             yield record({**fields, **own}, "frozen", timing, frozen)
 
 
@@ -127,20 +127,6 @@ def _checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
             model.gradient_checkpointing_disable()
 
 
-def _time(step: Callable[[], object], steps: int, device: torch.device) -> Timing:
-    """Time ``steps`` steps, after one that warms up."""
-    step()
-    synchronize(device)
-    timing = Timing()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(steps):
-        timing.seconds += sample(step, 1, device, flush=False)
-    if device.type == "cuda":
-        timing.peak_mib = torch.cuda.max_memory_allocated(device) / 2**20
-    return timing
-
-
 def measure_method(
     method: Method, target: str, model: nn.Module, batch: Batch, settings: Settings
 ) -> Timing:
@@ -149,7 +135,8 @@ def measure_method(
     try:
         with method.attach(model, _find(model, target), batch, settings) as step:
             step()  # the first step of Delta-LoRA leaves W alone
-            return _time(step, settings.steps, device)
+            seconds, peak = time_steps(step, settings.steps, device)
+            return Timing(seconds, peak_mib=peak)
     except Exception as error:  # a method that does not fit must not cost the others their figures
         note = failure(error)
     free_memory(device)  # outside of the clause above, whose exception holds tensors
