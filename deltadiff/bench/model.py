@@ -21,6 +21,7 @@ from ..errors import ArgumentError
 from .clocks import sample, synchronize
 from .methods import Method, Names, Settings, forward_backward, methods
 from .models import (
+    BASES,
     LLAMA_7B,
     LLAMA_SMALL,
     PRESETS,
@@ -28,7 +29,6 @@ from .models import (
     build_model,
     random_batch,
     shape_of_file,
-    to_nf4_,
     use_liger_,
 )
 from .records import Timing, failure, record
@@ -72,8 +72,7 @@ def model_records(
         shape = shape_of_file(settings.config)
     whole = settings.preset is not None or settings.liger or settings.base != "bf16"
     model = build_model(shape, settings.dtype, device)
-    if settings.base == "nf4":
-        to_nf4_(model, settings.dtype)
+    BASES[settings.base](model, settings.dtype)
     if settings.liger:
         use_liger_(model)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -172,8 +172,10 @@ def _why_not_quantised(
     if base.weight.requires_grad:
         return "its base weight is trained"
     pairs = [m[name] for name in names for m in (layer.lora_A, layer.lora_B)]
-    if any(type(module.weight) is not nn.Parameter or is_unit(module) for module in pairs):
-        return "its parameters are no whole tensors"
+    for module in (base, *pairs):  # FSDP makes those of the unit around this layer whole in a call
+        whole = not is_sharded(module.weight) or (x is None and becomes_whole(module))
+        if not whole or (is_unit(module) and module is not base):
+            return "its parameters are no whole tensors"
     if any(module.weight.device != weight.device for module in pairs):
         return "its parameters are on several devices"
     if any(isinstance(s, Tensor) and s.device != weight.device for s in _scalings(layer, names)):

@@ -14,8 +14,11 @@ from ...ops.dispatch import KERNELS
 PACKED = "hopper packed"
 BACKENDS = ("reference", "cpp", "triton")
 KERNEL_LABELS = tuple(kernel.label for kernel in reversed(KERNELS))
+WITH_PACKED = (*KERNEL_LABELS, PACKED)
 PATHS = {
-    "lora_linear": (*KERNEL_LABELS, PACKED),
+    "lora_linear": WITH_PACKED,
+    "lora_linear_4bit": WITH_PACKED,
+    "gated_mlp": WITH_PACKED,  # that of its first layer; the others run on the same backend
     "derivatives": KERNEL_LABELS,
     "delta_update": BACKENDS,
     "adamw_step": BACKENDS,
