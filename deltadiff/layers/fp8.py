@@ -91,7 +91,8 @@ def _compute_dtype(base: Any, x: Tensor | None) -> torch.dtype:
     """That of x or of autocast; for passes to come, that which the layer was quantised from."""
     if x is not None:
         return autocast_dtype(x) or x.dtype
-    known = (getattr(base, "dtype_before", None), base.weight.dtype, getattr(base.bias, "dtype", 0))
+    before, bias = getattr(base, "dtype_before", None), base.bias
+    known: tuple[Any, ...] = before, base.weight.dtype, getattr(bias, "dtype", None)
     return next((dtype for dtype in known if dtype in DTYPES), torch.bfloat16)
 
 
@@ -101,9 +102,10 @@ def _changes_dtype(base: Any, x: Tensor) -> bool:
 
 
 def _path(base: Any, r: int, dropout: float, backend: str | None) -> Dispatch:
-    layer = (*linear_shape(base), r)
-    device = base.weight.device
-    return choose_fp8_path(device, _compute_dtype(base, None), backend, layer, dropout > 0)
+    layer, device = (*linear_shape(base), r), base.weight.device
+    weight, dtype = _weight_of(base), _compute_dtype(base, None)
+    block = weight.e4m3_block if isinstance(weight, Float8) else None
+    return choose_fp8_path(device, dtype, backend, layer, dropout > 0, block)
 
 
 def _branch(x: Tensor, base: Any, weight: Any, *product: Any) -> Tensor:

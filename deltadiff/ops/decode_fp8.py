@@ -78,6 +78,11 @@ class Float8(NamedTuple):
         return self.data, self.scale, *self.block
 
     @property
+    def e4m3_block(self) -> tuple[int, int] | None:
+        """The block, where data is float8_e4m3fn: what the choice of a kernel depends on."""
+        return self.block if self.data.dtype == torch.float8_e4m3fn else None
+
+    @property
     def shape(self) -> torch.Size:
         return self.data.shape
 
@@ -150,7 +155,7 @@ def decoded_fp8(weight: Float8, dtype: torch.dtype, backend: str) -> Tensor:
 
     There is one kernel, which serves all backends that run on a GPU.
     """
-    if backend in ("hopper", "triton"):
+    if backend in ("hopper", "fp8", "triton"):
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         kernel.decode_fp8(*weight, out)
         return out
