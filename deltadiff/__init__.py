@@ -7,6 +7,7 @@ from .layers.adapter_files.adapter_file import load_adapter, save_adapter
 from .layers.lora_linear import LoraLinear
 from .layers.merge import merge_
 from .layers.peft_files.export import export_peft
+from .layers.quantise import quantise_
 from .layers.report import swap_report
 from .layers.swap import swap_, unswap_
 from .ops.adamw_step import adamw_step_
@@ -30,6 +31,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge_",
+    "quantise_",
     "save_adapter",
     "swap_",
     "swap_report",

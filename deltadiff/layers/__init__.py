@@ -3,8 +3,9 @@
 `lora_linear.py` holds the layer, `swap.py` puts it where the folder `targets` says, `merge.py`
 folds it into the base weight, and `report.py` and `coverage.py` say what was done and what was not.
 `lora_layers.py` shows all layers alike, ours and PEFT's; `base_format.py` is the one table of how a
-base weight may be stored, and `four_bit.py` knows bitsandbytes' layers. The folder `adapter_files`
-saves and loads what was trained, `peft_files` writes and reads PEFT's files, `peft` makes PEFT's
-own layers faster, and `lean` lets the blocks around the layers keep less for the backward pass.
+base weight may be stored; `four_bit.py` knows bitsandbytes' layers, `fp8.py` those in FP8, and
+`quantise.py` makes such ones. The folder `adapter_files` saves and loads what was trained,
+`peft_files` writes and reads PEFT's files, `peft` makes PEFT's own layers faster, and `lean` lets
+the blocks around the layers keep less for the backward pass.
 Other rooms import the public names of these files; the root package exports those that users need.
 """

@@ -1,7 +1,7 @@
 """`find_coverage`: how much of a model's weight is adapted, and why the rest is not."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,8 +59,7 @@ class Coverage:
 
     def percent(self, elements: int) -> str:
         """The share of the weight that so many elements are, in words: "12.3 %"."""
-        share = 100 * elements / max(1, self.total)
-        return "<0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"
+        return _percent(elements, self.total)
 
     def lines(self) -> list[str]:
         """All but the share that is adapted, in 11 lines of text at most."""
@@ -74,18 +73,29 @@ class Coverage:
             if heads:
                 call = f"modules_to_save={list(heads)!r} trains it whole"
                 lines.append(f"a new head {state}: {_join(heads)}; {call}")
-        shown, more = self.left_out[:_MOST_GROUPS], self.left_out[_MOST_GROUPS:]
-        cells = [(f"  {self.percent(g.elements)}", g.name, g.reason) for g in shown]
-        if more:
-            cells.append(
-                (f"  {self.percent(_sum(more))}", f"{len(more)} more", "see coverage.left_out")
-            )
-        if cells:
-            lines += ["not adapted:", *align_columns(cells, right=(0,)).splitlines()]
+        if self.left_out:
+            lines += ["not adapted:", *group_lines(self.left_out, self.total, "coverage.left_out")]
         if self.stopped:
             count, names = _sum(self.stopped), _join(g.name for g in self.stopped)
             lines.append(f"{count:,} parameters stopped training: {names}")
         return lines
+
+
+def group_lines(groups: Sequence[WeightGroup], total: int, place: str) -> list[str]:
+    """A line for each of the largest groups with its share of ``total``, and one for the rest.
+
+    ``place``: where all of them are, which the last line names.
+    """
+    shown, more = groups[:_MOST_GROUPS], groups[_MOST_GROUPS:]
+    cells = [(f"  {_percent(g.elements, total)}", g.name, g.reason) for g in shown]
+    if more:
+        cells.append((f"  {_percent(_sum(more), total)}", f"{len(more)} more", f"see {place}"))
+    return align_columns(cells, right=(0,)).splitlines()
+
+
+def _percent(elements: int, total: int) -> str:
+    share = 100 * elements / max(1, total)
+    return "<0.1 %" if 0 < share < 0.05 else f"{share:.1f} %"
 
 
 def find_coverage(model: nn.Module) -> Coverage:
@@ -106,18 +116,18 @@ def find_coverage(model: nn.Module) -> Coverage:
             reason = "" if head is None else "a new head"
             whole.append((head or f"{name}{_ties(m, ' with ')}", reason, m.elements))
         else:
-            reason = _why_left_out(m, heads, refused)
+            reason = why_left_out(m, heads, refused)
             left_out.append((name, f"{reason}{_ties(m, ', tied to ')}", m.elements))
     stopped = [(_block(n), "", size_of(p)) for n, p in stopped_training(model).items()]
     states = {_plain(name): _state(head) for name, head in heads.new.items()}
     return Coverage(
-        total, adapted, _group(whole), _group(left_out), _group(stopped),
+        total, adapted, group_weights(whole), group_weights(left_out), group_weights(stopped),
         tuple(name for name, state in states.items() if state == "frozen"),
         tuple(name for name, state in states.items() if state == "paired"),
     )  # fmt: skip
 
 
-def _why_left_out(matrix: Matrix, heads: Heads, refused: dict[nn.Module, str]) -> str:
+def why_left_out(matrix: Matrix, heads: Heads, refused: dict[nn.Module, str]) -> str:
     """The reason for which a weight has no pair and does not train."""
     module = matrix.module
     if not matrix.is_linear:
@@ -156,7 +166,7 @@ def _block(name: str) -> str:
     return stack[0] if stack else name.rpartition(".")[0] or name
 
 
-def _group(weights: Iterable[tuple[str, str, int]]) -> tuple[WeightGroup, ...]:
+def group_weights(weights: Iterable[tuple[str, str, int]]) -> tuple[WeightGroup, ...]:
     """Put together (name, reason, elements) of the same reason whose names differ in indices."""
     found: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for name, reason, elements in weights:

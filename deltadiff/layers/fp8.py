@@ -3,27 +3,31 @@
 Their own products quantise the activations to FP8 too, where that is what the checkpoint or the
 configuration says; scales of activations are then part of the layer. `lora_linear` decodes W in
 each pass and takes the activations as they are, so it has no use for those, and the result is
-nearer to that of the weights before they were quantised. transformers' layer alone, before its
-version 5, gives no gradient of its input.
+nearer to that of the weights before they were quantised. Older versions of transformers' layer give
+no gradient of its input at all.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import DTYPES, dtype_name
-from ..errors import ArgumentError
-from ..ops.decode_fp8 import DATA_DTYPES, Float8, check_fp8
+from ..errors import ArgumentError, SwapError
+from ..ops.decode_fp8 import DATA_DTYPES, Float8, check_fp8, is_fp8
 from ..ops.dispatch import Dispatch, choose_fp8_path
 from ..ops.lora_linear import autocast_dtype
+from ..ranks import is_sharded, local
 from .fused_branch import fused_branch
 from .linear import linear_shape
 from .quantised_format import QuantisedFormat, why_called
 
 # What such a layer holds beside weight and bias.
 SCALES = ("weight_scale_inv", "activation_scale")
+# Beside FP8Linear, what its product has for the backward pass in newer versions of transformers.
+_BACKWARD = "FP8LinearFunction"
 
 
 def is_fp8_layer(module: nn.Module) -> bool:
@@ -34,6 +38,12 @@ def is_fp8_layer(module: nn.Module) -> bool:
     return of_transformers or ours
 
 
+def stores_fp8(base: nn.Module) -> bool:
+    """Whether a layer keeps its weight in FP8, or did so until something cast it."""
+    weight: Any = base.weight
+    return is_fp8(weight) or is_fp8_layer(base) and weight.dtype in DTYPES
+
+
 def scales_of(base: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters of a layer that belong to a weight in FP8, by name; empty for other layers."""
     held = base._parameters if is_fp8_layer(base) else {}
@@ -42,8 +52,11 @@ def scales_of(base: nn.Module) -> dict[str, nn.Parameter | None]:
 
 def why_not_fp8(module: Any) -> str | None:
     """None for a layer with a weight in FP8 that can be decoded, else the reason in words."""
+    dtype = dtype_name(module.weight.dtype)
     if type(module) is not nn.Linear and not is_fp8_layer(module):
-        return f"its weight is {dtype_name(module.weight.dtype)}, a format that cannot be taken"
+        return f"its weight is {dtype}, a format that cannot be taken"
+    if not is_fp8(module.weight):
+        return f"its weight is {dtype} beside scales of FP8, which it was cast from"
     try:
         weight = Float8.of(module)
         check_fp8("weight", weight)
@@ -55,6 +68,22 @@ def why_not_fp8(module: Any) -> str | None:
 
 
 def _weight_of(base: Any) -> Float8 | str:
+    """The weight, where `lora_linear` computes what this layer would, else in words why not.
+
+    While a weight is split over processes, it is this one's part, which tells as much to whoever
+    asks for the path of passes to come.
+
+    Raises:
+        SwapError: FSDP's mixed precision or something else has cast FP8, as if it held the numbers.
+    """
+    stored: Any = base.weight
+    if not is_fp8(stored):
+        given = f"{stored.dtype} beside scales of FP8, which it was cast from"
+        accepted = "FP8 as it was: no cast, and no FSDP with a param_dtype, which casts it, too"
+        raise SwapError("weight", given, accepted)
+    if is_sharded(stored):
+        weight = Float8.of(base)
+        return weight._replace(data=local(weight.data), scale=local(weight.scale))
     return why_called(base) or why_not_fp8(base) or Float8.of(base)
 
 
@@ -62,7 +91,8 @@ def _compute_dtype(base: Any, x: Tensor | None) -> torch.dtype:
     """That of x or of autocast; for passes to come, that which the layer was quantised from."""
     if x is not None:
         return autocast_dtype(x) or x.dtype
-    known = (getattr(base, "dtype_before", None), base.weight.dtype, getattr(base.bias, "dtype", 0))
+    before, bias = getattr(base, "dtype_before", None), base.bias
+    known: tuple[Any, ...] = before, base.weight.dtype, getattr(bias, "dtype", None)
     return next((dtype for dtype in known if dtype in DTYPES), torch.bfloat16)
 
 
@@ -72,14 +102,37 @@ def _changes_dtype(base: Any, x: Tensor) -> bool:
 
 
 def _path(base: Any, r: int, dropout: float, backend: str | None) -> Dispatch:
-    layer = (*linear_shape(base), r)
-    device = base.weight.device
-    return choose_fp8_path(device, _compute_dtype(base, None), backend, layer, dropout > 0)
+    layer, device = (*linear_shape(base), r), base.weight.device
+    weight, dtype = _weight_of(base), _compute_dtype(base, None)
+    block = weight.e4m3_block if isinstance(weight, Float8) else None
+    return choose_fp8_path(device, dtype, backend, layer, dropout > 0, block)
 
 
 def _branch(x: Tensor, base: Any, weight: Any, *product: Any) -> Tensor:
     bias = base.bias.to(x.dtype) if _changes_dtype(base, x) else base.bias
     return fused_branch(x, weight, bias, *product)
+
+
+def describe_products(bases: Iterable[Any]) -> list[str]:
+    """A line for each kind of layer in FP8 whose own product is another one, and how."""
+    found: dict[str, int] = {}
+    for base in bases:
+        if is_fp8(base.weight) and _quantises_activations(base):
+            words = f"{type(base).__name__} would quantise its activations too"
+            if getattr(base, "activation_scale", None) is not None:
+                words += " (its activation_scale is not used here)"
+            if is_fp8_layer(base) and not hasattr(sys.modules[type(base).__module__], _BACKWARD):
+                words += ", and give no gradient of them"
+            found[words] = found.get(words, 0) + 1
+    return [f"FP8: {words}; {n} decoded instead" for words, n in found.items()]
+
+
+def _quantises_activations(base: Any) -> bool:
+    """Whether the own product of a layer does, by its class or by torchao's configuration."""
+    if is_fp8_layer(base):
+        return type(base).__module__.startswith("transformers.")
+    of_old = type(base.weight).__name__ == "LinearActivationQuantizedTensor"
+    return of_old or getattr(base.weight, "act_quant_kwargs", None) is not None
 
 
 def keeping_fp8(module: Any, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..text import align_columns
 from .coverage import Coverage, find_coverage
+from .fp8 import describe_products
 from .lean.swap import LeanRow, in_words, lean_rows
 from .linear import is_peft_model
 from .lora_layers import lora_layers
@@ -85,11 +86,11 @@ def swap_report(model: nn.Module) -> SwapReport:
         row = chosen.backend, chosen.reason, group, chosen.in_words()
         rows.append(SwapRow(name, shape, layer.r, *row))
     sizes = [(size_of(p), p.requires_grad) for p in model.parameters()]
-    notes: list[str] = []
+    notes = describe_products(getattr(q, "base_layer", q.holder) for q in layers.values())
     if is_peft_model(model):
         from .peft.fuse import describe_others
 
-        notes = describe_others(model)
+        notes += describe_others(model)
     return SwapReport(
         tuple(rows),
         trainable=sum(n for n, trains in sizes if trains),

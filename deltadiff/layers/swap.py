@@ -147,7 +147,7 @@ def swap_(
     for layer in layers.values():
         layer.lora_A.requires_grad_(True)
         layer.lora_B.requires_grad_(True)
-    _replace(model, layers.items())
+    replace_modules(model, layers.items())
     for layer in layers.values():
         layer.share_with_base()
     make_lean_(model, lean)
@@ -197,11 +197,11 @@ def take_out(model: nn.Module, replacements: dict[LoraLinear, nn.Module]) -> Non
         layer.leave_base()
         eager.train(layer.training)
         layer.swapped_in = False
-    _replace(model, replacements.items())
+    replace_modules(model, replacements.items())
     follow_layers(model, replacements)
 
 
-def _replace(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+def replace_modules(model: nn.Module, pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
     """Replace the first module of each pair by the second, in every place where it stands."""
     new = dict(pairs)
     for parent in list(model.modules()):

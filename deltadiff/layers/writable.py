@@ -55,4 +55,7 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
 
 def _memory(t: Tensor) -> int:
     """A number that is the same for tensors that lie in the same memory."""
-    return local(t).untyped_storage().data_ptr() or id(t)
+    try:
+        return local(t).untyped_storage().data_ptr() or id(t)
+    except RuntimeError:  # torchao's tensors are made of others, and have no memory of their own
+        return id(t)

@@ -1,8 +1,10 @@
 """The backends: the ways of running an operation, and whether one is there.
 
 ``triton`` (`deltadiff.kernels`), ``cpp`` (`csrc`) and ``reference`` run every operation; ``hopper``
-(`deltadiff.kernels` too) is for `lora_linear` alone. `why_unavailable` looks at what is installed,
-the device, its compute capability and the dtype. `dispatch` decides which of them runs a call.
+and ``fp8`` (`deltadiff.kernels` too) are for `lora_linear` alone, and ``fp8`` only for weights in
+FP8: it takes the activations of the big products in FP8 too, so it runs only if it is asked for.
+`why_unavailable` looks at what is installed, the device, its compute capability and the dtype.
+`dispatch` decides which of them runs a call.
 """
 
 import importlib
@@ -13,12 +15,13 @@ import torch
 from ..checks import HALF_DTYPES, dtype_name
 from ..errors import ArgumentError, ArgumentTypeError
 
-BACKENDS = ("hopper", "triton", "cpp", "reference")
+BACKENDS = ("hopper", "fp8", "triton", "cpp", "reference")
 
 HALF_NAMES = " and ".join(map(dtype_name, HALF_DTYPES))
 
 # The modules that launch the kernels of lora_linear from Python, by the name of the kernel. Each
-# has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments.
+# has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments. "fp8"
+# takes a weight in FP8 instead of a matrix.
 LAUNCHERS: dict[str, ModuleType] = {}
 
 try:
@@ -39,8 +42,9 @@ except ImportError as error:
 
 try:
     from ..kernels.lora_linear import hopper_launch
+    from ..kernels.lora_linear_fp8 import launch as fp8_launch
 
-    LAUNCHERS["hopper"] = hopper_launch
+    LAUNCHERS |= {"hopper": hopper_launch, "fp8": fp8_launch}
     _GLUON_MISSING = None
 except (ImportError, AttributeError) as error:  # Gluon is experimental, its names change
     _GLUON_MISSING = f"this Triton's Gluon is not the one that the kernel is written in ({error})"
@@ -65,7 +69,7 @@ def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> s
         if device.type != "cpu":
             return f"the C++ kernels run on the CPU, not on {device.type}"
         return CPP_MISSING
-    return (_why_no_hopper if backend == "hopper" else _why_no_triton)(device, dtype)
+    return (_why_no_triton if backend == "triton" else _why_no_hopper)(device, dtype)
 
 
 def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -85,10 +89,10 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _why_no_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" or torch.version.hip:
-        return "the sm_90 kernel is for NVIDIA GPUs"
+        return "the sm_90 kernels are for NVIDIA GPUs"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
-        return f"the sm_90 kernel needs sm_90; {device} is sm_{major}{minor}"
+        return f"the sm_90 kernels need sm_90; {device} is sm_{major}{minor}"
     if dtype not in HALF_DTYPES:
-        return f"the sm_90 kernel is for {HALF_NAMES}"
+        return f"the sm_90 kernels are for {HALF_NAMES}"
     return _TRITON_MISSING or _GLUON_MISSING

@@ -47,13 +47,6 @@ class FourBit(NamedTuple):
     blocksize: int
     scale_blocksize: int
 
-    # The name of its operations, and their schema of `parts`, see `lora_linear_quantised`.
-    NAME = "4bit"
-    SCHEMA = (
-        "Tensor packed, Tensor absmax, Tensor code, Tensor? scale, Tensor? scale_code, "
-        "Tensor? offset, int blocksize, int scale_blocksize"
-    )
-
     @classmethod
     def of(cls, weight: Any, state: Any = None) -> "FourBit":
         """The weight of a ``bitsandbytes.nn.Linear4bit``, in its own memory.
@@ -91,12 +84,12 @@ class FourBit(NamedTuple):
     def from_parts(cls, parts: Any, shape: tuple[int, int]) -> "FourBit":
         """The weight with these `parts` and this shape."""
         *tensors, blocksize, scale_blocksize = parts
-        return cls(*tensors, shape, blocksize, scale_blocksize)
+        return cls._make((*tensors, shape, blocksize, scale_blocksize))
 
     @property
     def parts(self) -> tuple[Any, ...]:
         """What operations of PyTorch take in the place of the weight."""
-        return *self.tensors, *self.blocksizes
+        return (*self.tensors, *self.blocksizes)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -36,10 +36,6 @@ class Float8(NamedTuple):
     scale: Tensor
     block: tuple[int, int]
 
-    # The name of its operations, and their schema of `parts`, see `lora_linear_quantised`.
-    NAME = "fp8"
-    SCHEMA = "Tensor data, Tensor scale, int block_rows, int block_columns"
-
     @classmethod
     def of(cls, source: Any) -> "Float8":
         """The weight of a layer in FP8, or a weight of torchao, in its own memory.
@@ -56,9 +52,9 @@ class Float8(NamedTuple):
             ArgumentTypeError: it is none of these. `check_fp8` says whether the parts fit.
         """
         weight = source.weight if isinstance(source, nn.Module) else source
-        data, scale, block = _of_torchao(weight) or (
-            weight, getattr(source, "weight_scale_inv", None), getattr(source, "block_size", None)
-        )  # fmt: skip
+        data, scale, block = _of_torchao(weight) or (weight, None, None)
+        if data is weight and hasattr(source, "block_size"):
+            scale, block = getattr(source, "weight_scale_inv", None), source.block_size
         if not isinstance(data, Tensor) or data.dtype not in DATA_DTYPES or scale is None:
             kind = getattr(data, "dtype", type(data).__name__)
             given = f"{kind}{' without scales' if scale is None else ''}"
@@ -82,6 +78,11 @@ class Float8(NamedTuple):
         return self.data, self.scale, *self.block
 
     @property
+    def e4m3_block(self) -> tuple[int, int] | None:
+        """The block, where data is float8_e4m3fn: what the choice of a kernel depends on."""
+        return self.block if self.data.dtype == torch.float8_e4m3fn else None
+
+    @property
     def shape(self) -> torch.Size:
         return self.data.shape
 
@@ -103,7 +104,7 @@ def _of_torchao(weight: Any) -> tuple[Any, Any, Any] | None:
         return None
     if hasattr(weight, "qdata"):
         return weight.qdata, getattr(weight, "scale", None), getattr(weight, "block_size", None)
-    stored = getattr(weight, "tensor_impl", None)  # before torchao 0.13
+    stored: Any = getattr(weight, "tensor_impl", None)  # before torchao 0.13
     if hasattr(stored, "float8_data"):
         return stored.float8_data, stored.scale, weight.block_size
     return None
@@ -116,7 +117,8 @@ def check_fp8(name: str, weight: Float8) -> None:
     if data.dim() != 2 or data.numel() == 0:
         raise ArgumentError(f"{name}.data", f"shape {tuple(data.shape)}", "two dimensions")
     if not isinstance(block, tuple) or len(block) != 2:
-        raise ArgumentTypeError(f"{name}.block", f"{block!r:.60}", "(rows, columns)")
+        given = f"{len(block)} numbers" if isinstance(block, tuple) else type(block).__name__
+        raise ArgumentTypeError(f"{name}.block", given, "(rows, columns)")
     for side in block:
         check_int(f"{name}.block", side, 1, bits=32)
     check_tensor(f"{name}.data", data, tuple(data.shape), data.device, DATA_DTYPES)
@@ -153,7 +155,7 @@ def decoded_fp8(weight: Float8, dtype: torch.dtype, backend: str) -> Tensor:
 
     There is one kernel, which serves all backends that run on a GPU.
     """
-    if backend in ("hopper", "triton"):
+    if backend in ("hopper", "fp8", "triton"):
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         kernel.decode_fp8(*weight, out)
         return out

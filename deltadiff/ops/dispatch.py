@@ -32,6 +32,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     dropout: bool = False
     transposed: bool = False  # W is stored (in, out)
+    fp8_block: tuple[int, int] | None = None  # of W in float8_e4m3fn: rows and columns of a scale
 
 
 ANY_NUMBER = range(sys.maxsize)
@@ -91,6 +92,21 @@ def _why_hopper_only_if_asked(layer: Layer) -> str | None:
     return "W is stored (in, out), which the sm_90 kernel would copy" if layer.transposed else None
 
 
+def _why_not_fp8(layer: Layer) -> str | None:
+    if layer.fp8_block is None:
+        return "W is not in float8_e4m3fn; see `quantise_`"
+    rows, columns = layer.fp8_block
+    if layer.fp8_block != (128, 128) and (columns < layer.k or 1 < rows < layer.n):
+        return f"scales of {rows} x {columns}: it takes those of 128 x 128, of rows, or one for W"
+    if layer.dropout:
+        return "the FP8 kernel has no dropout"
+    if layer.r > 256:
+        return f"rank {layer.r} > 256"
+    if layer.n % 16 or layer.k % 16:
+        return f"{layer.n} x {layer.k}: TMA needs rows of a multiple of 16 bytes"
+    return None
+
+
 def _why_not_few_tokens(layer: Layer) -> str | None:
     if layer.dropout:
         return "the kernel for few tokens has no dropout"
@@ -111,6 +127,7 @@ KERNELS = (
         # 15 bits.
         tokens=range(256, 128 * 0x7FFF + 1),
     ),
+    Kernel("fp8", "fp8", _why_not_fp8, tokens=range(256, 128 * 0x7FFF + 1)),
     Kernel("few_tokens", "triton", _why_not_few_tokens, tokens=range(512)),
     Kernel("portable", "triton"),
     Kernel("cpp", "cpp", gate_reads_x=True),
@@ -120,7 +137,7 @@ KERNELS = (
 
 # The backend whose kernels run the calls that none of a backend's own takes. Every other backend
 # has a kernel that takes all calls.
-FALLBACKS = {"hopper": "triton"}
+FALLBACKS = {"hopper": "triton", "fp8": "triton"}
 
 
 class Run(NamedTuple):
@@ -226,6 +243,7 @@ def choose_path(
     dropout: bool = False,
     transposed: bool = False,
     transformed: bool = False,
+    fp8_block: tuple[int, int] | None = None,
 ) -> Dispatch:
     """Choose what runs an operation on tensors of ``dtype`` on ``device``.
 
@@ -236,6 +254,7 @@ def choose_path(
         dropout: whether the layer has dropout, which that kernel lacks.
         transposed: whether W is stored (in, out), like GPT-2's; that kernel would copy it.
         transformed: what the function of this name says; then only the reference will do.
+        fp8_block: the block of a weight in float8_e4m3fn, see `Float8`; None for other weights.
 
     Returns:
         The backend, the reason for it and, for a layer, which kernels run at which number of
@@ -246,7 +265,7 @@ def choose_path(
         BackendUnavailableError: ``backend`` was asked for and cannot run here, or not under a
             transform.
     """
-    call = None if layer is None else Layer(*layer, dtype, dropout, transposed)
+    call = None if layer is None else Layer(*layer, dtype, dropout, transposed, fp8_block)
     if backend is not None:
         objection = why_unavailable(backend, device, dtype) or _why_not_taken(backend, call)
         if transformed and backend != "reference":
@@ -292,11 +311,17 @@ def choose_fp8_path(
     backend: str | None,
     layer: tuple[int, int, int],
     dropout: bool,
+    fp8_block: tuple[int, int] | None,
 ) -> Dispatch:
     """`choose_path` for a layer over a weight in FP8, which computes in ``dtype``."""
-    path = choose_path(device, dtype, backend, layer, dropout)
-    why = "FP8 weight: decoded in each pass; activations are not quantised"
-    return replace(path, reason=f"{path.reason}; {why}")
+    path = choose_path(device, dtype, backend, layer, dropout, fp8_block=fp8_block)
+    if path.backend == "fp8":
+        return replace(path, reason=f"{path.reason}; products in FP8")
+    reason = f"{path.reason}; FP8 weight: decoded in each pass"
+    call = Layer(*layer, dtype, dropout, fp8_block=fp8_block)
+    if not (why_unavailable("fp8", device, dtype) or _why_not_fp8(call)):
+        reason += " (backend='fp8' multiplies in FP8)"
+    return replace(path, reason=reason)
 
 
 def choose_4bit_path(
@@ -334,7 +359,7 @@ def _objection(
 def _why_not_taken(backend: str, layer: Layer | None) -> str | None:
     """None where a kernel of ``backend`` takes the layer, else the reason in words."""
     if layer is None:
-        return "for lora_linear only" if backend == "hopper" else None
+        return "for lora_linear only" if backend in FALLBACKS else None
     reasons = [kernel.why_not(layer) for kernel in KERNELS if kernel.backend == backend]
     return None if None in reasons else reasons[0]
 

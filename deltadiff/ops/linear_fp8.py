@@ -10,7 +10,10 @@ from .dispatch import choose_decoder
 from .lora_linear import autocast_dtype
 
 _LIBRARY = torch.library.Library("deltadiff", "FRAGMENT")  # lives as long as this module
-_LIBRARY.define(f"decode_fp8({Float8.SCHEMA}, ScalarType dtype, str backend) -> Tensor")
+_LIBRARY.define(
+    "decode_fp8(Tensor data, Tensor scale, int block_rows, int block_columns, ScalarType dtype, "
+    "str backend) -> Tensor"
+)
 
 
 @torch.library.impl(_LIBRARY, "decode_fp8", "CompositeExplicitAutograd")

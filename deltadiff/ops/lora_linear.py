@@ -16,6 +16,7 @@ from ..checks import (
 from ..errors import ArgumentTypeError
 from . import reference
 from .backends import check_backend
+from .decode_fp8 import Float8
 from .dispatch import choose_path
 from .lora_linear_passes import LoraLinearFunction, reached_from_cpp
 from .lora_linear_quantised import lora_linear_quantised
@@ -35,10 +36,7 @@ def check_lora_linear(
 ) -> None:
     """Raise where the arguments of `lora_linear` do not fit each other."""
     check_plain("x", x)
-    if is_quantised(weight):
-        check_quantised("weight", weight)
-    else:
-        check_matrix("weight", weight)
+    _check_weight(weight)
     check_matrix("lora_A", lora_A)
     check_number("scaling", scaling)
     (n, k), r = weight.shape, lora_A.shape[0]
@@ -57,22 +55,30 @@ def check_lora_linear(
         check_tensor("gate", gate, tuple(gate.shape) if scalar else (r,), x.device, DTYPES)
 
 
+def _check_weight(weight: Tensor | Quantised) -> None:
+    if is_quantised(weight):
+        check_quantised("weight", weight)
+    else:
+        check_matrix("weight", weight)
+
+
 # -------------------------------------------------------------------------------- lora_linear
 
 
-def _layer(weight: Tensor | Quantised, lora_A: Tensor) -> tuple[tuple[int, int, int], bool]:
-    """(out_features, in_features, r), and whether W is stored (in, out), for `choose_path`."""
+def _layer(
+    weight: Tensor | Quantised, lora_A: Tensor
+) -> tuple[tuple[int, int, int], bool, tuple[int, int] | None]:
+    """(out_features, in_features, r), whether W is stored (in, out), and its block in FP8."""
     try:
         (n, k), r = weight.shape, lora_A.shape[0]
         transposed = not is_quantised(weight) and weight.stride(1) != 1
     except (AttributeError, ValueError, IndexError, RuntimeError):
-        if not is_quantised(weight):  # these two name what does not fit
-            check_matrix("weight", weight)
+        _check_weight(weight)  # these two name what does not fit
         check_matrix("lora_A", lora_A)
         raise
     if torch.compiler.is_compiling():  # makes constants of them where it treats sizes as variables
         n, k, r = (range(size).stop for size in (n, k, r))
-    return (n, k, r), transposed
+    return (n, k, r), transposed, weight.e4m3_block if isinstance(weight, Float8) else None
 
 
 def path_of(
@@ -81,8 +87,8 @@ def path_of(
     """The backend that runs a call, and whether torch.ops.deltadiff reaches it."""
     if backend is not None:
         check_backend(backend)
-    layer, transposed = _layer(weight, lora_A)
-    return _lora_linear_path(x.device, x.dtype, backend, layer, dropout, transposed)
+    layer, transposed, block = _layer(weight, lora_A)
+    return _lora_linear_path(x.device, x.dtype, backend, layer, dropout, transposed, block)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -103,10 +109,13 @@ def _lora_linear_path(
     dtype: torch.dtype,
     asked: str | None,
     layer: tuple[int, int, int],
-    *how: bool,
+    dropout: bool,
+    transposed: bool,
+    fp8_block: tuple[int, int] | None,
 ) -> tuple[str, bool]:
     """The backend, and whether torch.ops.deltadiff.lora_linear reaches it."""
-    backend = choose_path(device, dtype, asked, layer, *how, transformed()).backend
+    how = dropout, transposed, transformed(), fp8_block
+    backend = choose_path(device, dtype, asked, layer, *how).backend
     return backend, reached_from_cpp(backend, device)
 
 
@@ -143,6 +152,8 @@ def lora_linear(
         weight: (N, K), the dtype of x (under autocast both are cast to the autocast dtype). Or a
             `FourBit` or `Float8` of this shape, which is decoded in the dtype of x in each pass;
             nothing of the size of W is kept for the backward pass, except by the reference.
+            backend="fp8" multiplies by a `Float8` itself, with x and dy in FP8
+            (`reference_fp8.lora_linear_fp8_ref`).
         lora_A: (r, K), the dtype of x or float32 (the usual mixed case; its gradient is then
             float32).
         lora_B: (N, r), the dtype of lora_A.

@@ -1,16 +1,16 @@
 """The two passes of `lora_linear`, launched from Python, and their autograd.
 
 `csrc/lora_linear_autograd.cpp` is `LoraLinearFunction` in C++, for matrices of ordinary numbers. A
-weight of few bits (`Quantised`) is decoded in each pass and forgotten after it: nothing of the size
-of W is kept for the backward pass. The memory comes from PyTorch's allocator, which gives the
-layers that run one after another on a stream the same block again: one workspace for each stream,
-and in each CUDA graph, that nobody has to look after.
+weight of few bits (`Quantised`) is decoded in each pass and forgotten after it, or for the backward
+pass of backend "fp8" transposed: nothing of the size of W is kept. The memory comes from PyTorch's
+allocator, which gives the layers that run one after another on a stream the same block again: one
+workspace for each stream, and in each CUDA graph, that nobody has to look after.
 """
 
 import contextlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,8 +18,10 @@ from torch import Tensor
 from ..errors import BackendUnavailableError
 from . import reference
 from .backends import CPP_MISSING, LAUNCHERS
+from .decode_fp8 import Float8
 from .dispatch import Kernel, keeps_x, kernel_at, runs_of
-from .quantised import Quantised, decoded, is_quantised
+from .quantised import Quantised, decoded, is_quantised, operation
+from .reference_fp8 import activation_columns
 from .remade import Remade, made_of, sources_of
 from .transforms import wants_reference
 
@@ -38,7 +40,10 @@ def kernel_of(
     tokens: int, weight: Tensor | Quantised, r: int, dtype: torch.dtype, dropout: bool, backend: str
 ) -> Kernel:
     """The kernel that runs a call for which ``backend`` was chosen; ``dtype`` is that of x."""
-    return kernel_at(runs_of(backend, (*weight.shape, r, dtype, dropout)), tokens)
+    layer: tuple = (*weight.shape, r, dtype, dropout)
+    if isinstance(weight, Float8):
+        layer += False, weight.e4m3_block
+    return kernel_at(runs_of(backend, layer), tokens)
 
 
 def launch_fwd(
@@ -140,8 +145,7 @@ def kept_shape(backend: str, m: int, r: int, gated: bool) -> tuple[int, int]:
 def run_fwd(x: Tensor, weight: Tensor | Quantised, *rest: Any) -> tuple[Tensor, Tensor]:
     """(y, kept) of a forward pass; the arguments are those of `launch_fwd`, the backend last."""
     if is_quantised(weight):
-        op = getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}_fwd")
-        return op(x, *weight.parts, *rest)
+        return operation(weight, "_fwd")(x, *weight.parts, *rest)
     in_cpp = reached_from_cpp(rest[-1], x.device)
     run: Any = torch.ops.deltadiff.lora_linear_fwd if in_cpp else launch_fwd
     return run(x, weight, *rest)
@@ -152,26 +156,61 @@ def run_bwd(
 ) -> Sequence[Tensor | None]:
     """(dx, dA, dB, dgate) of a backward pass; the arguments are those of `launch_bwd`."""
     if is_quantised(weight):
-        op = getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}_bwd")
-        return op(dy, x, *weight.parts, *rest)
+        return operation(weight, "_bwd")(dy, x, *weight.parts, *rest)
     in_cpp = reached_from_cpp(rest[-1], dy.device)
     run: Any = torch.ops.deltadiff.lora_linear_bwd if in_cpp else launch_bwd
     return run(dy, x, weight, *rest)
 
 
-def fwd_over(x: Tensor, weight: Quantised, *rest: Any) -> tuple[Tensor, Tensor]:
-    """`run_fwd` over a weight of few bits, behind the boundary of an operation of PyTorch.
+def fwd_over(
+    x: Tensor,
+    weight: Quantised,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    bias: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`run_fwd` over a weight of few bits, behind the boundary of an operation of PyTorch."""
+    product = lora_A, lora_B, scaling, gate, bias
+    if takes_fp8(weight, x.shape[0], lora_A.shape[0], x.dtype, seed is not None, backend):
+        columns = activation_columns(weight.block)
+        return LAUNCHERS["fp8"].lora_linear_fwd(x, weight, columns, *product)
+    return run_fwd(x, decoded(weight, x.dtype, backend), *product, dropout, seed, backend)
 
-    This and `bwd_over` are where a kernel is to be chosen that multiplies by such a weight itself.
-    """
-    return run_fwd(x, decoded(weight, x.dtype, rest[-1]), *rest)
+
+def takes_fp8(
+    weight: object, tokens: int, r: int, dtype: torch.dtype, dropout: bool, backend: str
+) -> TypeGuard[Float8]:
+    """Whether the kernel that runs such a call multiplies by a weight in FP8 itself."""
+    if not isinstance(weight, Float8):
+        return False
+    return kernel_of(tokens, weight, r, dtype, dropout, backend).name == "fp8"
 
 
 def bwd_over(
-    dy: Tensor, x: Tensor | None, weight: Quantised, *rest: Any
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Quantised,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    kept: Tensor,
+    scaling: float,
+    gate: Tensor | None,
+    needs: Sequence[bool],
+    dropout: float,
+    seed: Tensor | None,
+    backend: str,
 ) -> Sequence[Tensor | None]:
     """`run_bwd` over a weight of few bits, see `fwd_over`."""
-    return run_bwd(dy, x, decoded(weight, dy.dtype, rest[-1]), *rest)
+    product = lora_A, lora_B, kept, scaling, gate, needs
+    if takes_fp8(weight, dy.shape[0], lora_A.shape[0], dy.dtype, seed is not None, backend):
+        columns = activation_columns(weight.block)
+        return LAUNCHERS["fp8"].lora_linear_bwd(dy, x, weight, columns, *product)
+    return run_bwd(dy, x, decoded(weight, dy.dtype, backend), *product, dropout, seed, backend)
 
 
 def bwd_before_da(
@@ -187,15 +226,16 @@ def bwd_before_da(
 ) -> Sequence[Tensor | None]:
     """(dx, V, dB, dgate) of a backward pass: V (M, r or more) = s g dY B, and dA = V^T x of any x.
 
-    All are None, and nothing was computed, where another kernel than that of sm_90 runs the call.
+    All are None, and nothing was computed, where other kernels than those of sm_90 run the call.
     """
     m, r = dy.shape[0], lora_A.shape[0]
+    rest = lora_A, lora_B, kept, scaling, gate, (needs[0], False, *needs[2:])
+    if takes_fp8(weight, m, r, dy.dtype, False, backend):
+        columns = activation_columns(weight.block)
+        return LAUNCHERS["fp8"].bwd_before_da(dy, weight, columns, *rest)
     if kernel_of(m, weight, r, dy.dtype, False, backend).name != "hopper":
         return [None] * 4
-    matrix = decoded(weight, dy.dtype, backend)
-    return hopper_launch.bwd_before_da(
-        dy, matrix, lora_A, lora_B, kept, scaling, gate, (needs[0], False, *needs[2:])
-    )
+    return hopper_launch.bwd_before_da(dy, decoded(weight, dy.dtype, backend), *rest)
 
 
 class LoraLinearFunction(torch.autograd.Function):

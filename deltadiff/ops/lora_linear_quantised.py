@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decode_4bit import FourBit
+from .decode_fp8 import Float8
 from .lora_linear_passes import LoraLinearFunction, bwd_over, fwd_over, kept_shape
-from .quantised import QUANTISED, Quantised
+from .quantised import Quantised, operation
 
 _LIBRARY = torch.library.Library("deltadiff", "FRAGMENT")  # lives as long as this module
 
 
 def lora_linear_quantised(x: Tensor, weight: Quantised, *rest: object) -> Tensor:
     """`LoraLinearFunction` over few bits for a compiled model; the arguments are the same."""
-    op = getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}")
-    return op(x, *weight.parts, *rest)
+    return operation(weight, "")(x, *weight.parts, *rest)
 
 
-def _define(kind: Any) -> None:
-    """Define the operations over one format; a weight stands there as its `parts`."""
-    name, weight = f"lora_linear_{kind.NAME}", kind.SCHEMA
+def _define(name: str, kind: Any, weight: str) -> None:
+    """Define the operations over weights of one kind, which stand there as their `parts`."""
     count = len(weight.split(","))
     forward = (
         f"(Tensor x, {weight}, Tensor lora_A, Tensor lora_B, float scaling, Tensor? gate, "
@@ -80,5 +80,10 @@ def _define(kind: Any) -> None:
         torch.library.register_fake(f"deltadiff::{name}_{passes}", shapes, lib=_LIBRARY)
 
 
-for _kind in QUANTISED:
-    _define(_kind)
+_define(
+    "lora_linear_4bit",
+    FourBit,
+    "Tensor packed, Tensor absmax, Tensor code, Tensor? scale, Tensor? scale_code, "
+    "Tensor? offset, int blocksize, int scale_blocksize",
+)
+_define("lora_linear_fp8", Float8, "Tensor data, Tensor scale, int block_rows, int block_columns")

@@ -1,6 +1,6 @@
 """The weights of few bits that `lora_linear` takes beside tensors of ordinary numbers."""
 
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -8,13 +8,21 @@ from torch import Tensor
 from .decode_4bit import FourBit, check_4bit, decoded_4bit
 from .decode_fp8 import Float8, check_fp8, decoded_fp8
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 Quantised = FourBit | Float8
-QUANTISED = (FourBit, Float8)
 
 
-def is_quantised(weight: object) -> TypeGuard[Quantised]:
+def is_quantised(weight: object) -> "TypeIs[Quantised]":
     """Whether a weight is one of few bits."""
-    return isinstance(weight, QUANTISED)
+    return isinstance(weight, (FourBit, Float8))
+
+
+def operation(weight: Quantised, passes: str) -> Any:
+    """The operation over such a weight, see `lora_linear_quantised`: "", "_fwd" or "_bwd"."""
+    name = "4bit" if isinstance(weight, FourBit) else "fp8"
+    return getattr(torch.ops.deltadiff, f"lora_linear_{name}{passes}")
 
 
 def check_quantised(name: str, weight: Quantised) -> None:

@@ -1,7 +1,9 @@
-"""The specification of `decode_fp8` and of the quantisation to FP8, as `reference.py` is of others.
+"""The specification of all that is computed in FP8, as `reference.py` is of the rest.
 
 Scales belong to blocks of (rows, columns). Blocks at the right and lower edges may be cut off.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +45,69 @@ def _for_each(scale: Tensor, block: tuple[int, int], shape: tuple[int, ...]) -> 
         place = torch.arange(size, device=scale.device) // side
         scale = scale.index_select(dim, place)
     return scale
+
+
+def activation_columns(block: tuple[int, int]) -> int:
+    """How many columns of a row of activations share a scale in a product with such a weight."""
+    return 128 if block == (128, 128) else 1024
+
+
+def activations_fp8_ref(v: Tensor, columns: int) -> Tensor:
+    """What activations (M, C) become in FP8, in float32.
+
+        scale = max |v| of ``columns`` columns of a row / 448        of 1e-30 at least
+        v'    = scale * (v / scale rounded to float8_e4m3fn)
+
+    v / scale is computed as v * (448 / max |v|), which does not overflow the rounding.
+    """
+    m, c = v.shape
+    missing = -c % columns
+    whole = torch.nn.functional.pad(v.to(torch.float32), (0, missing)).view(m, -1, columns)
+    most, largest = torch.finfo(E4M3).max, whole.abs().amax(2, keepdim=True).clamp(min=1e-30)
+    data = (whole * (most / largest)).to(E4M3).to(torch.float32)
+    return (data * (largest / most)).view(m, -1)[:, :c]
+
+
+def lora_linear_fp8_ref(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    block: tuple[int, int],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear_ref` with x in FP8 where W multiplies it: y = x' W^T + bias + s g (x A^T) B^T.
+
+    x' is `activations_fp8_ref` of x (M, K). All products are of float32, or of float64 where x is.
+    In the same way, dx is dy' W + s g (dy B) A. Where each row of W has a scale f, dx has (dy f)'
+    data instead of dy' W. The gradients of A, B and the gate are those of `lora_linear_ref`.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(dtype)
+    y = _ProductFp8.apply(wide, data, scale, block)
+    s = wide @ lora_A.to(dtype).T
+    s = s if gate is None else s * gate.to(dtype)
+    y = y + scaling * (s @ lora_B.to(dtype).T)
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+class _ProductFp8(torch.autograd.Function):
+    """x' W^T, whose gradient is dy' W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, data: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+        ctx.weight = data, scale, block
+        w = decode_fp8_ref(data, scale, block, x.dtype)
+        return activations_fp8_ref(x, activation_columns(block)).to(x.dtype) @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        data, scale, block = ctx.weight
+        columns, w = activation_columns(block), decode_fp8_ref(data, scale, block, dy.dtype)
+        if block[0] == 1 and block[1] >= data.shape[1]:
+            dy, w = dy * scale.view(-1), data.to(dy.dtype)
+        return activations_fp8_ref(dy, columns).to(dy.dtype) @ w, None, None, None

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..ops import reference
 from ..ops.decode_4bit import FourBit, decode_4bit
-from ..ops.lora_linear import lora_linear
-from .lora_linear import lora_linear_outputs
-from .tolerance import FORWARD, GRADIENT, Bench, Case, Row, poisoned
+from .quantised import quantised_rows
+from .tolerance import Bench, Case, Row
 
 
 def check_decode_4bit(bench: Bench) -> Iterator[Row]:
@@ -29,35 +27,8 @@ def check_decode_4bit(bench: Bench) -> Iterator[Row]:
 
 def decode_4bit_rows(case, tokens, k, n, r, blocksize, dtype, adapter) -> Iterator[Row]:
     """The rows of one case, with an absmax that is quantised in turn and with one that is not."""
-    ours, again, eager, truth = ([] for _ in range(4))
-    decoded, expected = [], []
-    for nested in (False, True):
-        weight = draw_4bit(case, n, k, blocksize, nested)
-        x = case.normal(tokens, k, dtype=dtype)
-        factors = [case.normal(r, k, std=k**-0.5, dtype=adapter)]
-        factors += [case.normal(n, r, std=r**-0.5, dtype=adapter), None, None]
-        dy = case.normal(tokens, n, dtype=dtype)
-        w = formula(weight, dtype)
-        call, backend = (x, weight, *factors, dy), case.backend
-        with poisoned():
-            decoded.append(decode_4bit(weight, dtype, backend=decoder_of(backend)))
-            ours.append(lora_linear_outputs(lora_linear, *call, backend=backend))
-        again.append(lora_linear_outputs(lora_linear, *call, backend=backend))
-        expected.append(w)
-        eager.append(lora_linear_outputs(reference.lora_linear_ref, x, w, *factors, dy))
-        wide = [None if t is None else t.double() for t in (x, w, *factors, dy)]
-        truth.append(lora_linear_outputs(reference.lora_linear_ref, *wide))
-    yield case.equal("W", decoded, expected)
-    for output in truth[0]:
-        columns = ([draw[output] for draw in draws] for draws in (ours, eager, truth))
-        yield case.close(output, *columns, factor=FORWARD if output == "y" else GRADIENT)
-    runs = ([t for draw in draws for t in draw.values()] for draws in (ours, again))
-    yield case.equal("run to run", *runs)
-
-
-def decoder_of(backend: str) -> str | None:
-    """The backend that decodes for a backend of `lora_linear`; None is the usual one."""
-    return {"hopper": "triton", "cpp": None}.get(backend, backend)
+    weights = (draw_4bit(case, n, k, blocksize, nested) for nested in (False, True))
+    yield from quantised_rows(case, weights, decode_4bit, formula, tokens, r, dtype, adapter)
 
 
 def draw_4bit(

@@ -14,9 +14,11 @@ from ..errors import ArgumentError
 from ..ops.dispatch import choose_path
 from .adamw_step import check_adamw_step
 from .decode_4bit import check_decode_4bit
+from .decode_fp8 import check_decode_fp8
 from .delta_update import check_delta_update
 from .gated_mlp import check_gated_mlp
 from .lora_linear import check_lora_linear
+from .lora_linear_fp8 import check_lora_linear_fp8
 from .tolerance import Bench, Row
 
 
@@ -47,7 +49,8 @@ def run(
     bench = Bench(
         find_device(device), backend, quick, secrets.randbits(31) if seed is None else seed
     )
-    choose_path(bench.device, torch.bfloat16, backend, (8, 8, 1))  # raises if it runs nothing here
+    # This raises where the backend runs nothing here.
+    choose_path(bench.device, torch.bfloat16, backend, (16, 16, 1), fp8_block=(128, 128))
     rows = []
     for op in OPERATIONS if ops is None else ops:
         if op not in OPERATIONS:
@@ -60,6 +63,8 @@ def run(
 OPERATIONS = {
     "lora_linear": check_lora_linear,
     "decode_4bit": check_decode_4bit,
+    "decode_fp8": check_decode_fp8,
+    "lora_linear_fp8": check_lora_linear_fp8,
     "gated_mlp": check_gated_mlp,
     "delta_update": check_delta_update,
     "adamw_step": check_adamw_step,

@@ -104,6 +104,7 @@ class Bench:
         layer: tuple[int, int, int] | None = None,
         dropout: bool = False,
         tokens: int = 0,
+        fp8_block: tuple[int, int] | None = None,
     ) -> "Case":
         """The case of these tensors, on the backend that `choose_path` takes for it.
 
@@ -111,12 +112,15 @@ class Bench:
             dtypes: of the large tensors, and of those that go with them.
             layer, dropout: as `choose_path` takes them.
             tokens: of a call of `lora_linear`, which may run on another backend's kernel.
+            fp8_block: of a weight whose case is about backend "fp8".
         """
         # Only the reference takes float64, so no other backend is asked for it.
         asked = None if dtypes[0] == torch.float64 else self.backend
+        if fp8_block is not None:
+            asked = asked or "fp8"
         label = "/".join(dict.fromkeys(dtype_name(dtype) for dtype in dtypes))
         try:
-            chosen = choose_path(self.device, dtypes[0], asked, layer, dropout)
+            chosen = choose_path(self.device, dtypes[0], asked, layer, dropout, fp8_block=fp8_block)
         except BackendUnavailableError as error:
             return Case(op, label, shape, asked, self.device, self.seed, why_not=error.given)
         path = chosen.at(tokens).backend if layer else chosen.backend

@@ -46,7 +46,7 @@ def lora_linear_fwd(x, weight, lora_A, lora_B, scaling, gate, bias, kept=None):
     with on_device(x.device):
         x, weight = _for_tma(x), _for_tma(weight)
         y = x.new_empty((m, weight.shape[0]))
-        a, b = _packed(lora_A, lora_B, x.dtype)
+        a, b = packed(lora_A, lora_B, x.dtype)
         work = Work.of(x.device, m, y.shape[1], x.shape[1], r, None)
         sync = _sync(x.device, work.flags)
         tensors = x, weight, a, b, u, s, u, x, y, _dense(gate), _dense(bias)
@@ -81,7 +81,7 @@ def _bwd(dy, x, weight, lora_A, lora_B, kept, scaling, gate, needs):
         dy, x, weight = _for_tma(dy), _for_tma(x), _for_tma(weight)
         v, t = _kept_views(torch.empty_like(kept), r, dy.dtype)
         da, db = (torch.empty_like(p, memory_format=_DENSE) for p in (lora_A, lora_B))
-        a, b = _packed(lora_A, lora_B, dy.dtype)
+        a, b = packed(lora_A, lora_B, dy.dtype)
         work = Work.of(dy.device, m, k, n, r, (need_A, need_B))
         parts = dy.new_empty(work.parts, dtype=torch.float32)
         sync = _sync(dy.device, work.flags)
@@ -112,7 +112,7 @@ def _product(p, q, dtype):
 _DENSE = torch.contiguous_format
 
 
-def _padded_rank(r: int) -> int:
+def padded_rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
@@ -135,7 +135,7 @@ def _dense(vector):
     return None if vector is None else vector.contiguous()
 
 
-def _packed(a, b, dtype):
+def packed(a, b, dtype):
     """A (R, K) and B (N, R) in ``dtype``, as TMA can read them; copies where they were not."""
     if needs_no_packing(a, b, dtype):
         return a, b
@@ -181,9 +181,9 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, device, m, n, c, r, needs) -> "Work":
         """``needs``: whether dA and dB are asked for; None is the forward pass."""
-        rank, multiprocessors = _padded_rank(r), _multiprocessors(device)
+        rank, processors = padded_rank(r), multiprocessors(device)
         config = HOPPER.choose(
-            device, (m, n, rank, multiprocessors), (m, n, c, rank, needs is not None)
+            device, (m, n, rank, processors), (m, n, c, rank, needs is not None)
         )  # fmt: skip
         block_m, block_n, block_k = (config[f"BLOCK_SIZE_{d}"] for d in "MNK")
         group = config["GROUP_SIZE_M"]
@@ -198,12 +198,12 @@ class Work(NamedTuple):
         columns = columns_a + columns_b
         # The column items of the last group come last. There is one for each multiprocessor, as
         # long as each has at least four blocks of rows.
-        wanted = min(triton.cdiv(multiprocessors, max(1, columns)), min(group, blocks_m) // 4)
+        wanted = min(triton.cdiv(processors, max(1, columns)), min(group, blocks_m) // 4)
         rows_per_split = max(1, group >> max(1, wanted).bit_length() - 1)
         splits = triton.cdiv(blocks_m, rows_per_split)
         items = triton.cdiv(blocks_m, rows) + blocks_m * blocks_n
         return cls(
-            config, (min(multiprocessors, items),), rank, needs is not None,
+            config, (min(processors, items),), rank, needs is not None,
             FLAGS.value + blocks_m + columns + triton.cdiv(blocks_m, group),
             (splits, r * (n + c)) if splits > 1 and columns else (1, 1),
             (blocks_m, blocks_n, triton.cdiv(c, block_k), columns, columns_b, rows_per_split,
@@ -230,10 +230,10 @@ def kernel_call(
     )  # fmt: skip
     call = (
         _lora_linear_hopper_kernel, work.grid, key,
-        _descriptor(v, block_m, block_k), _descriptor(weight, *q_block),
-        _descriptor(down, *p_block), _descriptor(up, *q_block), _descriptor(u, block_m, block_k),
-        _descriptor(u, *rank_block), _descriptor(kept, *rank_block),
-        _descriptor(x, block_m, block_k), _descriptor(y, block_m, block_n),
+        descriptor(v, block_m, block_k), descriptor(weight, *q_block),
+        descriptor(down, *p_block), descriptor(up, *q_block), descriptor(u, block_m, block_k),
+        descriptor(u, *rank_block), descriptor(kept, *rank_block),
+        descriptor(x, block_m, block_k), descriptor(y, block_m, block_n),
         u, s, gate, bias, db, da, parts, sync,
         float(scaling), v.shape[0], y.shape[1], v.shape[1], r, *work.numbers,
         backward, column_items, entries, config["STAGES"], config["GROUP_SIZE_M"], NUM_WARPS,
@@ -271,7 +271,7 @@ def set_zeros_aside(device: torch.device) -> None:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -280,5 +280,5 @@ def _layout(block: tuple[int, int], dtype: torch.dtype):
     return gl.NVMMASharedLayout.get_default_for(list(block), triton_dtype(dtype))
 
 
-def _descriptor(t: torch.Tensor, *block: int) -> TensorDescriptor:
+def descriptor(t: torch.Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(t, t.shape, t.stride(), list(block), _layout(block, t.dtype))

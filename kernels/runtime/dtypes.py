@@ -42,4 +42,6 @@ def triton_dtype(dtype: torch.dtype):
 
     Gluon's dtypes are these very objects, in Triton 3.6 and in later versions.
     """
-    return getattr(importlib.import_module("triton.language"), str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    name = {"float8_e4m3fn": "float8e4nv"}.get(name, name)
+    return getattr(importlib.import_module("triton.language"), name)

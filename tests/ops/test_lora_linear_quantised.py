@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltadiff import lora_linear
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.ops.quantised import decoded
+from deltadiff.ops.quantised import decoded, operation
 from deltadiff.ops.reference import lora_linear_ref
 
 pytest.importorskip("bitsandbytes")
@@ -188,10 +188,7 @@ def test_the_operations_are_what_their_schemas_say(path, form, gated, randn):
         pytest.skip("the operations are those of the other backends")
     packed, _ = small(randn, path, form=form, gate=(2,) if gated else None)
     x, weight, a, b, gate, bias, dy = packed
-    op, fwd, bwd = (
-        getattr(torch.ops.deltadiff, f"lora_linear_{weight.NAME}{which}").default
-        for which in ("", "_fwd", "_bwd")
-    )
+    op, fwd, bwd = (operation(weight, which).default for which in ("", "_fwd", "_bwd"))
     parts = weight.parts
     args = a, b, 0.7, gate, bias, 0.0, None, path.backend
     # torch's check that nothing is written compares by a product, which it has not for FP8.
@@ -223,6 +220,17 @@ def test_a_compiled_call_takes_any_number_of_tokens(randn):
     for shape in ((5, 9, 64), (6, 9, 64), (2, 70, 64)):
         x = randn(*shape)
         assert torch.equal(compiled(x), layer(x)) and len(graphs) == 1
+
+
+def test_parts_of_FP8_that_do_not_fit_are_named(randn):
+    (x, weight, a, b, *_), _ = quantised(inputs(randn, 8, 64, 48, 2, F32, "cpu"), "cpu", BLOCKS[0])
+    for change, told in (
+        ({"data": None}, "weight.data: got NoneType"),
+        ({"data": weight.data[0]}, r"weight.data: got shape \(64,\)"),
+        ({"scale": weight.scale[:, 0]}, r"weight.scale: got shape \(1,\)"),
+    ):
+        with pytest.raises(ArgumentError, match=told):
+            lora_linear(x, weight._replace(**change), a, b, scaling=1.0)
 
 
 def test_what_does_not_fit_is_named(randn):

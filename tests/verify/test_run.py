@@ -41,6 +41,7 @@ def test_covers_every_output():
     assert close == {
         *(("lora_linear", output) for output in ("y", "dx", "dA", "dB", "dgate", "dbias")),
         *(("decode_4bit", output) for output in ("y", "dx", "dA", "dB")),
+        *(("decode_fp8", output) for output in ("y", "dx", "dA", "dB")),
         *(("gated_mlp", output) for output in ("y", "dx", "dA", "dB", "dgate", "dbias")),
         *(("delta_update", f"{rounding}: W") for rounding in ALL_ROUNDINGS),
         *(("adamw_step", output) for output in ("p'", "m", "v")),
@@ -152,7 +153,7 @@ def test_find_device():
 
 
 def test_bad_arguments():
-    with pytest.raises(ArgumentError, match="lora_linear, decode_4bit, gated_mlp, delta_update, "):
+    with pytest.raises(ArgumentError, match="lora_linear, decode_4bit, decode_fp8, gated_mlp, "):
         run("cpu", ["lora"])
     with pytest.raises(ArgumentError, match="backend"):
         run("cpu", backend="fortran")

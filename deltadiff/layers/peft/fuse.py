@@ -10,7 +10,7 @@ from torch import nn
 from ...errors import SwapError
 from ..loading_check import unwatch_loading, watch_loading
 from ..targets.weight_readers import find_readers
-from .fused_linear import Deltas, Fused, FusedLinear
+from .fused_linear import Deltas, Fused, FusedLinear, FusedTorchaoLinear
 from .rules import kind_of
 from .tuner_models import TUNER_MODELS
 
@@ -26,6 +26,8 @@ def fused_class(module: nn.Module) -> type[Fused] | None:
         from .fused_linear_4bit import FusedLinear4bit
 
         return FusedLinear4bit
+    if (kind.__module__, kind.__name__) == ("peft.tuners.lora.torchao", "TorchaoLoraLinear"):
+        return FusedTorchaoLinear
     return None
 
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from ...errors import SwapError
+from ...ops.decode_fp8 import DATA_DTYPES
 from ...ops.quantised import is_quantised
 from ...ops.reference_blocks import LowRankLinear
 from ...ranks import is_partitioned
@@ -143,9 +145,14 @@ class Fused(HoldsPairs, lora.LoraLayer):
         return found
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = self.get_base_layer()
+        if base.weight.dtype in DATA_DTYPES:
+            given = "a weight in FP8, to which PEFT cannot add"
+            accepted = "`deltadiff.export_peft`, and the base in 16 bits to merge into"
+            raise SwapError("merge", given, accepted)
         before = None
         if not self.merged and any(delta.in_weight for delta in self.deltas.values()):
-            before = self.get_base_layer().weight.detach().clone()
+            before = base.weight.detach().clone()
         super().merge(safe_merge, adapter_names)
         if before is not None and self.merged:
             self.unmerged = before
@@ -250,3 +257,9 @@ class FusedLinear(Fused, lora.Linear):
     """``lora.Linear``, on an ``nn.Linear`` or a `Conv1D`."""
 
     peft_class = lora.Linear
+
+
+class FusedTorchaoLinear(Fused, TorchaoLoraLinear):
+    """PEFT's layer on a weight of torchao; what `lora_linear` does not decode runs PEFT's way."""
+
+    peft_class = TorchaoLoraLinear

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ...ops.decode_4bit import BLOCKSIZES, FourBit, decode_4bit
-from ..decode_4bit import decoder_of, draw_4bit, formula
+from ..decode_4bit import draw_4bit, formula
+from ..quantised import decoder_of
 from ..tolerance import Case, Row
 from .compare import same_bits
 from .draws import Draw

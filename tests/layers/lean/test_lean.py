@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import deltadiff
-from deltadiff import DeltaLoRA, swap_, unswap_
+from deltadiff import DeltaLoRA, quantise_, swap_, unswap_
 from deltadiff.bench.checkpointing import checkpointing_of
 from deltadiff.bench.models import to_nf4_
 from deltadiff.errors import ArgumentTypeError
@@ -148,13 +148,17 @@ def test_peft_models():
 
 
 @pytest.mark.parametrize("of_peft", [False, True], ids=["ours", "PEFT's"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["same", "other dtype"])
-def test_a_base_of_four_bits(of_peft, dtype):
+@pytest.mark.parametrize("bits", [torch.float32, torch.bfloat16, "fp8"], ids=str)
+def test_a_base_of_few_bits(of_peft, bits):
+    """In 4 bits that compute in the dtype of the model or in another one, and in FP8."""
     pytest.importorskip("bitsandbytes")
     results = []
     for lean in (True, False):
         model = build()
-        to_nf4_(model, dtype)
+        if bits == "fp8":
+            quantise_(model, bits)
+        else:
+            to_nf4_(model, bits)
         if of_peft:
             config = peft.LoraConfig(r=2, target_modules="all-linear")
             model = peft.get_peft_model(model, config)
