@@ -135,6 +135,24 @@ def speed_table(records: Records) -> str:
     return markdown_table([*header, "host ms", "MiB"], *rows)
 
 
+def block_table(records: Records) -> str:
+    """A line for each block: the time of each variant over the floor, and its memory."""
+    names = [name for name in VARIANT_NAMES if any(r["variant"] == name for r in records)]
+    rows = []
+    for (_, size, case), found in cases(records).items():
+        variants = by_variant(found)
+        cells = [number(variants["frozen"]["p50_ms"], ".3f")]
+        for name in names:
+            mine = variants.get(name)
+            speed = [] if name == "frozen" else [ratio(mine, bold=name in OURS)]
+            cells += [*speed, number(mine and mine["peak_mib"], ",.0f")]
+        rows.append([size, case, *cells])
+    header = ["shape", "case", "floor, ms", "MiB"]
+    for name in names[1:]:
+        header += [VARIANT_NAMES[name], "MiB"]
+    return markdown_table(header, *rows)
+
+
 def model_table(records: Records) -> str:
     """A line for each method; the same columns without and with gradient checkpointing."""
     records = sorted(records, key=lambda r: (r["variant"] != "frozen", r["targets"] == "all"))
@@ -153,10 +171,11 @@ def model_table(records: Records) -> str:
 
 def whole_step_table(records: Records) -> str:
     """A line for each way to train a model on a base, without and with checkpointing."""
-    keys = ("model", "base", "liger", "checkpointing")
+    keys = ("model", "base", "liger", "checkpointing", "offload")
     rows = []
-    for (model, base, liger, on), found in grouped(records, *keys).items():
+    for (model, base, liger, on, offload), found in grouped(records, *keys).items():
         what = f"{model}, {base}{', Liger' * liger}{', checkpointing' * on}"
+        what += f", offloaded by {offload}" if offload else ""
         for r in sorted(found, key=lambda r: r["variant"] != "frozen"):
             tokens = None if r["p50_ms"] is None else r["shape"]["M"] / r["p50_ms"] * 1e3
             words = (VARIANT_NAMES[r["variant"]], r["method"], r["rounding"])
@@ -394,6 +413,7 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "checks": (checks_table, lambda r: "op_suite" in r),
         "verify": (verify_table, lambda r: "error" in r),
         "layer": (partial(by_machine, table=speed_table), measured("lora_linear")),
+        "blocks": (partial(by_machine, table=block_table), measured("block")),
         "four bits": (
             partial(by_machine, table=speed_table),
             measured("lora_linear_4bit", "decode_4bit"),

@@ -14,8 +14,9 @@ from ..checks import NAMED_DTYPES, need_package
 from ..devices import default_device, environment, find_device, free_memory
 from ..errors import ArgumentError
 from ..files import as_folder, make_folder
-from . import four_bit, layer, model, search, step
+from . import blocks, layer, model, quantised, search, step
 from .arguments import count, shape
+from .checkpointing import OFFLOADING
 from .methods import Settings
 from .models import BASES, PRESETS
 from .peers import has_peft
@@ -29,6 +30,9 @@ median over that of the first variant: a frozen linear layer or model (forward, 
 input), or a copy of as many bytes as the step has to move. "host ms" is what the host needs to
 issue a call, "MiB" what a call allocates at its peak (for a model: all of its memory). "graph"
 means that the call was captured in a CUDA graph."""
+
+
+LAYER_VARIANTS = tuple(dict.fromkeys(layer.VARIANTS + quantised.VARIANTS + blocks.VARIANTS))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
         return sub
 
-    variants = tuple(dict.fromkeys(layer.VARIANTS + four_bit.VARIANTS))
-    _add_layer_arguments(what("layer", "One LoRA linear layer.", variants))
+    _add_layer_arguments(what("layer", "LoRA linear layers, and blocks of them.", LAYER_VARIANTS))
     what("step", "The optimizer step of Delta-LoRA and its parts.", step.VARIANTS)
     text = "Training steps of a whole model with random weights, Llama-2-7B's shape on a GPU."
     _add_model_arguments(what("model", text, model.VARIANTS))
@@ -66,8 +69,12 @@ def _add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", nargs="+", type=count, metavar="R", help=f"default {layer.RANK}")
     parser.add_argument("--dtype", choices=NAMED_DTYPES, help="default bfloat16")
     parser.add_argument(
-        "--base", choices=("dense", "nf4"), default="dense",
-        help="the frozen weight: of --dtype, or 4-bit numbers of bitsandbytes (default dense)",
+        "--base", choices=("dense", *quantised.BASES), default="dense",
+        help="the frozen weight: of --dtype (dense, the default), or quantised",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blocks", action="store_true",
+        help="only the blocks: q, k and v behind their norm, and a gated MLP",
     )  # fmt: skip
     parser.add_argument(
         "--compile-seconds", type=float, default=20.0, metavar="S",
@@ -94,8 +101,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--targets", nargs="+", choices=model.TARGETS, help="layers to adapt")
     parser.add_argument(
-        "--checkpointing", choices=("off", "on", "both"), default="both",
-        help="gradient checkpointing (default both)",
+        "--checkpointing", choices=("off", "on", "both"),
+        help="gradient checkpointing (default both; with --offload on)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload", choices=OFFLOADING,
+        help="keep what checkpointing keeps in the host's memory, as this library does it",
     )  # fmt: skip
 
 
@@ -139,7 +150,7 @@ def _measure_cases(args: argparse.Namespace, device: torch.device) -> Iterator[l
         print(f"{number}/{len(cases)} {case}", file=sys.stderr, flush=True)
         wanted = args.variants
         if compile_left <= 0 and args.what == "layer":
-            wanted = [name for name in wanted or layer.VARIANTS if name != layer.COMPILED]
+            wanted = [name for name in wanted or LAYER_VARIANTS if name != layer.COMPILED]
         start = time.perf_counter()
         found = compare(case, device, wanted, budget)
         if any(r["variant"] == layer.COMPILED for r in found):
@@ -155,15 +166,30 @@ def _chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
         return step.step_cases(device, args.quick)
     if args.what == "search":
         return search.search_cases(device, args.quick)
-    if args.base == "nf4":
-        need_package("bitsandbytes", extra=None, argument="--base")
+    if args.blocks:
+        only = {"--base": args.base != "dense", "--shapes": args.shapes, "--ranks": args.ranks}
+        for option in (name for name, given in {**only, "--dtype": args.dtype}.items() if given):
+            raise ArgumentError("--blocks", f"{option} beside it", "one of the two")
+        return _block_cases(True, device, args.quick)
+    if args.base != "dense":
+        base = quantised.BASES[args.base]
+        need_package(base.package, extra=None, argument="--base")
         if args.dtype not in (None, "bfloat16"):
-            raise ArgumentError("--dtype", args.dtype, "bfloat16 beside --base nf4")
-        return four_bit.four_bit_cases(device, args.shapes, args.ranks, args.quick)
+            raise ArgumentError("--dtype", args.dtype, f"bfloat16 beside --base {args.base}")
+        return quantised.quantised_cases(base, device, args.shapes, args.ranks, args.quick)
     if args.shapes or args.ranks or args.dtype:
         dtype = NAMED_DTYPES[args.dtype or "bfloat16"]
         return layer.layer_cases_of(device, args.shapes, args.ranks, dtype)
-    return layer.layer_cases(device, args.quick)
+    return layer.layer_cases(device, args.quick) + _block_cases(False, device, args.quick)
+
+
+def _block_cases(asked: bool, device: torch.device, quick: bool) -> list[Case]:
+    """The cases of blocks, which are transformers'; without it they are left out, or refused."""
+    if importlib.util.find_spec("transformers") is None and not asked:
+        print("left out: blocks, for transformers is not installed")
+        return []
+    need_package("transformers", extra="finetune", argument="--blocks")
+    return blocks.block_cases(device, quick)
 
 
 def _measure_model(args: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
@@ -175,7 +201,10 @@ def _measure_model(args: argparse.Namespace, device: torch.device) -> Iterator[l
             chosen[f.name] = NAMED_DTYPES.get(value, value)
     if args.quick:
         chosen["steps"] = 1
-    checkpointing = {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]
+    asked = args.checkpointing or ("both" if args.offload is None else "on")
+    checkpointing = {"off": (False,), "on": (True,), "both": (False, True)}[asked]
+    if args.offload is not None and asked == "off":
+        raise ArgumentError("--offload", "--checkpointing off beside it", "on, or both")
     targets = args.targets or (("all",) if args.quick else tuple(model.TARGETS))
     settings = model.settings_for(device, **chosen)
     for r in model.model_records(device, settings, targets, checkpointing, args.variants):

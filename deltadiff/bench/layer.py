@@ -93,11 +93,11 @@ def layer_case(
     dtype: torch.dtype,
     graph: bool = False,
     names: Iterable[str] = VARIANTS,
-    weight_bits: float | None = None,
+    stored: tuple[str, float] | None = None,
 ) -> Case:
     """M tokens, K in, N out, rank r, in those variants of ``names`` that this dtype has.
 
-    ``weight_bits``: what an element of W takes, where that is not its dtype's (see `four_bit`).
+    ``stored``: for a quantised weight, what records call the operation, and the bits of an element.
 
     FLOPs: forward 2 M N K + 2 M r (K + N); backward 2 M N K + 4 M r (K + N).
     Bytes that must move: forward item (M K + N K + M N), backward item (2 M K + N K + M N), and
@@ -106,12 +106,12 @@ def layer_case(
     """
     backward = mode == "forward+backward"
     flops = (2 * m * n * k) * (1 + backward) + (2 * m * r * (k + n)) * (1 + 2 * backward)
-    of_weight = n * k * (1 if weight_bits is None else weight_bits / (8 * dtype.itemsize))
+    op, bits = stored or ("lora_linear", 8 * dtype.itemsize)
+    of_weight = n * k * bits / (8 * dtype.itemsize)
     items = (m * k + of_weight + m * n) + backward * (2 * m * k + of_weight + m * n)
     items += r * (k + n) * (1 + 2 * backward)
     fields = {
-        "op": "lora_linear" if weight_bits is None else "lora_linear_4bit",
-        "mode": mode, "graph": graph,
+        "op": op, "mode": mode, "graph": graph,
         "shape": {"M": m, "K": k, "N": n, "r": r}, "rounding": None,
         "dtype": dtype_name(dtype), "bytes": int(items * dtype.itemsize), "flops": flops,
     }  # fmt: skip
@@ -198,19 +198,31 @@ def peft_layer(weight, lora_A, lora_B, dtype, swap=False, linear=_linear):
     model = inject_adapter_in_model(config, model)
     if swap:
         swap_(model)
-    layer = model[0]
+    factors = set_peft_factors(model[0], lora_A, lora_B, dtype)
+    return mixed(model[0], dtype, weight.dtype), factors
+
+
+def set_peft_factors(
+    layer: nn.Module, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype
+) -> list[nn.Parameter]:
+    """Copies of A and B in ``dtype``, put into a layer of PEFT."""
     factors = []
     for modules, values in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
         modules["default"].weight = nn.Parameter(values.to(dtype, copy=True))
         factors.append(modules["default"].weight)
-    if dtype == weight.dtype:
-        return layer, factors
+    return factors
 
-    def autocast(x):  # trainers run mixed precision this way
-        with torch.autocast(x.device.type, dtype=weight.dtype):
-            return layer(x)
 
-    return autocast, factors
+def mixed(call: Callable, adapter_dtype: torch.dtype, dtype: torch.dtype) -> Callable:
+    """``call`` under autocast where the adapters have another dtype, as trainers run it."""
+    if adapter_dtype == dtype:
+        return call
+
+    def autocast(x):
+        with torch.autocast(x.device.type, dtype=dtype):
+            return call(x)
+
+    return autocast
 
 
 def _peft_compiled(weight, lora_A, lora_B, dtype):

@@ -1,6 +1,6 @@
 """Models with random weights, by their Hugging Face config, and a random batch for them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +45,6 @@ QWEN3_8B = ModelShape(
     },
 )  # fmt: skip
 PRESETS = {shape.name: shape for shape in (LLAMA_7B, LLAMA_8B, QWEN3_8B)}
-BASES = ("bf16", "nf4")  # how the weights of the linear layers are stored
 LLAMA_70B = ModelShape(
     "Llama-3.1-70B",
     {
@@ -157,6 +156,14 @@ def to_nf4_(model: nn.Module, dtype: torch.dtype) -> None:
             ).to(layer.weight.device)  # which quantises it
             packed.bias = layer.bias
             setattr(parent, name, packed.train(layer.training))
+
+
+# How the weights of the linear layers are stored, and what stores them so, in place, for a model
+# and its dtype.
+BASES: dict[str, Callable[[nn.Module, torch.dtype], object]] = {
+    "bf16": lambda model, dtype: model,
+    "nf4": to_nf4_,
+}
 
 
 class Batch(NamedTuple):

@@ -59,10 +59,11 @@ def write_plots(records: Sequence[dict], folder: Path) -> list[Path]:
     found = plots(records, folder)
     for path, plot in found.items():
         figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
-        plot.draw(figure, plot.records)
+        canvas = FigureCanvasAgg(figure)
         figure.suptitle(plot.title)
+        plot.draw(figure, plot.records)
         png = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(png, metadata={DIGEST: digest(plot.records)})
+        canvas.print_png(png, metadata={DIGEST: digest(plot.records)})
         write_bytes(path, png.getvalue())
     return list(found)
 
@@ -240,26 +241,60 @@ def _whole_steps(records: Sequence[dict]) -> list[dict]:
     return [r for r in records if r["op"] == "whole_step" and r["peak_mib"] is not None]
 
 
+BASE_MARKERS = {"bf16": "o", "nf4": "^", "fp8": "D"}
+
+
 def _draw_whole_step(figure, records: Sequence[dict]) -> None:
     """Tokens a second against memory: a point for each way to train, a panel for each model."""
     models = list(dict.fromkeys(r["model"] for r in records))
     panels = figure.subplots(1, len(models), squeeze=False)[0]
-    figure.set_size_inches(1 + 6.5 * len(models), 6)
-    shapes = {(False, "bf16"): "o", (True, "bf16"): "s", (False, "nf4"): "^", (True, "nf4"): "v"}
+    figure.set_size_inches(1 + 7.5 * len(models), 6.5)
     for axes, model in zip(panels, models, strict=True):
+        labels = []
         for r in (r for r in records if r["model"] == model):
             at = r["peak_mib"] / 1024, r["shape"]["M"] / r["p50_ms"]
-            how = r["checkpointing"], r["base"]
-            name = VARIANT_NAMES[r["variant"]]
+            style = {"marker": BASE_MARKERS[r["base"]], "edgecolors": COLOURS[r["variant"]]}
+            inside = "none" if r["checkpointing"] else COLOURS[r["variant"]]
+            axes.scatter(*at, s=70, linewidths=1.5, facecolors=inside, **style)
             method = "" if r["method"] in (None, "LoRA") else f": {r['method']}"
-            axes.scatter(*at, s=90, marker=shapes[how], color=COLOURS[r["variant"]], alpha=0.8)
-            axes.annotate(f"{name}{method}", at, (6, 4), textcoords="offset points", fontsize=8)
+            method += ", offloaded" * bool(r.get("offload"))
+            labels.append((at, f"{VARIANT_NAMES[r['variant']]}{method}"))
         axes.set_title(f"{model}, {r['batch']} x {r['sequence']} tokens")
         axes.set_xlabel("peak GiB (less is better: left)")
         axes.set_ylabel("thousand tokens / s (more is better: up)")
         axes.margins(x=0.25, y=0.12)
         axes.grid(alpha=0.3)
-    for (on, base), marker in shapes.items():
-        words = f"{base} base{', gradient checkpointing' if on else ''}"
-        panels[0].scatter([], [], marker=marker, color="#777777", label=words)
-    panels[0].legend(loc="best", fontsize=8)
+        for base in dict.fromkeys(r["base"] for r in records):
+            for inside, words in (("#777777", ""), ("none", ", gradient checkpointing")):
+                style = {"marker": BASE_MARKERS[base], "edgecolors": "#777777"}
+                axes.scatter([], [], facecolors=inside, label=f"{base} base{words}", **style)
+        axes.legend(loc="upper left", fontsize=8)
+        _label_points(figure, axes, labels)
+
+
+def _label_points(figure, axes, labels: Sequence[tuple[tuple[float, float], str]]) -> None:
+    """Write each label beside its point, where it covers no other label, no point, no legend."""
+    figure.draw_without_rendering()  # so that the places of everything are known
+    pixels = axes.transData.transform([at for at, _ in labels])
+    taken = [axes.get_legend().get_window_extent()]
+    size = figure.dpi / 72  # pixels in a point
+
+    def covers(box) -> float:
+        """How many things a box covers; leaving the axes counts for many."""
+        points = sum(box.padded(4 * size).contains(*pixel) for pixel in pixels)
+        outside = box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1
+        return points + sum(box.overlaps(other) for other in taken) + 9 * outside
+
+    for at, text in labels:
+        found = []
+        for height in (3, -9, 12, -18, 21, -27):  # points above the point
+            for side, align in ((8, "left"), (-8, "right")):
+                label = axes.annotate(
+                    text, at, (side, height), textcoords="offset points", fontsize=8, ha=align
+                )
+                box = label.get_window_extent()
+                found.append((covers(box), len(found), label, box))
+        *others, (_, _, _, box) = sorted(found, key=lambda each: each[:2], reverse=True)
+        taken.append(box)
+        for _, _, label, _ in others:
+            label.remove()

@@ -40,10 +40,11 @@ def shape_text(fields: Mapping) -> str:
 def case_text(fields: Mapping) -> str:
     """The dtype, mode, rounding and whatever else tells cases of one shape apart."""
     base = fields.get("base")
-    words = [base or fields["dtype"], fields["mode"], fields.get("targets")]
+    words = [fields.get("block"), base or fields["dtype"], fields["mode"], fields.get("targets")]
     words += [fields.get("rounding"), "Liger" * bool(fields.get("liger"))]
     words += ["yields the delta" * bool(fields.get("delta"))]
     words += ["graph" * bool(fields["graph"]), "checkpointing" * bool(fields.get("checkpointing"))]
+    words += [f"offloaded by {fields['offload']}" if fields.get("offload") else None]
     return " ".join(word for word in words if word)
 
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import DTYPES, HALF_DTYPES
-from ..ops.decode_fp8 import is_fp8
 from ..ops.dispatch import Dispatch, choose_path
 from ..ops.quantised import Quantised
 from ..ranks import is_sharded
-from .four_bit import FOUR_BIT, is_four_bit, is_four_bit_layer
-from .fp8 import FP8
+from .four_bit import FOUR_BIT, is_four_bit, is_four_bit_layer, stores_four_bits
+from .fp8 import FP8, stores_fp8
 from .fused_branch import fused_branch
 from .linear import is_conv1d, linear_shape
 from .quantised_format import QuantisedFormat
@@ -53,23 +52,24 @@ class BaseFormat:
     adapter_dtypes: tuple[torch.dtype, ...]
 
 
-def base_format(weight: Tensor) -> BaseFormat:
-    """The format in which ``weight`` is stored."""
-    if is_four_bit(weight):
+def base_format(module: nn.Module) -> BaseFormat:
+    """The format in which the weight of a linear layer is stored, also of a swapped one."""
+    weight, base = module.weight, getattr(module, "base_layer", module)
+    if is_four_bit(weight) or stores_four_bits(base):
         return _FOUR_BIT
-    return _FP8 if is_fp8(weight) else _DENSE.get(weight.dtype, _QUANTISED)
+    return _FP8 if stores_fp8(base) else _DENSE.get(weight.dtype, _QUANTISED)
 
 
 def quantised_format(base: nn.Module) -> QuantisedFormat | None:
     """How `lora_linear` decodes the weight of a layer; None where it does not."""
     if is_four_bit_layer(base):
         return FOUR_BIT
-    return FP8 if is_fp8(base.weight) else None
+    return FP8 if stores_fp8(base) else None
 
 
 def check_backend(base_layer: "LinearLayer", r: int, dropout: float, backend: str | None) -> None:
     """Raise BackendUnavailableError where ``backend`` cannot run a branch beside this layer."""
-    base_format(base_layer.weight).path(base_layer, r, dropout, backend)
+    base_format(base_layer).path(base_layer, r, dropout, backend)
 
 
 def _fused(
@@ -146,6 +146,8 @@ def _decoded(form: QuantisedFormat) -> BaseFormat:
         return form.branch(x, base, weight, a, b, scaling, gate, dropout, backend)
 
     def weight(layer: "LoraLinear", x: Tensor, r: int) -> Quantised | None:
+        if is_sharded(layer.weight):
+            return None
         found = form.weight_of(layer.base_layer)
         if isinstance(found, str) or form.changes_dtype(layer.base_layer, x):
             return None

@@ -7,16 +7,18 @@ and the low-rank branch is added to its output (see `base_format`).
 """
 
 import contextlib
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, SwapError
 from ..kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 from ..ops.decode_4bit import FourBit
 from ..ops.dispatch import Dispatch, choose_4bit_path
+from ..ranks import is_sharded, local
 from .fused_branch import fused_branch
 from .linear import linear_shape
 from .quantised_format import QuantisedFormat, why_called
@@ -30,6 +32,29 @@ def is_four_bit(weight: Tensor) -> bool:
     return kind.__name__ == "Params4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
+def stores_four_bits(module: nn.Module) -> bool:
+    """Whether a module is a 4-bit layer of bitsandbytes, or of a class made of those.
+
+    The weight does not tell: where `fully_shard` splits it, and where it makes it whole again, it
+    is a tensor of the dtype in which the bytes are stored, ``quant_storage``.
+    """
+    kind = type(module)
+    if kind is nn.Linear:  # what most layers are
+        return False
+    return any(
+        each.__name__ == "Linear4bit" and each.__module__.startswith("bitsandbytes.")
+        for each in kind.__mro__
+    )
+
+
+def state_of(base: Any) -> Any:
+    """The ``quant_state`` of a 4-bit layer, which holds the scales; None where there is none yet.
+
+    A weight of which FSDP made another parameter has lost it. The layer holds it, too.
+    """
+    return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
+
+
 def is_four_bit_layer(module: nn.Module) -> bool:
     """Whether a module is a 4-bit layer of bitsandbytes, and none of a class made of those."""
     kind = type(module)
@@ -41,7 +66,7 @@ def _compute_dtype(base: Any, x: Tensor | None) -> torch.dtype:
 
     Passes to come are supposed to get inputs of the dtype that its weight was quantised from.
     """
-    given = base.weight.quant_state.dtype if x is None else x.dtype
+    given = state_of(base).dtype if x is None else x.dtype
     return base.compute_dtype or given
 
 
@@ -90,7 +115,14 @@ def _call(
 
 
 def _weight_of(base: Any) -> FourBit | str:
-    """The weight, where `lora_linear` computes what this layer would, else in words why not."""
+    """The weight, where `lora_linear` computes what this layer would, else in words why not.
+
+    While a weight is split over processes, it is this one's part, which tells as much to whoever
+    asks for the path of passes to come.
+
+    Raises:
+        SwapError: FSDP's mixed precision has cast the bytes, as if they were numbers.
+    """
     if not is_four_bit_layer(base):
         return f"{type(base).__name__} has a forward pass of its own"
     called = why_called(base)
@@ -98,8 +130,15 @@ def _weight_of(base: Any) -> FourBit | str:
         return called
     if base.compute_dtype not in (None, *KERNEL_DTYPES):
         return f"it computes in {base.compute_dtype}"
+    stored, state = base.weight, state_of(base)
+    if state is not None and not is_sharded(stored):
+        packed = -(-math.prod(state.shape) // 2)
+        if stored.nbytes != packed:
+            given = f"{stored.nbytes} bytes of {stored.dtype} in the place of {packed}"
+            accepted = "a quant_storage of uint8, or of FSDP's param_dtype, which it is not cast to"
+            raise SwapError("a 4-bit weight", given, accepted)
     try:
-        weight = FourBit.of(base.weight)
+        weight = FourBit.of(local(stored), state)
     except ArgumentError as error:
         return error.given
     if weight.shape != linear_shape(base):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import DTYPES, dtype_name
-from ..errors import ArgumentError
+from ..errors import ArgumentError, SwapError
 from ..ops.decode_fp8 import DATA_DTYPES, Float8, check_fp8, is_fp8
 from ..ops.dispatch import Dispatch, choose_fp8_path
 from ..ops.lora_linear import autocast_dtype
+from ..ranks import is_sharded, local
 from .fused_branch import fused_branch
 from .linear import linear_shape
 from .quantised_format import QuantisedFormat, why_called
@@ -37,6 +38,12 @@ def is_fp8_layer(module: nn.Module) -> bool:
     return of_transformers or ours
 
 
+def stores_fp8(base: nn.Module) -> bool:
+    """Whether a layer keeps its weight in FP8, or did so until something cast it."""
+    weight: Any = base.weight
+    return is_fp8(weight) or is_fp8_layer(base) and weight.dtype in DTYPES
+
+
 def scales_of(base: nn.Module) -> dict[str, nn.Parameter | None]:
     """The parameters of a layer that belong to a weight in FP8, by name; empty for other layers."""
     held = base._parameters if is_fp8_layer(base) else {}
@@ -45,8 +52,11 @@ def scales_of(base: nn.Module) -> dict[str, nn.Parameter | None]:
 
 def why_not_fp8(module: Any) -> str | None:
     """None for a layer with a weight in FP8 that can be decoded, else the reason in words."""
+    dtype = dtype_name(module.weight.dtype)
     if type(module) is not nn.Linear and not is_fp8_layer(module):
-        return f"its weight is {dtype_name(module.weight.dtype)}, a format that cannot be taken"
+        return f"its weight is {dtype}, a format that cannot be taken"
+    if not is_fp8(module.weight):
+        return f"its weight is {dtype} beside scales of FP8, which it was cast from"
     try:
         weight = Float8.of(module)
         check_fp8("weight", weight)
@@ -58,6 +68,22 @@ def why_not_fp8(module: Any) -> str | None:
 
 
 def _weight_of(base: Any) -> Float8 | str:
+    """The weight, where `lora_linear` computes what this layer would, else in words why not.
+
+    While a weight is split over processes, it is this one's part, which tells as much to whoever
+    asks for the path of passes to come.
+
+    Raises:
+        SwapError: FSDP's mixed precision or something else has cast FP8, as if it held the numbers.
+    """
+    stored: Any = base.weight
+    if not is_fp8(stored):
+        given = f"{stored.dtype} beside scales of FP8, which it was cast from"
+        accepted = "FP8 as it was: no cast, and no FSDP with a param_dtype, which casts it, too"
+        raise SwapError("weight", given, accepted)
+    if is_sharded(stored):
+        weight = Float8.of(base)
+        return weight._replace(data=local(weight.data), scale=local(weight.scale))
     return why_called(base) or why_not_fp8(base) or Float8.of(base)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ranks import local
+from .four_bit import stores_four_bits
 from .fp8 import is_fp8_layer, keeping_fp8, why_not_loadable
 from .gate import fits_rank
 from .linear import is_conv1d
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .linear import LinearLayer
 
 PAIR = ("lora_A", "lora_B")
+_OWN = (*PAIR, "gate")
 
 
 class LayerState(nn.Linear):
@@ -81,7 +83,7 @@ class LayerState(nn.Linear):
         # The base layer comes first, for bitsandbytes may repack the weight when it is saved.
         of_base = {}
         if not self._has_plain_base():
-            of_base = self.base_layer.state_dict(prefix=prefix, keep_vars=keep_vars)
+            of_base = self._state_of_base(prefix, keep_vars)
         shared = self.pair_owner is not None and self._pair_is_in(destination)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, value in of_base.items():
@@ -164,6 +166,19 @@ class LayerState(nn.Linear):
         base = self.base_layer
         return type(base) is nn.Linear or is_conv1d(base) or is_fp8_layer(base)
 
+    def _shares_parameters(self) -> bool:
+        """Whether the base layer may look for its parameters among those of this layer."""
+        return self._has_plain_base() or stores_four_bits(self.base_layer)
+
+    def _state_of_base(self, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """What the base layer would save, without what is this layer's.
+
+        That of a sharded layer of bitsandbytes is without scales, as it is without deltadiff:
+        torch.distributed.checkpoint looks for all entries among a model's attributes.
+        """
+        state = self.base_layer.state_dict(prefix=prefix, keep_vars=keep_vars)
+        return {k: v for k, v in state.items() if k.removeprefix(prefix) not in _OWN}
+
     def _load_base(
         self,
         state: dict[str, Any],
@@ -176,7 +191,7 @@ class LayerState(nn.Linear):
         """Let the base layer load what is its own; ``state`` keeps what is this layer's."""
         base, theirs = self.base_layer, {}
         for key in [key for key in state if key.startswith(prefix)]:
-            if key.removeprefix(prefix) not in (*PAIR, "gate"):
+            if key.removeprefix(prefix) not in _OWN:
                 theirs[key.removeprefix(prefix)] = state.pop(key)
         kind, weight = type(base.weight), theirs.get("weight")
         other_weight = weight is None or not _same_values(weight, base.weight)
@@ -186,8 +201,8 @@ class LayerState(nn.Linear):
             error_msgs.append(f"{prefix}: {error}")
         else:
             left = _load_prequantised(base, kind, theirs, result.unexpected_keys)
-            kept = base.state_dict()
-            missing = dict.fromkeys(result.missing_keys)
+            kept = self._state_of_base()
+            missing = dict.fromkeys(key for key in result.missing_keys if key not in _OWN)
             if other_weight:  # else a state without its scales, as once was saved, is good enough
                 missing |= dict.fromkeys(key for key in kept if key not in theirs)
             missing_keys += [prefix + key for key in missing]

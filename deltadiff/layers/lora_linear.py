@@ -132,16 +132,16 @@ class LoraLinear(HoldsPairs, LayerState):
         """Let the base layer hold the parameters that this layer holds.
 
         Sharding gives the layers of a model other ones. The base layer, which is not among them,
-        would keep the whole weight in memory, so a plain one looks for its parameters here.
+        would keep the whole weight in memory, so it looks for its parameters here where it can.
         """
-        if self._has_plain_base():
+        if self._shares_parameters():
             vars(self.base_layer)["_parameters"] = self._parameters
         else:
             self._give_back()
 
     def leave_base(self) -> None:
         """Give the base layer parameters of its own, which are those of this layer."""
-        if self._has_plain_base():
+        if self._shares_parameters():
             vars(self.base_layer)["_parameters"] = dict.fromkeys(self.base_parameters)
         self._give_back()
 
@@ -170,15 +170,15 @@ class LoraLinear(HoldsPairs, LayerState):
     def dispatch(self) -> Dispatch:
         """Which backend, and which kernels of it, run this layer in training, and why."""
         rank = self.r if self.branch_delta is None else self.branch_delta.rank
-        path = base_format(self.weight).path
+        path = base_format(self).path
         return path(self.base_layer, rank, self.lora_dropout, self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        return base_format(self.weight).forward(self, x, *self._branch())
+        return base_format(self).forward(self, x, *self._branch())
 
     def as_lora_linear(self, x: Tensor) -> LowRankLinear | None:
         a, b, scaling, gate, dropout = self._branch()
-        weight = base_format(self.weight).weight(self, x, a.shape[0])
+        weight = base_format(self).weight(self, x, a.shape[0])
         if dropout or weight is None:
             return None
         return LowRankLinear(weight, a, b, gate, self.bias, scaling)

@@ -175,7 +175,7 @@ def _choose(model: nn.Module, targets: Targets) -> tuple[dict[str, "LinearLayer"
 
 def _why_not(module: "LinearLayer", tied: dict[int, tuple[str, ...]]) -> str | None:
     """The reason why a linear layer that `swap_` takes cannot be quantised, in words."""
-    if not base_format(module.weight).writable:
+    if not base_format(module).writable:
         return "its weight is quantised already"
     if id(module.weight) in tied:
         return f"its weight is tied: {' and '.join(tied[id(module.weight)])} hold the same"

@@ -231,7 +231,7 @@ def _new_layer(
     """The layer that stands for an ``nn.Linear`` or a `Conv1D`, with a new pair."""
     w, r = module.weight, branch.r
     check_rank("r", r, name, module)
-    dtypes = base_format(w).adapter_dtypes
+    dtypes = base_format(module).adapter_dtypes
     dtype = branch.adapter_dtype or dtypes[-1]
     if dtype not in dtypes:
         accepted = f"{' or '.join(map(str, dtypes))} for {name}"

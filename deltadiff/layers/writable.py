@@ -28,7 +28,7 @@ def check_writable(layers: Mapping[str, LoraLayer], models: list[nn.Module]) -> 
                 holders.setdefault(_memory(p), {}).setdefault(id(module), name)
     for name, layer in layers.items():
         w, argument = layer.weight, f"weight of {name}"
-        if not base_format(w).writable:
+        if not base_format(layer.holder).writable:
             accepted = "float weights in place; else w_update='factored'"
             raise ArgumentTypeError(argument, f"{w.dtype} (quantised)", accepted)
         if is_partitioned(w):

@@ -48,15 +48,19 @@ class FourBit(NamedTuple):
     scale_blocksize: int
 
     @classmethod
-    def of(cls, weight: Any) -> "FourBit":
+    def of(cls, weight: Any, state: Any = None) -> "FourBit":
         """The weight of a ``bitsandbytes.nn.Linear4bit``, in its own memory.
+
+        Args:
+            state: the ``quant_state`` that the layer holds, for a weight that has lost its own, as
+                FSDP's whole parameters have.
 
         Raises:
             ArgumentTypeError: it is not quantised yet, which ``to(device)`` does.
             ArgumentError: its kind is neither NF4 nor FP4; or bitsandbytes has repacked it for the
                 CPU, which it does in evaluation.
         """
-        state = getattr(weight, "quant_state", None)
+        state = getattr(weight, "quant_state", None) or state
         if state is None:
             given = f"a {type(weight).__name__} that is not quantised"
             accepted = "the weight of a Linear4bit, which `.to(device)` quantises"

@@ -117,7 +117,8 @@ def check_fp8(name: str, weight: Float8) -> None:
     if data.dim() != 2 or data.numel() == 0:
         raise ArgumentError(f"{name}.data", f"shape {tuple(data.shape)}", "two dimensions")
     if not isinstance(block, tuple) or len(block) != 2:
-        raise ArgumentTypeError(f"{name}.block", f"{block!r:.60}", "(rows, columns)")
+        given = f"{len(block)} numbers" if isinstance(block, tuple) else type(block).__name__
+        raise ArgumentTypeError(f"{name}.block", given, "(rows, columns)")
     for side in block:
         check_int(f"{name}.block", side, 1, bits=32)
     check_tensor(f"{name}.data", data, tuple(data.shape), data.device, DATA_DTYPES)

@@ -36,10 +36,7 @@ def check_lora_linear(
 ) -> None:
     """Raise where the arguments of `lora_linear` do not fit each other."""
     check_plain("x", x)
-    if is_quantised(weight):
-        check_quantised("weight", weight)
-    else:
-        check_matrix("weight", weight)
+    _check_weight(weight)
     check_matrix("lora_A", lora_A)
     check_number("scaling", scaling)
     (n, k), r = weight.shape, lora_A.shape[0]
@@ -58,6 +55,13 @@ def check_lora_linear(
         check_tensor("gate", gate, tuple(gate.shape) if scalar else (r,), x.device, DTYPES)
 
 
+def _check_weight(weight: Tensor | Quantised) -> None:
+    if is_quantised(weight):
+        check_quantised("weight", weight)
+    else:
+        check_matrix("weight", weight)
+
+
 # -------------------------------------------------------------------------------- lora_linear
 
 
@@ -69,8 +73,7 @@ def _layer(
         (n, k), r = weight.shape, lora_A.shape[0]
         transposed = not is_quantised(weight) and weight.stride(1) != 1
     except (AttributeError, ValueError, IndexError, RuntimeError):
-        if not is_quantised(weight):  # these two name what does not fit
-            check_matrix("weight", weight)
+        _check_weight(weight)  # these two name what does not fit
         check_matrix("lora_A", lora_A)
         raise
     if torch.compiler.is_compiling():  # makes constants of them where it treats sizes as variables

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.decode_4bit import FourBit, decode_4bit
 from .quantised import quantised_rows
-from .tolerance import Bench, Row
+from .tolerance import Bench, Case, Row
 
 
 def check_decode_4bit(bench: Bench) -> Iterator[Row]:
@@ -31,8 +31,13 @@ def decode_4bit_rows(case, tokens, k, n, r, blocksize, dtype, adapter) -> Iterat
     yield from quantised_rows(case, weights, decode_4bit, formula, tokens, r, dtype, adapter)
 
 
-def draw_4bit(case, n: int, k: int, blocksize: int, nested: bool) -> FourBit:
-    """A weight of random numbers of about k^-0.5, with an absmax of one or of two levels."""
+def draw_4bit(
+    case: Case, n: int, k: int, blocksize: int, nested: bool, scale_blocksize: int = 256
+) -> FourBit:
+    """A weight of random numbers of about k^-0.5, with an absmax of one or of two levels.
+
+    NF4 and FP4 are two tables of 16 numbers; here such a table is random, too.
+    """
     real = torch.float32
     blocks = -(-n * k // blocksize)
     packed = case.integers(-(-n * k // 2), most=127, dtype=torch.int8).view(torch.uint8)
@@ -41,10 +46,11 @@ def draw_4bit(case, n: int, k: int, blocksize: int, nested: bool) -> FourBit:
         absmax = case.uniform(blocks, low=1.0, high=3.0, dtype=real) * k**-0.5
         return FourBit(packed, absmax, code, None, None, None, (n, k), blocksize, 0)
     absmax = case.integers(blocks, most=127, dtype=torch.int8).view(torch.uint8)
-    scale = case.uniform(-(-blocks // 256), low=0.5, high=1.0, dtype=real) * k**-0.5
+    scale = case.uniform(-(-blocks // scale_blocksize), low=0.5, high=1.0, dtype=real) * k**-0.5
     scale_code = case.uniform(256, low=-1.0, high=1.0, dtype=real)
     offset = case.uniform(1, low=1.5, high=2.0, dtype=real).view(()) * k**-0.5
-    return FourBit(packed, absmax, code, scale, scale_code, offset, (n, k), blocksize, 256)
+    nested_in = scale, scale_code, offset
+    return FourBit(packed, absmax, code, *nested_in, (n, k), blocksize, scale_blocksize)
 
 
 def formula(weight: FourBit, dtype: torch.dtype) -> Tensor:

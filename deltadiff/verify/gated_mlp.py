@@ -1,6 +1,6 @@
 """The cases of `gated_mlp` behind an RMSNorm whose output it makes again, in `deltadiff verify`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ..ops.rms_norm import rms_norm
 from .tolerance import FORWARD, GRADIENT, Bench, Row, poisoned
 
 EPS, SCALING = 1e-5, 0.7
-_TRAINED = {"lora_A": "dA", "lora_B": "dB", "gate": "dgate", "bias": "dbias"}
+_TRAINED = {"x": "dx", "lora_A": "dA", "lora_B": "dB", "gate": "dgate", "bias": "dbias"}
 Block = Callable[[Tensor, list[LowRankLinear]], Tensor]
 
 
@@ -59,7 +59,7 @@ def gated_mlp_rows(case, tokens, k, i, n, r, joint, activation, dtype, adapter) 
             y = rms_norm(x, weight, EPS)
             return gated_mlp(y, layers[:-1], layers[-1], activation, backends)
 
-        return _outputs(block, x, layers, dy)
+        return block_outputs(block, x, layers, dy, _TRAINED)
 
     def formula(dtype: torch.dtype | None) -> dict[str, list[Tensor]]:
         def cast(t: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def gated_mlp_rows(case, tokens, k, i, n, r, joint, activation, dtype, adapter) 
             return gated_mlp_ref(y, layers[:-1], layers[-1], activation)
 
         wide = [LowRankLinear(*map(cast, layer[:5]), layer.scaling) for layer in layers]
-        return _outputs(block, cast(x), wide, cast(dy))
+        return block_outputs(block, cast(x), wide, cast(dy), _TRAINED)
 
     with poisoned():
         found = ours()
@@ -82,17 +82,32 @@ def gated_mlp_rows(case, tokens, k, i, n, r, joint, activation, dtype, adapter) 
     yield case.equal("run to run", *runs)
 
 
-def _outputs(
-    block: Block, x: Tensor, layers: list[LowRankLinear], dy: Tensor
+def block_outputs(
+    block: Block, x: Tensor, layers: list[LowRankLinear], dy: Tensor, trained: Mapping[str, str]
 ) -> dict[str, list[Tensor]]:
-    """y and dx, and for each kind of gradient those of all layers."""
-    x = x.detach().requires_grad_()
-    leaves, new = {"dx": [x]}, []
-    for layer in layers:
-        trained = {name: getattr(layer, name).detach().requires_grad_() for name in _TRAINED}
-        new.append(layer._replace(**trained))
-        for name, t in trained.items():
-            leaves.setdefault(_TRAINED[name], []).append(t)
+    """y, and for each kind of gradient those of all layers.
+
+    ``trained`` has the names of what gets a gradient, and what the rows call that gradient.
+    """
+    leaves: dict[str, list[Tensor]] = {label: [] for label in trained.values()}
+
+    def leaf(name: str, t: Tensor) -> Tensor:
+        if name not in trained:
+            return t.detach()
+        leaves[trained[name]].append(t.detach().requires_grad_())
+        return leaves[trained[name]][-1]
+
+    x = leaf("x", x)
+    new = [
+        layer._replace(
+            **{
+                name: leaf(name, t)
+                for name in LowRankLinear._fields[1:-1]
+                if (t := getattr(layer, name)) is not None
+            }
+        )
+        for layer in layers
+    ]
     with torch.enable_grad():
         y = block(x, new)
         found = iter(torch.autograd.grad(y, [t for kind in leaves.values() for t in kind], dy))

@@ -37,7 +37,7 @@ def quantised_rows(
         w = formula(weight, dtype)
         call, backend = (x, weight, *factors, dy), case.backend
         with poisoned():
-            decoded.append(decode(weight, dtype, backend=_decoder(backend)))
+            decoded.append(decode(weight, dtype, backend=decoder_of(backend)))
             ours.append(lora_linear_outputs(lora_linear, *call, backend=backend))
         again.append(lora_linear_outputs(lora_linear, *call, backend=backend))
         expected.append(w)
@@ -52,6 +52,6 @@ def quantised_rows(
     yield case.equal("run to run", *runs)
 
 
-def _decoder(backend: str) -> str | None:
+def decoder_of(backend: str) -> str | None:
     """The backend that decodes for a backend of `lora_linear`; None is the usual one."""
     return {"hopper": "triton", "cpp": None}.get(backend, backend)

@@ -99,6 +99,24 @@ def test_a_row_of_the_front_page_comes_from_its_records(tables):
     assert "8192" not in tables.summary([ours, peft])  # without a floor there is no row
 
 
+def test_a_row_of_the_table_of_blocks_comes_from_its_records(tables):
+    fields = {"op": "block", "block": "gated MLP", "mode": "forward+backward", "graph": True}
+    fields |= {"dtype": "bfloat16", "shape": {"M": 8192, "K": 64, "N": 160, "r": 16}}
+
+    def record(variant, over_floor, peak_mib):
+        times = {"p50_ms": 2 * over_floor, "over_floor": over_floor, "note": None}
+        return {**fields, "variant": variant, "peak_mib": peak_mib, **times}
+
+    records = [record("frozen", 1.0, 1344.0), record("deltadiff", 1.04, 737.2)]
+    head, _, row = tables.block_table(records).splitlines()
+    assert head.endswith("| floor, ms | MiB | deltadiff | MiB |")
+    case = "gated MLP bfloat16 forward+backward graph"
+    assert row == f"| 8192x64x160 r16 | {case} | 2.000 | 1,344 | **1.04** | 737 |"
+    failed = {**records[1], "over_floor": None, "peak_mib": None, "note": "out of memory"}
+    row = tables.block_table([records[0], failed]).splitlines()[-1]
+    assert row.endswith("| 2.000 | 1,344 | out of memory |  |")
+
+
 def test_a_row_of_the_table_of_families_comes_from_its_record(tables):
     shares = {"experts": 0.8, "adapted": 0.15, "a convolution": 0.0496, "trained whole": 0.0004}
     record = {

@@ -46,7 +46,7 @@ def test_dtypes_of_the_pair_beside_each_format(stored, accepted, default):
         else:
             with pytest.raises(ArgumentTypeError, match="adapter_dtype"):
                 swap_(swapped, r=2, adapter_dtype=dtype)
-    form = base_format(model()[0].weight)
+    form = base_format(model()[0])
     assert form.writable == (stored != torch.int8)
 
 

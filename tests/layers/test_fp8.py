@@ -8,12 +8,14 @@ import pytest
 import torch
 from fp8 import dense_of, fp8_linear
 from lora_linear_calls import kept_by
-from small_models import build
+from small_models import build, loss_of
 from tolerance import relative_error
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from deltadiff import (
     DeltaLoRA,
+    diffora,
     export_peft,
     load_adapter,
     merge_,
@@ -25,6 +27,10 @@ from deltadiff import (
 )  # fmt: skip
 from deltadiff.errors import ArgumentTypeError
 from deltadiff.layers.float8_linear import Float8Linear
+from deltadiff.ops.decode_fp8 import Float8, decode_fp8
+from deltadiff.ops.reference import lora_linear_ref
+from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
+from deltadiff.optim.dylora import DyLoRA
 
 F32, BF16 = torch.float32, torch.bfloat16
 N, K = 150, 140
@@ -35,6 +41,12 @@ def quantised_linear(granularity="block", bias=True, dtype=F32):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, N, bias=bias, dtype=dtype))
     quantise_(model, "fp8", granularity=granularity)
+    return model[0]
+
+
+def fp8_rows(n, k, dtype=F32):
+    model = nn.Sequential(nn.Linear(k, n, dtype=dtype))
+    quantise_(model, "fp8", granularity="row")
     return model[0]
 
 
@@ -174,15 +186,59 @@ def test_nothing_of_the_size_of_W_is_kept(base, randn):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_is_one_graph(base, randn):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_compiled_model_is_one_graph(base, device, randn):
     torch._dynamo.reset()
-    model, layer = swapped(base)
-    x = randn(4, K).requires_grad_()
+    dtype = F32 if device == "cpu" else BF16
+    model, layer = swapped(base.to(device))
+    x = randn(4, K, dtype=dtype, device=device).requires_grad_()
     results = []
     for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         y = call(x)
         results.append([y, *torch.autograd.grad(y.sum(), (x, layer.lora_A, layer.lora_B))])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant, randn):
+    model, layer = swapped(quantised_linear())
+    found, x = [], randn(4, K)
+    for wrap in (False, True):
+        leaves = [x.clone().requires_grad_(), layer.lora_A, layer.lora_B]
+        model.zero_grad()
+        y = checkpoint(model, leaves[0], use_reentrant=reentrant) if wrap else model(leaves[0])
+        y.square().sum().backward()
+        found.append([y, *(t.grad for t in leaves)])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 300, 1000])
+@pytest.mark.parametrize("make", [fp8_linear, fp8_rows], ids=["blocks", "rows"])
+def test_on_a_gpu(make, tokens, randn, assert_close):
+    """The kernels of each number of tokens, on transformers' layer and on our own."""
+    base = make(768, 1024, dtype=BF16).to("cuda")
+    truth = dense_of(base)
+    model, layer = swapped(base)
+    leaves = [randn(tokens, 1024, dtype=BF16, device="cuda"), layer.lora_A, layer.lora_B]
+    leaves[0].requires_grad_()
+    dy = randn(tokens, 768, dtype=BF16, device="cuda")
+
+    def outputs(function, tensors):
+        y = function(*tensors)
+        return [y, *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
+
+    def eager(x, a, b):
+        w, bias = decode_fp8(Float8.of(base), BF16).to(x.dtype), base.bias.to(x.dtype)
+        return lora_linear_ref(x, w, a, b, scaling=layer.scaling, bias=bias)
+
+    ours = outputs(lambda x, *_: model(x), leaves)
+    theirs = outputs(eager, leaves)
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    for i, results in enumerate(zip(ours, theirs, outputs(eager, doubles), strict=True)):
+        assert_close(*results, 3 if i else 2)
+    branch = layer.scaling * doubles[0] @ doubles[1].T @ doubles[2].T
+    assert relative_error(ours[0], truth(doubles[0]) + branch) < 0.01
 
 
 # ------------------------------------------------------------------------ our own layer alone
@@ -208,6 +264,12 @@ def test_our_layer_alone(randn):
     assert "block_size=(128, 128)" in repr(layer)
     layer.to(BF16)
     assert layer.weight.dtype == torch.float8_e4m3fn and layer.bias.dtype == BF16
+
+
+def test_what_is_saved_is_the_format_of_checkpoints():
+    ours, theirs = quantised_linear(), fp8_linear(N, K, seed=1)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(dense_of(theirs).weight, dense_of(ours).weight)
 
 
 # ------------------------------------------------------------------------ what cannot be taken
@@ -312,8 +374,48 @@ def test_files_of_adapters(tmp_path, randn):
     torch.testing.assert_close(theirs(ids).logits, y, rtol=1e-4, atol=1e-5)
 
 
+def search(model):
+    state = diffora.Search(model, r=2, lora_alpha=4)
+    data = diffora.split(16, share=0.5)
+    call = lambda indices: loss_of(model, indices)  # noqa: E731
+    gates = diffora.search(state, call, data, rounds=1, inner_steps=1, batch_size=4)
+    state.close()
+    diffora.apply_(model, gates.discretise(0.5), r=2, share_r=1)
+    return DeltaLoRA(model, lr=1e-2, update_ratio=0.5, w_update="factored")
+
+
+def adalora(model):
+    swap_adalora_(model, init_r=4)
+    return AdaLoRA(model, lr=1e-2, total_step=10, target_r=2, tinit=1, tfinal=2)
+
+
+def dylora(model):
+    swap_(model, r=4)
+    return DyLoRA(model, lr=1e-2, r_min=1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "method",
+    [search, *(pytest.param(f, marks=pytest.mark.long) for f in (adalora, dylora))],
+)
+def test_the_other_methods_train_over_FP8(method):
+    model = build("llama").train()
+    quantise_(model, "fp8")
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    optimizer = method(model)
+    losses = []
+    for _ in range(6):
+        losses.append(loss_of(model, range(8)))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    after = model.state_dict()
+    assert all(torch.equal(after[n].float(), t.float()) for n, t in before.items())
+
+
 def test_weights_of_torchao(randn):
-    """A stand-in with what `Float8.of` reads; the tests of torchao's own are marked so."""
     pytest.importorskip("torchao")
     from torchao.quantization import Float8WeightOnlyConfig, quantize_
 

@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_named(randn):
         ({"data": weight.data[:, ::2], "block": (128, 50)}, "weight.data: got strides"),
         ({"data": weight.data[0]}, r"weight.data: got shape \(200,\)"),
         ({"block": (128, 0)}, "weight.block: got 0"),
-        ({"block": 128}, r"weight.block: got 128; accepted: \(rows, columns\)"),
+        ({"block": 128}, r"weight.block: got int; accepted: \(rows, columns\)"),
         ({"block": (128.0, 128)}, "weight.block: got 128.0"),
     ):
         with pytest.raises(ArgumentError, match=told):

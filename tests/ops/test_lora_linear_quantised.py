@@ -222,6 +222,17 @@ def test_a_compiled_call_takes_any_number_of_tokens(randn):
         assert torch.equal(compiled(x), layer(x)) and len(graphs) == 1
 
 
+def test_parts_of_FP8_that_do_not_fit_are_named(randn):
+    (x, weight, a, b, *_), _ = quantised(inputs(randn, 8, 64, 48, 2, F32, "cpu"), "cpu", BLOCKS[0])
+    for change, told in (
+        ({"data": None}, "weight.data: got NoneType"),
+        ({"data": weight.data[0]}, r"weight.data: got shape \(64,\)"),
+        ({"scale": weight.scale[:, 0]}, r"weight.scale: got shape \(1,\)"),
+    ):
+        with pytest.raises(ArgumentError, match=told):
+            lora_linear(x, weight._replace(**change), a, b, scaling=1.0)
+
+
 def test_what_does_not_fit_is_named(randn):
     (x, weight, a, b, *_), _ = quantised(
         inputs(randn, 8, 64, 48, 2, F32, "cpu"), torch.device("cpu")

@@ -7,6 +7,7 @@ import torch
 from wrong_arguments import (
     adamw_step_call,
     decode_4bit_call,
+    decode_fp8_call,
     delta_update_call,
     draw,
     lora_linear_call,
@@ -15,16 +16,22 @@ from wrong_arguments import (
 import deltadiff
 from deltadiff.errors import ArgumentError
 from deltadiff.ops.decode_4bit import FourBit, decode_4bit
+from deltadiff.ops.decode_fp8 import Float8, decode_fp8
 
 CASES = 60  # for each seed
 
 
-def decode(dtype, backend, **parts):
+def of_4_bits(dtype, backend, **parts):
     return decode_4bit(FourBit(**parts), dtype, backend=backend)
 
 
+def of_fp8(dtype, backend, **parts):
+    return decode_fp8(Float8(**parts), dtype, backend=backend)
+
+
 MAKERS = {
-    "decode_4bit": lambda device, _: decode_4bit_call(decode, device),
+    "decode_4bit": lambda device, _: decode_4bit_call(of_4_bits, device),
+    "decode_fp8": lambda device, _: decode_fp8_call(of_fp8, device),
     "lora_linear": lambda device, _: lora_linear_call(deltadiff.lora_linear, device),
     "delta_update_": lambda *how: delta_update_call(deltadiff.delta_update_, *how),
     "adamw_step_": lambda *how: adamw_step_call(deltadiff.adamw_step_, *how),

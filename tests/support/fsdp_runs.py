@@ -1,5 +1,6 @@
 """A small Llama with LoRA, sharded by FSDP2 or whole, and training runs on parts of batches."""
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
@@ -41,6 +42,24 @@ def shard(model, **options):
     for layer in model.model.layers:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
+
+
+def quantise_(model, storage=torch.uint8):
+    """Store the linear layers but the head in NF4, the bytes as ``storage``."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not torch.nn.Linear or layer is model.get_output_embeddings():
+                continue
+            how = {"quant_type": "nf4", "quant_storage": storage}
+            packed = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False,
+                compute_dtype=layer.weight.dtype, device="meta", **how,
+            )  # fmt: skip
+            weight = bnb.nn.Params4bit(layer.weight.detach(), False, module=packed, **how)
+            packed.weight = weight.to("cpu")
+            setattr(parent, name, packed)
+    return model
 
 
 def parts_of(step, parts):

@@ -116,6 +116,30 @@ def decode_4bit_call(op, device):
     return Call(op, arguments, wrong)
 
 
+def decode_fp8_call(op, device):
+    """A weight of 5 x 6 numbers in blocks of 2 x 4."""
+    data = torch.ones(5, 6, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(3, 2, device=device)
+    wrong = {
+        "data": [t for t in wrong_tensor(data) if getattr(t, "dtype", None) != data.dtype],
+        "scale": [*wrong_tensor(scale), None, scale.double(), scale.T],
+        "block": [*INTS, None, (), (2,), (2, 4, 1), (0, 4), (-2, 4), (2, 2**40), "ab", [2, 4]],
+        "dtype": [torch.int8, torch.complex64, "float32", None, 3, torch.ones(2, 2)],
+        "backend": BACKENDS,
+    }
+    wrong["data"] += [
+        None,
+        data[None],
+        data[0],
+        data[:, ::2],
+        data.T,
+        data[:, :0],
+        data.view(torch.uint8),
+    ]
+    arguments = {"data": data, "scale": scale, "block": (2, 4)}
+    return Call(op, arguments | {"dtype": torch.float32, "backend": None}, wrong)
+
+
 def delta_update_call(op, device, random_):
     half = random_.random() < 0.7
     ws = [torch.ones(6, 8, dtype=BF16 if half else F32, device=device) for _ in range(2)]

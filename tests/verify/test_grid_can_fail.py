@@ -8,8 +8,16 @@ import torch
 from commands import refused
 
 from deltadiff.__main__ import main
+from deltadiff.ops import decode_4bit, decode_fp8
 from deltadiff.verify import command
-from deltadiff.verify.grid import adamw_step, delta_update, draws, lora_linear, step_counters
+from deltadiff.verify.grid import (
+    adamw_step,
+    delta_update,
+    draws,
+    gated_mlp,
+    lora_linear,
+    step_counters,
+)
 from deltadiff.verify.grid.memory import GuardedAllocations, Layout, Memory
 from deltadiff.verify.grid.run import groups_of, run_grid, run_number
 
@@ -70,6 +78,37 @@ def test_lora_linear(harm, symptom, monkeypatch):
     assert not failed("lora_linear", 20)
     monkeypatch.setattr(lora_linear, "lora_linear", harmed(harm))
     assert symptom in failed("lora_linear", 60 if harm is swallows else 20)
+
+
+# --------------------------------------------------- over 4 bits, and whole blocks
+
+
+@pytest.mark.parametrize("op, module", [("decode_4bit", decode_4bit), ("decode_fp8", decode_fp8)])
+def test_weights_of_few_bits(op, module, monkeypatch):
+    assert not failed(op, 20)
+    real = getattr(module, f"{op}_ref")
+
+    def wrong(numbers, scales, *args):
+        return real(numbers, scales * 1.05, *args)
+
+    monkeypatch.setattr(module, f"{op}_ref", wrong)
+    text = failed(op, 10)
+    assert "y: error" in text and "W: error" in text
+
+
+def test_gated_mlp(monkeypatch):
+    assert not failed("gated_mlp", 20)
+    real = gated_mlp.gated_mlp
+    monkeypatch.setattr(gated_mlp, "gated_mlp", lambda *args: real(*args) * 1.05)
+    assert "y: error" in failed("gated_mlp", 10)
+
+
+def test_gated_mlp_under_checkpointing(monkeypatch):
+    def wrong(block, x, layers, use_reentrant):
+        return block(x * 1.001, layers)
+
+    monkeypatch.setattr(gated_mlp, "checkpoint", wrong)
+    assert "checkpointed and not: error" in failed("gated_mlp", 20)
 
 
 # ---------------------------------------------------------------- the others

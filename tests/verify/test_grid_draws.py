@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from deltadiff.ops.dispatch import choose_path
+from deltadiff.ops.reference_blocks import ACTIVATIONS
 from deltadiff.verify.grid.draws import INTERPRETED, ON_CPU, ON_GPU, Dice, Draw
+from deltadiff.verify.grid.gated_mlp import draw_block
 from deltadiff.verify.grid.lora_linear import draw_call
 from deltadiff.verify.grid.paths import PATHS, dtypes_of
+from deltadiff.verify.grid.quantised import FourBitFormat
 
 H100 = torch.device("cuda:0")
 
@@ -28,6 +31,28 @@ def test_calls_of_an_h100(kernel, h100):
         assert len({(c.tokens, c.k, c.n) for c in calls}) > 20
         if kernel.startswith("hopper"):
             assert all(c.tokens >= 256 and not c.dropout for c in calls)
+
+
+@pytest.mark.parametrize("kernel", [path for path in PATHS["gated_mlp"] if path != "cpp"])
+def test_blocks_of_an_h100(kernel, h100):
+    for dtypes in dtypes_of("gated_mlp", kernel):
+        calls = [
+            draw_block(Draw(f"7 {dtypes}", i, ON_GPU), kernel, dtypes, H100) for i in range(20)
+        ]
+        kinds = {(str(c.layer.layouts), c.layer.r, c.activation, c.joint) for c in calls}
+        assert len(kinds) <= ON_GPU.kinds
+        assert not any(c.layer.dropout for c in calls)
+
+
+def test_blocks_vary():
+    device, pair = torch.device("cpu"), (torch.float32,) * 2
+    calls = [draw_block(Draw("1", i, ON_CPU), "cpp", pair, device) for i in range(100)]
+    assert {c.activation for c in calls} == set(ACTIVATIONS)
+    for name in ("joint", "normed", "checkpointed", "stored"):
+        assert {bool(getattr(c, name)) for c in calls} == {True, False}, name
+    stored = [c.stored for c in calls if c.stored]
+    four_bit = [s for s in stored if isinstance(s, FourBitFormat)]
+    assert {s.nested for s in four_bit} == {True, False} and len(four_bit) < len(stored)
 
 
 def test_calls_vary():

@@ -108,7 +108,7 @@ class PeftPair:
         reason = why_peft(self.layer)
         if reason is not None:
             return Dispatch("peft", f"PEFT's own forward: {reason}")
-        delta, path = self.delta, base_format(self.weight).path
+        delta, path = self.delta, base_format(self.holder).path
         r = self.r if delta is None or delta.in_weight else delta.rank
         return path(self.holder, r, self.lora_dropout, self.layer.backend)
 

@@ -17,7 +17,7 @@ from ...checks import DTYPES, dtype_name
 from ...ops.decode_fp8 import is_fp8
 from ...ranks import is_partitioned, is_sharded, why_no_shard
 from ..four_bit import is_four_bit
-from ..fp8 import SCALES, is_fp8_layer, why_not_fp8
+from ..fp8 import SCALES, is_fp8_layer, stores_fp8, why_not_fp8
 from ..linear import is_conv1d, linear_shape
 from ..lora_linear import LoraLinear
 from .weight_readers import find_readers
@@ -95,7 +95,7 @@ def _why_not_weight(module: "LinearLayer", w: Tensor) -> str | None:
         return "a weight of 0 elements: sharded, or with a side of 0"
     if (w.dtype in _BYTES or is_four_bit(w)) and _own_forward(module):
         return None
-    if is_fp8(w):
+    if stores_fp8(module):
         return why_not_fp8(module)
     if w.dtype not in DTYPES:
         return f"its weight is {dtype_name(w.dtype)}, a format that cannot be taken"

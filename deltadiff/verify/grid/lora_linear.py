@@ -1,7 +1,7 @@
 """Random calls of `lora_linear`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from ...ops import reference
 from ...ops.dispatch import choose_path
 from ...ops.lora_linear import lora_linear
+from ...ops.quantised import Quantised
 from ..tolerance import FORWARD, GRADIENT, Case, Row
 from .compare import compare, same_bits, undisturbed
 from .draws import RANKS, TOKENS, Dice, Draw
@@ -18,6 +19,8 @@ from .paths import PACKED, backend_of, needs_packing
 
 TRIES = 100_000  # a draw takes microseconds; most paths take one call in a few
 NAMES = ("x", "weight", "lora_A", "lora_B", "gate", "bias", "dy")
+# Gives W as the operation takes it, and as a matrix; the flag asks for values that are not finite.
+Weights = Callable[[Case, Memory, "Call", bool], tuple[Quantised, Tensor]]
 OUTPUTS = {"x": "dx", "lora_A": "dA", "lora_B": "dB", "gate": "dgate", "bias": "dbias"}
 
 
@@ -82,7 +85,7 @@ def draw_call(draw: Draw, path: str, dtypes: tuple, device: torch.device) -> Cal
 
 def _suits(call: Call, path: str, dtypes: tuple, draw: Draw, device: torch.device) -> bool:
     """Whether a call runs on ``path``, and costs no more than it may."""
-    costs, repeats = draw.costs, _repeats(call.tokens, call.k, call.n, call)
+    costs, repeats = draw.costs, repeats_of(call.tokens, call.k, call.n, call)
     products = repeats * call.tokens * call.k * call.n
     cheap = repeats <= costs.repeats and products <= 2 ** (costs.most_products + 1)
     return cheap and _path_of(call, dtypes, device) == path
@@ -140,7 +143,7 @@ def _split(tokens: int, dice: Dice) -> tuple[int, ...]:
     return one, (tokens // one if one else dice.choice((0, 3)))
 
 
-def _repeats(tokens: int, k: int, n: int, call: Call) -> int:
+def repeats_of(tokens: int, k: int, n: int, call: Call) -> int:
     """How often numbers are drawn: the error of few numbers is luck, so there should be 32."""
     fewest = min(n, k * call.r, tokens * min(n, k, call.r))
     if call.gate is not None:
@@ -170,25 +173,36 @@ def lora_linear_rows(case: Case, draw: Draw, path: str, dtypes: tuple) -> Iterat
     """The rows of one case."""
     call = draw_call(draw, path, dtypes, case.device)
     case.shape += f" {call}"
+    yield from rows_of_call(case, call, path, dtypes)
+
+
+def rows_of_call(
+    case: Case, call: Call, path: str, dtypes: tuple, weights: Weights | None = None
+) -> Iterator[Row]:
+    """The rows of a call; ``weights`` draws W in a format of its own, and W as a matrix."""
     options = {"scaling": call.scaling, "dropout": call.dropout}
     wanted = [name for name in call.wanted if name in _present(call)] or ["x"]
     ours, again, eager, truth = [], [], [], []
     disturbed = 0
-    for i in range(_repeats(call.tokens, call.k, call.n, call)):
+    for i in range(repeats_of(call.tokens, call.k, call.n, call)):
         memory = Memory(case.random.choice((math.nan, math.inf, -math.inf)))
         values = numbers_of(case, call, dtypes, odd=call.odd if i == 0 else "")
         given = {name: memory.place(t, call.layouts[name]) for name, t in values.items()}
+        taken = given
+        if weights is not None:
+            weight, given["weight"] = weights(case, memory, call, i == 0 and call.odd == "weight")
+            taken = {**given, "weight": weight}
         if path in ("hopper", PACKED):
             packed = needs_packing(given["lora_A"], given["lora_B"], dtypes[0])
             assert packed == (path == PACKED), "a case of another path"
         seed = {"seed": case.random.getrandbits(64) - 2**63}
         with GuardedAllocations() as guard:
             ours.append(
-                outputs(lora_linear, given, call, wanted, **options, **seed, backend=call.asked)
+                outputs(lora_linear, taken, call, wanted, **options, **seed, backend=call.asked)
             )
         if not again:
             again.append(
-                outputs(lora_linear, given, call, wanted, **options, **seed, backend=call.asked)
+                outputs(lora_linear, taken, call, wanted, **options, **seed, backend=call.asked)
             )
         disturbed += memory.disturbed() + guard.overrun()
         eager_given = given
@@ -242,9 +256,8 @@ def numbers_of(case: Case, call: Call, dtypes: tuple, odd: str = "") -> dict[str
 
 def outputs(function, given: dict, call: Call, wanted: list[str], **options) -> dict[str, Tensor]:
     """y, and the gradients of all that is wanted, by name."""
-    leaves = {name: t.detach() for name, t in given.items() if name != "dy"}
-    for name in wanted:
-        leaves[name].requires_grad_()
+    leaves = {name: given[name] for name in given if name != "dy"}
+    leaves |= {name: leaves[name].detach().requires_grad_() for name in wanted}
     x = leaves.pop("x")
     with torch.enable_grad():
         y = function(x.view(*call.leading, call.k), **leaves, **options)

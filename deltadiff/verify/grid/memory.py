@@ -67,7 +67,9 @@ class Memory:
             strides = (layout.step,)
         last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         inside = last + 1 if values.numel() else 0
-        fill = self.fill if values.dtype.is_floating_point else -7
+        fill = (
+            self.fill if values.dtype.is_floating_point else -7 if values.dtype.is_signed else 249
+        )
         buffer = torch.full(
             (2 * BORDER + layout.offset + inside,), fill, dtype=values.dtype, device=values.device
         )

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import deltadiff
-from deltadiff import DeltaLoRA, swap_, unswap_
+from deltadiff import DeltaLoRA, quantise_, swap_, unswap_
+from deltadiff.bench.checkpointing import checkpointing_of
 from deltadiff.bench.models import to_nf4_
 from deltadiff.errors import ArgumentTypeError
 from deltadiff.layers.flora import swap_flora_
@@ -148,13 +150,17 @@ def test_peft_models():
 
 
 @pytest.mark.parametrize("of_peft", [False, True], ids=["ours", "PEFT's"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["same", "other dtype"])
-def test_a_base_of_four_bits(of_peft, dtype):
+@pytest.mark.parametrize("bits", [torch.float32, torch.bfloat16, "fp8"], ids=str)
+def test_a_base_of_few_bits(of_peft, bits):
+    """In 4 bits that compute in the dtype of the model or in another one, and in FP8."""
     pytest.importorskip("bitsandbytes")
     results = []
     for lean in (True, False):
         model = build()
-        to_nf4_(model, dtype)
+        if bits == "fp8":
+            quantise_(model, bits)
+        else:
+            to_nf4_(model, bits)
         if of_peft:
             config = peft.LoraConfig(r=2, target_modules="all-linear")
             model = peft.get_peft_model(model, config)
@@ -205,6 +211,38 @@ def test_gradient_checkpointing(reentrant):
         model.enable_input_require_grads()
         plain.enable_input_require_grads()
     assert_equal_gradients(gradients(model), gradients(plain), exact=True)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_what_is_kept_may_wait_in_the_memory_of_the_host(checkpointed):
+    """PyTorch's ``save_on_cpu``, by which transformers offloads what checkpointing keeps."""
+    model, plain = swapped(), swapped()
+    if checkpointed:
+        options = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with torch.autograd.graph.save_on_cpu():
+        found = gradients(model)
+    assert_equal_gradients(found, gradients(plain), exact=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["transformers", "trl"])
+def test_offloaded_checkpointing(library):
+    """Bits are those of checkpointing that keeps the same on the GPU, step by step."""
+    found = []
+    for offload in (None, library):
+        model = build(dtype=torch.bfloat16).cuda()
+        swap_(model, r=2, lean=True)
+        draw(model)
+        ids = IDS.cuda()
+        with checkpointing_of(model, True, offload) as around:
+            for _ in range(2):  # the second one finds what the first left behind
+                model.zero_grad()
+                with around or nullcontext():
+                    model(input_ids=ids, labels=ids).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, offloaded = found
+    assert plain and all(torch.equal(offloaded[name], grad) for name, grad in plain.items())
 
 
 def test_checkpointing_repeats_no_product_that_nobody_reads(monkeypatch):
