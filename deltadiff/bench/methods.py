@@ -64,6 +64,7 @@ class Method:
         checkpointed: whether it is also measured with gradient checkpointing, all layers adapted.
         attach: attach(model, names, batch, settings) puts it into a model: a context that yields
             its training step and leaves the model as it was, but for updates of W.
+        bases: names of `models.BASES` that it is for; None is all of them.
     """
 
     variant: str
@@ -72,6 +73,7 @@ class Method:
     checkpointed: bool
     whole: bool
     attach: Callable[[nn.Module, Names, Batch, Settings], AbstractContextManager[Step]]
+    bases: tuple[str, ...] | None = None
 
     def adapter_dtype(self, settings: Settings) -> str:
         """The name of the dtype of A and B."""
@@ -85,8 +87,8 @@ def methods() -> tuple[Method, ...]:
     def peft(**how) -> Callable:
         return functools.partial(_peft, **how)
 
-    def deltadiff(lean: bool | None = None, **options) -> Callable:
-        return functools.partial(_deltadiff, options, lean)
+    def deltadiff(lean: bool | None = None, backend: str | None = None, **options) -> Callable:
+        return functools.partial(_deltadiff, options, lean, backend)
 
     naive = peft(layer_dtype=True, naive_delta_lora=True)
     in_place = "Delta-LoRA in place"
@@ -96,13 +98,15 @@ def methods() -> tuple[Method, ...]:
         Method("peft-swapped", "LoRA", None, True, False, swapped),
         Method("peft-swapped", "Delta-LoRA factored", None, False, False, factored),
         Method("peft", "LoRA", None, True, False, peft(layer_dtype=False)),
-        Method("peft-bf16", "LoRA", None, True, True, peft(layer_dtype=True)),
+        Method("peft-bf16", "LoRA", None, True, True, peft(layer_dtype=True), ("bf16", "nf4")),
         Method("peft-bf16", "naive Delta-LoRA", None, True, False, naive),
     )
     layers = deltadiff(update_ratio=0.0, lean=False)
+    in_fp8 = deltadiff(update_ratio=0.0, backend="fp8")
     ours = (
         Method("deltadiff", "LoRA", None, True, True, deltadiff(update_ratio=0.0)),
         Method("deltadiff-layers", "LoRA", None, True, True, layers),
+        Method("deltadiff-fp8", "LoRA", None, True, True, in_fp8, ("fp8",)),
         Method("deltadiff", in_place, "remainder", True, True, deltadiff(rounding="remainder")),
         Method("deltadiff", in_place, "nearest", False, False, deltadiff(rounding="nearest")),
         Method(
@@ -135,6 +139,7 @@ def _randomise(model: nn.Module) -> list[Tensor]:
 def _deltadiff(
     options: Mapping,
     lean: bool | None,
+    backend: str | None,
     model: nn.Module,
     names: Names,
     batch: Batch,
@@ -142,7 +147,7 @@ def _deltadiff(
 ) -> Iterator[Step]:
     swap_(
         model, r=settings.r, lora_alpha=ALPHA, target_modules=names,
-        adapter_dtype=settings.adapter_dtype, lean=lean,
+        adapter_dtype=settings.adapter_dtype, lean=lean, backend=backend,
     )  # fmt: skip
     try:
         _randomise(model)

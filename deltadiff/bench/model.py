@@ -87,6 +87,7 @@ def model_records(
         chosen = [m for m in chosen if m.variant != "deltadiff-layers"]
     if settings.base != "bf16":  # nothing writes into such a weight
         chosen = [m for m in chosen if m.rounding is None]
+    chosen = [m for m in chosen if m.bases is None or settings.base in m.bases]
     chosen = [m for m in chosen if wanted is None or m.variant in wanted]
     for checkpoint in checkpointing:
         fields = {

@@ -1,4 +1,4 @@
-"""`deltadiff bench layer --base nf4`: one LoRA layer over quantised weights, and decoding those.
+"""`deltadiff bench layer --base nf4` or fp8: one LoRA layer over quantised weights, and decoding.
 
 The floor of a layer is that of `layer`, a frozen ``nn.Linear`` in bfloat16. The floor of decoding
 is a copy that moves as many bytes. On a GPU all of them run as CUDA graphs: what is asked is what
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import dtype_name
+from ..layers.quantise import quantise_
 from ..ops.decode_4bit import FourBit, decode_4bit
+from ..ops.decode_fp8 import Float8, decode_fp8
 from .copy_floor import copies
 from .layer import LAYERS, MODES, RANK, SHAPES, deltadiff_layer, layer_case, peft_layer
 from .timing import Case, Variant
@@ -31,14 +33,14 @@ class Base:
     Attributes:
         op: what records call a layer over such weights.
         bits: what an element of W takes.
-        package: what has to be installed for it.
+        package: what has to be installed for it, or None.
         variants: the names in `layer.LAYERS` of the layers over such weights.
         decode_case: the case of decoding W, from (out, in, dtype, graph).
     """
 
     op: str
     bits: float
-    package: str
+    package: str | None
     variants: tuple[str, ...]
     decode_case: Callable[[int, int, torch.dtype, bool], Case]
 
@@ -129,12 +131,56 @@ NF4_LAYERS = {
     "peft-4bit": _over_nf4(peft_layer),
 }
 
+# ------------------------------------------------------------------------- FP8
+
+
+def decode_fp8_case(n: int, k: int, dtype: torch.dtype, graph: bool) -> Case:
+    """Decoding W (N, K) in blocks of 128 x 128 to ``dtype``. Bytes: N K (1 + item)."""
+    moved = n * k * (1 + dtype.itemsize)
+    fields = {
+        "op": "decode_fp8", "mode": "decode", "graph": graph,
+        "shape": {"M": None, "K": k, "N": n}, "rounding": None, "dtype": dtype_name(dtype),
+        "adapter_dtype": None, "bytes": moved, "flops": n * k,
+    }  # fmt: skip
+
+    def build(device: torch.device) -> dict[str, Variant]:
+        torch.manual_seed(0)
+        weight = Float8.of(linear_fp8(torch.randn(n, k, device=device).to(torch.bfloat16)))
+        return {
+            "copy": Variant(lambda: copies(moved, device), capture=False),
+            "deltadiff-fp8-decoded": Variant(lambda: lambda: decode_fp8(weight, dtype)),
+        }
+
+    return Case(fields, "copy", build)
+
+
+def linear_fp8(weight: Tensor, granularity: str = "block") -> nn.Module:
+    """A layer with this weight in FP8."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight)
+    model = nn.Sequential(layer)
+    quantise_(model, "fp8", target_modules=lambda *_: True, granularity=granularity)
+    return model[0]
+
+
+def _over_fp8(granularity: str, **options) -> Callable:
+    linear = functools.partial(linear_fp8, granularity=granularity)
+    return functools.partial(deltadiff_layer, linear=linear, **options)
+
+
+FP8_LAYERS = {
+    "deltadiff-fp8": _over_fp8("tensor", backend="fp8"),
+    "deltadiff-fp8-block": _over_fp8("block", backend="fp8"),
+    "deltadiff-fp8-decoded": _over_fp8("block"),
+}
+
 # To add a base, write the makers of its layers and its case of decoding, and its entry here.
-LAYERS |= NF4_LAYERS
+LAYERS |= NF4_LAYERS | FP8_LAYERS
 BASES = {
     "nf4": Base(
         "lora_linear_4bit", NF4_BITS, "bitsandbytes", tuple(NF4_LAYERS), decode_nf4_case
     ),
+    "fp8": Base("lora_linear_fp8", 8, None, tuple(FP8_LAYERS), decode_fp8_case),
 }  # fmt: skip
 VARIANTS = tuple(
     dict.fromkeys((*UNQUANTISED, *(name for base in BASES.values() for name in base.variants)))

@@ -157,10 +157,11 @@ def test_quantised_activations(columns, by_rows, interpreted, randn):
     v8, scales, s, u = launch.quantised(v, p, 1.7, gate, factors, columns // 128)
     rows = scales.T.repeat_interleave(columns, 1)[:, :c]
     expected = activations_fp8_ref(v if factors is None else v * factors, columns)
-    # Where a number rounds up to a power of two, Triton's interpreter (of 3.6 and 3.7) halves it.
+    # Triton's interpreter (of 3.6 and 3.7) halves what rounds up to a power of two, and cuts off
+    # subnormal numbers. A GPU does not.
     data = (expected / rows).to(E4M3).float().abs()
-    is_power = torch.frexp(data).mantissa == 0.5
-    assert torch.equal((v8.float() * rows)[~is_power], expected[~is_power])
+    right = (torch.frexp(data).mantissa != 0.5) & (data >= 2**-6)
+    assert torch.equal((v8.float() * rows)[right], expected[right]) and right.float().mean() > 0.8
     torch.testing.assert_close(s, v @ p.T, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(u[:, :r], 1.7 * gate * s, rtol=1e-6, atol=1e-6)
     assert u.shape == (m, 8) and not u[:, r:].any()
