@@ -25,7 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FRONT = ROOT / "README.md"
 ALL = ROOT / "benchmarks" / "README.md"
 FLOORS = ("frozen", "copy")
-OURS = ("deltadiff", "deltadiff-4bit")
+OURS = ("deltadiff", "deltadiff-4bit", "deltadiff-fp8")
 STEP = ("delta_update", "adamw_step", "step")
 
 Records = Sequence[dict]
@@ -417,6 +417,10 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "four bits": (
             partial(by_machine, table=speed_table),
             measured("lora_linear_4bit", "decode_4bit"),
+        ),
+        "fp8": (
+            partial(by_machine, table=speed_table),
+            measured("lora_linear_fp8", "decode_fp8"),
         ),
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),
         "model": (partial(by_machine, table=model_table), measured("model")),

@@ -173,7 +173,8 @@ def _chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
         return _block_cases(True, device, args.quick)
     if args.base != "dense":
         base = quantised.BASES[args.base]
-        need_package(base.package, extra=None, argument="--base")
+        if base.package is not None:
+            need_package(base.package, extra=None, argument="--base")
         if args.dtype not in (None, "bfloat16"):
             raise ArgumentError("--dtype", args.dtype, f"bfloat16 beside --base {args.base}")
         return quantised.quantised_cases(base, device, args.shapes, args.ranks, args.quick)

@@ -85,8 +85,8 @@ def methods() -> tuple[Method, ...]:
     def peft(**how) -> Callable:
         return functools.partial(_peft, **how)
 
-    def deltadiff(lean: bool | None = None, **options) -> Callable:
-        return functools.partial(_deltadiff, options, lean)
+    def deltadiff(lean: bool | None = None, backend: str | None = None, **options) -> Callable:
+        return functools.partial(_deltadiff, options, lean, backend)
 
     naive = peft(layer_dtype=True, naive_delta_lora=True)
     in_place = "Delta-LoRA in place"
@@ -100,7 +100,9 @@ def methods() -> tuple[Method, ...]:
         Method("peft-bf16", "naive Delta-LoRA", None, True, False, naive),
     )
     layers = deltadiff(update_ratio=0.0, lean=False)
+    in_fp8 = deltadiff(update_ratio=0.0, backend="fp8")
     ours = (
+        Method("deltadiff-fp8", "LoRA", None, True, True, in_fp8),
         Method("deltadiff", "LoRA", None, True, True, deltadiff(update_ratio=0.0)),
         Method("deltadiff-layers", "LoRA", None, True, True, layers),
         Method("deltadiff", in_place, "remainder", True, True, deltadiff(rounding="remainder")),
@@ -135,6 +137,7 @@ def _randomise(model: nn.Module) -> list[Tensor]:
 def _deltadiff(
     options: Mapping,
     lean: bool | None,
+    backend: str | None,
     model: nn.Module,
     names: Names,
     batch: Batch,
@@ -142,7 +145,7 @@ def _deltadiff(
 ) -> Iterator[Step]:
     swap_(
         model, r=settings.r, lora_alpha=ALPHA, target_modules=names,
-        adapter_dtype=settings.adapter_dtype, lean=lean,
+        adapter_dtype=settings.adapter_dtype, lean=lean, backend=backend,
     )  # fmt: skip
     try:
         _randomise(model)
@@ -181,6 +184,9 @@ def _peft(
     config = LoraConfig(r=settings.r, lora_alpha=ALPHA, target_modules=names)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not layer_dtype)
     try:
+        if layer_dtype:  # which PEFT takes from a quantised base, or leaves at float32 there
+            for p in wrapped.parameters():
+                p.data = p.data.to(settings.dtype) if p.requires_grad else p.data
         params = _randomise(wrapped)
         if update_ratio is None:
             optimizer = torch.optim.AdamW(params, lr=LR, fused=True)

@@ -18,6 +18,7 @@ from torch import nn
 from ..checks import dtype_name
 from ..devices import free_memory
 from ..errors import ArgumentError
+from ..ops.backends import why_unavailable
 from .checkpointing import check_offload, checkpointing_of, within
 from .clocks import time_steps
 from .methods import Method, Names, Settings, forward_backward, methods
@@ -34,7 +35,9 @@ from .models import (
 )
 from .records import Timing, failure, record
 
-VARIANTS = ("frozen", "deltadiff", "deltadiff-layers", "peft-swapped", "peft", "peft-bf16")
+VARIANTS = (
+    "frozen", "deltadiff", "deltadiff-fp8", "deltadiff-layers", "peft-swapped", "peft", "peft-bf16",
+)  # fmt: skip
 # The values of --targets. A model has one of the sets of names; None is all linear layers.
 TARGETS = {"q,v": (("q_proj", "v_proj"), ("query", "value")), "all": None}
 
@@ -85,6 +88,8 @@ def model_records(
     chosen = [m for m in methods() if m.whole or not whole]
     if not whole:
         chosen = [m for m in chosen if m.variant != "deltadiff-layers"]
+    if settings.base != "fp8" or why_unavailable("fp8", device, settings.dtype):
+        chosen = [m for m in chosen if m.variant != "deltadiff-fp8"]
     if settings.base != "bf16":  # nothing writes into such a weight
         chosen = [m for m in chosen if m.rounding is None]
     chosen = [m for m in chosen if wanted is None or m.variant in wanted]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..layers.quantise import quantise_
 
 _LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
@@ -163,6 +164,7 @@ def to_nf4_(model: nn.Module, dtype: torch.dtype) -> None:
 BASES: dict[str, Callable[[nn.Module, torch.dtype], object]] = {
     "bf16": lambda model, dtype: model,
     "nf4": to_nf4_,
+    "fp8": lambda model, dtype: quantise_(model, "fp8"),
 }
 
 
