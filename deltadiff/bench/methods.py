@@ -33,6 +33,7 @@ class Settings:
         base: a name of `models.BASES`.
         offload: a name of `checkpointing.OFFLOADING`, which keeps what checkpointing keeps in the
             host's memory; None keeps it where it is.
+        peers: names of `own_process.PEERS`, which are measured too.
         batch, sequence: texts per step, and the tokens of each.
         r: the rank of the pairs.
         dtype: of the model.
@@ -45,6 +46,7 @@ class Settings:
     liger: bool = False
     base: str = "bf16"
     offload: str | None = None
+    peers: tuple[str, ...] = ()
     batch: int = 4
     sequence: int = 2048
     r: int = 8

@@ -33,6 +33,7 @@ from .models import (
     shape_of_file,
     use_liger_,
 )
+from .own_process import peer_timings
 from .records import Timing, failure, record
 
 VARIANTS = (
@@ -75,7 +76,8 @@ def model_records(
     if settings.config is not None:
         shape = shape_of_file(settings.config)
     extra = settings.liger or settings.base != "bf16" or settings.offload is not None
-    whole = settings.preset is not None or extra
+    whole = settings.preset is not None or extra or bool(settings.peers)
+    timings = list(peer_timings(shape, settings, tuple(checkpointing), device))
     model = build_model(shape, settings.dtype, device)
     BASES[settings.base](model, settings.dtype)
     if settings.liger:
@@ -119,6 +121,11 @@ def model_records(
                     own["adapter_dtype"] = method.adapter_dtype(settings)
                     yield record({**fields, **own}, method.variant, timing, before + after)
                     before = after
+            for name, on, timing in timings:
+                if on == checkpoint:
+                    own = {"targets": "all", "method": "LoRA", "rounding": None}
+                    own["adapter_dtype"] = dtype_name(settings.dtype)
+                    yield record({**fields, **own}, name, timing, frozen)
             own = dict.fromkeys(("targets", "method", "rounding", "adapter_dtype"))
             timing = Timing(frozen, peak_mib=peak)
             yield record({**fields, **own}, "frozen", timing, frozen)

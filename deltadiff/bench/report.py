@@ -23,6 +23,8 @@ VARIANT_NAMES = {  # in the order of columns and legends
     "peft-swapped": "PEFT, swapped",
     "peft": "PEFT",
     "peft-bf16": "PEFT, bf16 adapters",
+    "peft-alone": "PEFT, own process",
+    "unsloth": "Unsloth",
     "peft-compiled": "torch.compile(PEFT bf16)",
     "naive": "eager formula",
     "addmm": "addmm_",
