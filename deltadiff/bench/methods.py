@@ -66,6 +66,7 @@ class Method:
         checkpointed: whether it is also measured with gradient checkpointing, all layers adapted.
         attach: attach(model, names, batch, settings) puts it into a model: a context that yields
             its training step and leaves the model as it was, but for updates of W.
+        bases: names of `models.BASES` that it is for; None is all of them.
     """
 
     variant: str
@@ -74,6 +75,7 @@ class Method:
     checkpointed: bool
     whole: bool
     attach: Callable[[nn.Module, Names, Batch, Settings], AbstractContextManager[Step]]
+    bases: tuple[str, ...] | None = None
 
     def adapter_dtype(self, settings: Settings) -> str:
         """The name of the dtype of A and B."""
@@ -104,9 +106,9 @@ def methods() -> tuple[Method, ...]:
     layers = deltadiff(update_ratio=0.0, lean=False)
     in_fp8 = deltadiff(update_ratio=0.0, backend="fp8")
     ours = (
-        Method("deltadiff-fp8", "LoRA", None, True, True, in_fp8),
         Method("deltadiff", "LoRA", None, True, True, deltadiff(update_ratio=0.0)),
         Method("deltadiff-layers", "LoRA", None, True, True, layers),
+        Method("deltadiff-fp8", "LoRA", None, True, True, in_fp8, ("fp8",)),
         Method("deltadiff", in_place, "remainder", True, True, deltadiff(rounding="remainder")),
         Method("deltadiff", in_place, "nearest", False, False, deltadiff(rounding="nearest")),
         Method(

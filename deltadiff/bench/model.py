@@ -90,10 +90,11 @@ def model_records(
     chosen = [m for m in methods() if m.whole or not whole]
     if not whole:
         chosen = [m for m in chosen if m.variant != "deltadiff-layers"]
-    if settings.base != "fp8" or why_unavailable("fp8", device, settings.dtype):
+    if why_unavailable("fp8", device, settings.dtype):
         chosen = [m for m in chosen if m.variant != "deltadiff-fp8"]
     if settings.base != "bf16":  # nothing writes into such a weight
         chosen = [m for m in chosen if m.rounding is None]
+    chosen = [m for m in chosen if m.bases is None or settings.base in m.bases]
     chosen = [m for m in chosen if wanted is None or m.variant in wanted]
     for checkpoint in checkpointing:
         fields = {

@@ -161,10 +161,10 @@ def decode_fp8_case(n: int, k: int, dtype: torch.dtype, graph: bool) -> Case:
     return Case(fields, "copy", build)
 
 
-def linear_fp8(weight: Tensor) -> nn.Linear:
-    """A layer with this weight in FP8, a scale for each block of 128 x 128."""
+def linear_fp8(weight: Tensor, granularity: str = "block") -> nn.Linear:
+    """A layer with this weight in FP8."""
     model = nn.Sequential(dense(weight))
-    quantise_(model, "fp8", target_modules=lambda *_: True)
+    quantise_(model, "fp8", target_modules=lambda *_: True, granularity=granularity)
     return model[0]
 
 
@@ -199,15 +199,17 @@ def _frozen_fp8(weight, lora_A, lora_B, dtype):
     return lambda x: _ScaledMm.apply(x, quantise, *parts), []
 
 
-def _over_fp8(make: Callable, **options) -> Callable:
-    return functools.partial(make, linear=linear_fp8, **options)
+def _over_fp8(make: Callable, granularity: str, **options) -> Callable:
+    linear = functools.partial(linear_fp8, granularity=granularity)
+    return functools.partial(make, linear=linear, **options)
 
 
 FP8_LAYERS = {
     "frozen-fp8": _frozen_fp8,
-    "deltadiff-fp8": _over_fp8(deltadiff_layer, backend="fp8"),
-    "deltadiff-fp8-decoded": _over_fp8(deltadiff_layer),
-    "peft-fp8": _over_fp8(peft_layer),
+    "deltadiff-fp8": _over_fp8(deltadiff_layer, "tensor", backend="fp8"),
+    "deltadiff-fp8-block": _over_fp8(deltadiff_layer, "block", backend="fp8"),
+    "deltadiff-fp8-decoded": _over_fp8(deltadiff_layer, "block"),
+    "peft-fp8": _over_fp8(peft_layer, "block"),
 }
 
 # To add a base, write the makers of its layers and its case of decoding, and its entry here.
@@ -218,7 +220,7 @@ BASES = {
     ),
     "fp8": Base(
         "lora_linear_fp8", FP8_BITS, None, tuple(FP8_LAYERS), decode_fp8_case,
-        on_sm_90=("frozen-fp8", "deltadiff-fp8"),
+        on_sm_90=("frozen-fp8", "deltadiff-fp8", "deltadiff-fp8-block"),
     ),
 }  # fmt: skip
 VARIANTS = tuple(
