@@ -125,7 +125,7 @@ def model_records(
             for name, on, timing in timings:
                 if on == checkpoint:
                     own = {"targets": "all", "method": "LoRA", "rounding": None}
-                    own["adapter_dtype"] = dtype_name(settings.dtype)
+                    own["adapter_dtype"] = None  # what the peer takes by itself
                     yield record({**fields, **own}, name, timing, frozen)
             own = dict.fromkeys(("targets", "method", "rounding", "adapter_dtype"))
             timing = Timing(frozen, peak_mib=peak)

@@ -132,7 +132,10 @@ def _peft(folder: str, settings: Settings, checkpointing: bool, device: torch.de
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     config = LoraConfig(r=settings.r, lora_alpha=ALPHA, target_modules=LAYERS)
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for p in model.parameters():
+        p.data = p.data.to(settings.dtype) if p.requires_grad else p.data
+    return model
 
 
 def _unsloth(
