@@ -33,6 +33,7 @@ class Settings:
         base: a name of `models.BASES`.
         offload: a name of `checkpointing.OFFLOADING`, which keeps what checkpointing keeps in the
             host's memory; None keeps it where it is.
+        peers: names of `own_process.PEERS`, which are measured too.
         batch, sequence: texts per step, and the tokens of each.
         r: the rank of the pairs.
         dtype: of the model.
@@ -45,6 +46,7 @@ class Settings:
     liger: bool = False
     base: str = "bf16"
     offload: str | None = None
+    peers: tuple[str, ...] = ()
     batch: int = 4
     sequence: int = 2048
     r: int = 8
@@ -98,7 +100,7 @@ def methods() -> tuple[Method, ...]:
         Method("peft-swapped", "LoRA", None, True, False, swapped),
         Method("peft-swapped", "Delta-LoRA factored", None, False, False, factored),
         Method("peft", "LoRA", None, True, False, peft(layer_dtype=False)),
-        Method("peft-bf16", "LoRA", None, True, True, peft(layer_dtype=True), ("bf16", "nf4")),
+        Method("peft-bf16", "LoRA", None, True, True, peft(layer_dtype=True)),
         Method("peft-bf16", "naive Delta-LoRA", None, True, False, naive),
     )
     layers = deltadiff(update_ratio=0.0, lean=False)
@@ -186,6 +188,9 @@ def _peft(
     config = LoraConfig(r=settings.r, lora_alpha=ALPHA, target_modules=names)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not layer_dtype)
     try:
+        if layer_dtype:  # which PEFT takes from a quantised base, or leaves at float32 there
+            for p in wrapped.parameters():
+                p.data = p.data.to(settings.dtype) if p.requires_grad else p.data
         params = _randomise(wrapped)
         if update_ratio is None:
             optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
