@@ -50,8 +50,14 @@ def scales_of(base: nn.Module) -> dict[str, nn.Parameter | None]:
     return {name: held[name] for name in SCALES if name in held}
 
 
-def why_not_fp8(module: Any) -> str | None:
+def why_not_fp8(module: nn.Module) -> str | None:
     """None for a layer with a weight in FP8 that can be decoded, else the reason in words."""
+    found = _read(module)
+    return found if isinstance(found, str) else None
+
+
+def _read(module: Any) -> Float8 | str:
+    """The weight of a layer, or in words why it cannot be decoded."""
     dtype = dtype_name(module.weight.dtype)
     if type(module) is not nn.Linear and not is_fp8_layer(module):
         return f"its weight is {dtype}, a format that cannot be taken"
@@ -62,9 +68,9 @@ def why_not_fp8(module: Any) -> str | None:
         check_fp8("weight", weight)
     except ArgumentError as error:
         return f"its weight in FP8 cannot be taken ({error})"
-    if tuple(weight.shape) != linear_shape(module):
+    if weight.shape != linear_shape(module):
         return f"its weight has the shape {tuple(weight.shape)}: packed"
-    return None
+    return weight
 
 
 def _weight_of(base: Any) -> Float8 | str:
@@ -84,7 +90,7 @@ def _weight_of(base: Any) -> Float8 | str:
     if is_sharded(stored):
         weight = Float8.of(base)
         return weight._replace(data=local(weight.data), scale=local(weight.scale))
-    return why_called(base) or why_not_fp8(base) or Float8.of(base)
+    return why_called(base) or _read(base)
 
 
 def _compute_dtype(base: Any, x: Tensor | None) -> torch.dtype:
@@ -131,8 +137,7 @@ def _quantises_activations(base: Any) -> bool:
     """Whether the own product of a layer does, by its class or by torchao's configuration."""
     if is_fp8_layer(base):
         return type(base).__module__.startswith("transformers.")
-    of_old = type(base.weight).__name__ == "LinearActivationQuantizedTensor"
-    return of_old or getattr(base.weight, "act_quant_kwargs", None) is not None
+    return getattr(base.weight, "act_quant_kwargs", None) is not None
 
 
 def keeping_fp8(module: Any, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
