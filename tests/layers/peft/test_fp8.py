@@ -120,6 +120,9 @@ def test_what_cannot_be():
         with pytest.raises(SwapError, match="a weight in FP8, to which PEFT cannot add.*export_pe"):
             merge()
     assert torch.equal(model(x), y)
+    model.to(BF16)  # which transformers' layer takes as if it held numbers
+    with pytest.raises(SwapError, match="weight: got torch.bfloat16 beside scales of FP8"):
+        model(x.to(BF16))
 
 
 def test_an_exported_adapter(tmp_path):
