@@ -137,6 +137,17 @@ def _diffora_squad(version: str, r: int) -> Preset:
     return Preset("DiffoRA, table 7", DIFFORA | K_OF_SIX | settings, typo)
 
 
+# ------------------------------------------------------------------- DiffoRA, table 8
+
+# It gives 1.33 M trained parameters for FLoRA on RoBERTa-base, which is rank 8 on all six linear
+# modules of a layer. The scale is the default of FLoRA's authors, 1.
+FLORA = Preset(
+    "DiffoRA, table 8",
+    {"method": "flora", "target_modules": "all-linear", "r": 8, "alpha": 8.0},
+    {"learning rate, batch size, epochs, warm-up": "DiffoRA's paper has none for FLoRA"},
+)
+
+
 PRESETS: dict[str, Preset] = {
     **GENERATION,
     **{f"delta-lora/{task}": _delta_lora_glue(task) for task in TABLE_14},
@@ -146,6 +157,7 @@ PRESETS: dict[str, Preset] = {
         for version, (*_, ranks) in TABLE_7.items()
         for percent, r in zip(PERCENT, ranks, strict=True)
     },
+    "flora/roberta-base": FLORA,
 }
 
 

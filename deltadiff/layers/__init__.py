@@ -2,6 +2,7 @@
 
 `lora_linear.py` holds the layer, `swap.py` puts it where the folder `targets` says, `merge.py`
 folds it into the base weight, and `report.py` and `coverage.py` say what was done and what was not.
+`flora.py` swaps in layers with FLoRA's cores, and `gate.py` knows what stands between two factors.
 `lora_layers.py` shows all layers alike, ours and PEFT's; `base_format.py` is the one table of how a
 base weight may be stored; `four_bit.py` knows bitsandbytes' layers, `fp8.py` those in FP8, and
 `quantise.py` makes such ones. The folder `adapter_files` saves and loads what was trained,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..ranks import local
 from .four_bit import stores_four_bits
 from .fp8 import is_fp8_layer, keeping_fp8, why_not_loadable
+from .gate import fits_rank
 from .linear import is_conv1d
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class LayerState(nn.Linear):
         saved = state.pop(key, None)
         if saved is None:
             missing_keys += [] if self.gate is None else [key]
-        elif saved.numel() != 1 and tuple(saved.shape) != (self.r,):
+        elif not fits_rank(saved.shape, self.r):
             error_msgs.append(f"{key} has shape {tuple(saved.shape)}, the layer has rank {self.r}")
         elif self.gate is None:
             self.gate = saved.detach().clone().to(self.lora_A.device)

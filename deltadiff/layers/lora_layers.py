@@ -21,14 +21,14 @@ Place = tuple[Mapping[str, Any], str, object]
 
 
 class LoraLayer(Protocol):
-    """A linear layer with one low-rank pair: y = x W^T + bias + s g (x A^T) B^T.
+    """A linear layer with one low-rank pair: y = x (W + s B g A)^T + bias.
 
     Attributes:
         weight, matrix: W as it is stored, and as (out_features, in_features).
         lora_A, lora_B: (r, in_features) and (out_features, r).
         r, lora_alpha, scaling: rank; the number that the scaling s is made of; s.
         lora_dropout: probability that the branch does not see an element of x, in training.
-        gate: a factor on the rank; None means 1.
+        gate: what stands between the factors, see `gate.py`; None means 1.
         share_group: the name of the group of layers that hold this pair; None for its own pair.
         delta: what Delta-LoRA has added so far; None for plain LoRA.
         adapter: the parameters of the branch.

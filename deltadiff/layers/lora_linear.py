@@ -20,6 +20,7 @@ from .delta_state import (
     take_saved_delta,
 )
 from .fp8 import scales_of
+from .gate import fold_core, is_core
 from .layer_state import PAIR, LayerState
 from .linear import is_conv1d, linear_shape
 from .lora_layers import HoldsPairs, LoraLayer, Place, swapped_layers
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class LoraLinear(HoldsPairs, LayerState):
-    """Linear layer with a low-rank branch: y = x W^T + bias + s g (x A^T) B^T.
+    """Linear layer with a low-rank branch: y = x (W + s B g A)^T + bias.
 
     `deltadiff.swap_` makes it. It shares ``weight`` and ``bias`` with the layer that it replaces.
     DiffoRA's equation 10 is this formula with one gate g; without a gate it is LoRA.
@@ -48,8 +49,8 @@ class LoraLinear(HoldsPairs, LayerState):
         r, lora_alpha: rank, and the number that ``scaling`` is made of.
         scaling: s, lora_alpha / r; with rsLoRA, lora_alpha / sqrt(r).
         lora_dropout: probability that the branch does not see an element of x, in training mode.
-        gate: g, a tensor of one entry or r entries on the device; a parameter where it is trained.
-            None means 1.
+        gate: g, a tensor of one entry or r entries on the device, or FLoRA's core, r x r (see
+            `gate.py`); a parameter where it is trained. None means 1.
         training_gate: a gate that takes the place of ``gate`` in training mode, as dropout does:
             DyLoRA's mask of the rank that it drew. It is the optimizer's, so nothing saves, copies
             or merges it, and it is gone when the optimizer is.
@@ -161,6 +162,8 @@ class LoraLinear(HoldsPairs, LayerState):
             return f"lora_dropout={self.lora_dropout:g}, which Delta-LoRA forbids"
         if self.training_gate is not None:
             return "the ranks that a DyLoRA optimizer draws"
+        if is_core(self.gate):
+            return "FLoRA's core, whose product B G A is that of no pair"
         return None if self.gate is None else "a gate"
 
     @property
@@ -196,6 +199,9 @@ class LoraLinear(HoldsPairs, LayerState):
                 given = f"lora_dropout={dropout} on a layer whose branch holds a Delta-LoRA update"
                 raise SwapError("lora_dropout", given, "0, or `merge_` first and swap again")
             a, b, gate, scaling = self.branch_delta.stack(a, b, scaling)
+        if is_core(gate):
+            a, b = fold_core(a, b, gate)
+            gate = None
         return a, b, scaling, gate, dropout
 
     def extra_repr(self) -> str:

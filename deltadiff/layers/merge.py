@@ -12,6 +12,7 @@ from ..ops.reference import join_remainder
 from ..ranks import add_up, check_not_partitioned, local, own_part, reshard, whole
 from ..text import align_columns
 from .fsdp_places import check_replaceable
+from .gate import times_gate
 from .loading_check import unwatch_loading
 from .lora_layers import LoraLayer
 from .lora_linear import LoraLinear, own_layers
@@ -145,7 +146,7 @@ def branch_products(layer: LoraLayer) -> list[LowRankFactors]:
         return whole(t).to(wide)
 
     b = layer.scaling * widen(layer.lora_B)
-    b = b if layer.gate is None else b * widen(layer.gate)
+    b = b if layer.gate is None else times_gate(b, widen(layer.gate))
     products = [LowRankFactors(b, widen(layer.lora_A), in_weight=False)]
     if layer.delta is not None:
         products += layer.delta.unwritten()

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_int, check_number
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError
 from ..layers.linear import refuse_peft
-from ..layers.lora_layers import lora_layers
 from ..layers.lora_linear import LoraLinear
-from ..layers.report import SwapReport, swap_report
-from ..layers.swap import swap_
+from ..layers.report import SwapReport
+from ..layers.swap_gated import swap_gated_
 from ..layers.targets.choose import Targets
 from ..ranks import local, own_part, whole
 from .adalora_budget import Schedule, largest
@@ -47,7 +46,6 @@ from .zero_vectors import check_no_vectors
 INITIAL_STD = 0.02  # standard deviation of P and Q at the start, as in the authors' code
 
 
-@torch.no_grad()
 def swap_adalora_(
     model: nn.Module,
     *,
@@ -72,22 +70,11 @@ def swap_adalora_(
             with PEFT's layers; nothing was changed.
     """
     check_int("init_r", init_r, 1)
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError("model", type(model).__name__, "a torch.nn.Module")
-    refuse_peft("AdaLoRA", model)
-    before = set(lora_layers(model).values())
-    swap_(
-        model, r=init_r, lora_alpha=init_r if lora_alpha is None else lora_alpha,
-        target_modules=target_modules, adapter_dtype=adapter_dtype,
-        modules_to_save=modules_to_save, backend=backend, seed=seed,
+    return swap_gated_(
+        model, "AdaLoRA", r=init_r, lora_alpha=lora_alpha, seed=seed, gate=(init_r,),
+        std=INITIAL_STD, target_modules=target_modules, adapter_dtype=adapter_dtype,
+        modules_to_save=modules_to_save, backend=backend,
     )  # fmt: skip
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    for layer in lora_layers(model).values():
-        if layer not in before and isinstance(layer, LoraLinear):
-            for p in (layer.lora_A, layer.lora_B):
-                p.copy_(torch.empty(p.shape).normal_(std=INITIAL_STD, generator=generator))
-            layer.gate = nn.Parameter(layer.lora_A.new_zeros(init_r))
-    return swap_report(model)
 
 
 class AdaLoRA(FusedAdamW):

@@ -29,6 +29,7 @@ from ..checks import check_int, wide_dtype
 from ..errors import ArgumentError, ArgumentTypeError, SwapError
 from ..kernels.runtime.async_copy import copy_async
 from ..kernels.runtime.gpu import is_capturing
+from ..layers.gate import is_core
 from ..layers.linear import refuse_peft
 from ..layers.lora_linear import LoraLinear, check_unsharded, own_layers
 from ..layers.report import SwapReport, swap_report
@@ -303,16 +304,16 @@ def truncate_(model: nn.Module, b: int, *, scale: str = "alpha/b") -> SwapReport
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument that cannot be used, by name.
-        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA, or with a Delta-LoRA update; a
-            model that FSDP shards; nothing was changed.
+        SwapError: no swapped layer; a layer of PEFT, of AdaLoRA or FLoRA, or with a Delta-LoRA
+            update; a model that FSDP shards; nothing was changed.
     """
     layers = own_layers(model, "truncate_", "PEFT's own calls")
     check_unsharded(layers, "truncate_")
     _check_rank(b, min(m.r for m in layers.values()))
     _check_scale(scale)
     for name, m in layers.items():
-        if m.delta is not None or isinstance(m.gate, nn.Parameter):
-            given = "a layer of AdaLoRA, or with a Delta-LoRA update"
+        if m.delta is not None or isinstance(m.gate, nn.Parameter) or is_core(m.gate):
+            given = "a layer of AdaLoRA or FLoRA, or with a Delta-LoRA update"
             raise SwapError(name, given, "layers that `swap_` made and DyLoRA trained")
     for m in layers.values():
         if m.pair_owner is None:

@@ -1,10 +1,11 @@
-"""AdaLoRA and DyLoRA under FSDP2: two processes are one bit by bit, and so is what they save."""
+"""AdaLoRA, DyLoRA and FLoRA under FSDP2: two processes are one, and so is what they save."""
 
 import copy
 
 import pytest
 import torch
 import torch.distributed as dist
+from flora_runs import draw_cores
 from fsdp_runs import load_checkpoint, make_base, parts_of, save_checkpoint, shard, values
 from ranks import run_ranks, short_form
 from torch.distributed.checkpoint.state_dict import (
@@ -14,33 +15,42 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from deltadiff import load_adapter, merge_, save_adapter, swap_
+from deltadiff import FusedAdamW, load_adapter, merge_, save_adapter, swap_
 from deltadiff.errors import ArgumentError, SwapError
+from deltadiff.layers.flora import swap_flora_
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 from deltadiff.optim.dylora import DyLoRA, truncate_
 
 STEPS, F32, BF16 = 6, torch.float32, torch.bfloat16
 SCHEDULE = {"total_step": STEPS, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 2}
-# dtype of the base, and the arguments of DyLoRA; None for AdaLoRA
+# dtype of the base, and the arguments of `swap_adalora_`, DyLoRA or `swap_flora_`
 METHODS = {
-    "AdaLoRA": (F32, None),
-    "AdaLoRA, bf16": (BF16, None),
+    "AdaLoRA": (F32, {}),
+    "AdaLoRA, bf16": (BF16, {}),
     "DyLoRA": (F32, {}),
     "DyLoRA, frozen": (F32, {"frozen": True, "r_max": 5, "scale": "alpha/r"}),
     "DyLoRA, bf16": (BF16, {"seed": 2}),
+    "FLoRA": (F32, {}),
+    "FLoRA, bf16, lean": (BF16, {"lean": True}),
 }
 
 
 def make(method, r, sharding=None):
     dtype, how = METHODS[method]
     model = make_base(dtype)
-    if how is None:
-        swap_adalora_(model, init_r=r, seed=1)
+    kind = method.partition(",")[0]
+    if kind == "AdaLoRA":
+        swap_adalora_(model, init_r=r, seed=1, **how)
+    elif kind == "FLoRA":
+        swap_flora_(model, r=r, seed=1, **how)
+        draw_cores(model)
     else:
         swap_(model, r=r, seed=1)
     model = model.train() if sharding is None else shard(model.train(), **sharding)
-    if how is None:
+    if kind == "AdaLoRA":
         return model, AdaLoRA(model, lr=5e-3, **SCHEDULE)
+    if kind == "FLoRA":
+        return model, FusedAdamW(model, lr=5e-3)
     return model, DyLoRA(model, lr=5e-3, **how)
 
 
@@ -64,7 +74,8 @@ def result(model, optimizer):
     """All values, the ranks of the layers or that of the next step, and what the state holds."""
     state = optimizer.state_dict()["state"].values()
     kept = [{name: tuple(t.shape) for name, t in entry.items()} for entry in state]
-    return values(model), optimizer.ranks() if hasattr(optimizer, "ranks") else optimizer.rank, kept
+    ranks = optimizer.ranks() if hasattr(optimizer, "ranks") else getattr(optimizer, "rank", None)
+    return values(model), ranks, kept
 
 
 def train_sharded(rank, method, r):
@@ -89,7 +100,7 @@ def test_two_processes_are_one_bit_by_bit(method):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["AdaLoRA", "DyLoRA"])
+@pytest.mark.parametrize("method", ["AdaLoRA", "DyLoRA", "FLoRA"])
 def test_ranks_that_leave_processes_without_a_row(method):
     results = run_ranks(train_sharded, method, 4, size=3)
     assert results[0] == results[1] == results[2] and results[0][0] == results[0][1]
@@ -153,7 +164,7 @@ def load(rank, method, folder):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["AdaLoRA", "DyLoRA"])
+@pytest.mark.parametrize("method", ["AdaLoRA", "DyLoRA", "FLoRA"])
 @pytest.mark.parametrize("sizes", [(2, 2), (2, 1), (1, 2)], ids=str)
 def test_saved_on_n_loaded_on_m(method, sizes, tmp_path):
     expected = run_ranks(save, method, str(tmp_path), size=sizes[0])

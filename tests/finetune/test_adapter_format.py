@@ -20,7 +20,8 @@ pytest_plugins = ["tiny_models"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = {
-    "lora": ["--use-rslora"], "lora-peft": [], "adalora": [], "dylora": [], "delta-lora": [],
+    "lora": ["--use-rslora"], "lora-peft": [], "adalora": [], "dylora": [], "flora": [],
+    "delta-lora": [],
     "diffora-delta-lora": ["--search-rounds", "1", "--inner-steps", "1"],
 }  # fmt: skip
 

@@ -130,6 +130,15 @@ def test_diffora_squad():
         assert "LoRA drop 16" in PRESETS[name].not_set  # no dropout can be that
 
 
+def test_flora():
+    """DiffoRA's table 8: 1.33M trained parameters beside RoBERTa-base's head."""
+    check("flora/roberta-base", {"r": 8, "alpha": 8}, method="flora", target_modules="all-linear")
+    d, f, layers, r = 768, 3072, 12, PRESETS["flora/roberta-base"].settings["r"]
+    pairs, cores = (4 * (d + d) + 2 * (d + f)) * r, 6 * r * r
+    assert round(layers * (pairs + cores) / 1e6, 2) == 1.33
+    assert "learning rate" in describe("flora/roberta-base")
+
+
 def test_there_is_a_preset_for_each_column_and_no_other():
     named = {"delta-lora/e2e", "delta-lora/webnlg", "delta-lora/xsum"}
     named |= {f"{paper}/{task}" for paper in ("delta-lora", "diffora") for task in GLUE_TASKS}
@@ -137,7 +146,7 @@ def test_there_is_a_preset_for_each_column_and_no_other():
         f"diffora/{version}-{percent}"
         for version, percent, *_ in map(str.split, SQUAD.strip().splitlines())
     }
-    assert set(PRESETS) == named
+    assert set(PRESETS) == named | {"flora/roberta-base"}
 
 
 def test_what_is_given_comes_before_the_preset():

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FACTORED = {"w_update": "factored"}
 METHODS_WITH = {
-    "lora": {}, "lora-alpha-control": {}, "lora-peft": {}, "adalora": {}, "dylora": {},
+    "lora": {}, "lora-alpha-control": {}, "lora-peft": {}, "adalora": {}, "dylora": {}, "flora": {},
     "delta-lora": FACTORED, "delta-lora-factored": {}, "diffora-random": {},
     "diffora": {}, "diffora-no-sharing": {}, "diffora-delta-lora": FACTORED,
 }  # fmt: skip

@@ -12,6 +12,7 @@ from torch import nn
 from deltadiff import DeltaLoRA, lora_linear, merge_, swap_, swap_report, unswap_
 from deltadiff.errors import ArgumentTypeError, BackendUnavailableError
 from deltadiff.layers import fused_branch
+from deltadiff.layers.flora import swap_flora_
 from deltadiff.ops.decode_4bit import FourBit, decode_4bit
 from deltadiff.ops.reference import lora_linear_ref
 
@@ -113,6 +114,24 @@ def test_gates_dropout_and_no_bias(fused, randn):
     )
     y.sum().backward()
     assert layer.gate.grad.abs().min() > 0 and len(fused) == 3
+
+
+def test_a_core_of_flora(fused, randn):
+    model = nn.Sequential(linear_4bit())
+    swap_flora_(model, r=4, seed=1, backend="cpp")
+    layer, x = model[0], randn(8, K)
+    with torch.no_grad():
+        layer.gate.copy_(randn(4, 4))
+    params = [layer.lora_A, layer.gate, layer.lora_B]
+    a, g, b = doubles = [p.detach().double().requires_grad_() for p in params]
+    y, truth = model(x), expected(layer, x, g @ a, b)
+    found = torch.autograd.grad(y.square().sum(), params)
+    exact = torch.autograd.grad(truth.square().sum(), doubles)
+    for ours, theirs in zip((y, *found), (truth, *exact), strict=True):
+        assert relative_error(ours, theirs) < 1e-6
+    assert fused == [(F32, "cpp")]
+    with pytest.raises(ArgumentTypeError, match="quantised"):
+        merge_(model)
 
 
 def test_the_update_of_delta_lora_is_factored(fused, randn):

@@ -103,7 +103,10 @@ def test_other_shapes_and_foreign_keys_are_reported_as_elsewhere():
 # ------------------------------------------------------------------------------- gates
 
 
-@pytest.mark.parametrize("gate", [torch.tensor([2.0, 0.0]), torch.tensor(0.5)])
+GATES = [torch.tensor([2.0, 0.0]), torch.tensor(0.5), torch.tensor([[1.0, 2.0], [0.0, 3.0]])]
+
+
+@pytest.mark.parametrize("gate", GATES)
 def test_a_gate_is_part_of_the_state(gate, tmp_path):
     model = swapped(nn.Linear)
     swap_(model, r=2, target_modules=["2"], seed=0)
@@ -125,6 +128,8 @@ def test_gates_that_do_not_fit():
     model, state = swapped(nn.Linear), swapped(nn.Linear).state_dict()
     with pytest.raises(RuntimeError, match=r"0\.gate has shape \(3,\), the layer has rank 2"):
         model.load_state_dict({**state, "0.gate": torch.ones(3)})
+    with pytest.raises(RuntimeError, match=r"0\.gate has shape \(2, 3\), the layer has rank 2"):
+        model.load_state_dict({**state, "0.gate": torch.ones(2, 3)})
     model[0].gate = torch.ones(2)
     with pytest.raises(RuntimeError, match=r"0\.gate has shape \(\), not \(2,\)"):
         model.load_state_dict({**state, "0.gate": torch.tensor(1.0)})

@@ -14,7 +14,8 @@ from shared_pairs import select
 from small_models import build, loss_of
 from torch import nn
 
-from deltadiff import DeltaLoRA, diffora, swap_
+from deltadiff import DeltaLoRA, FusedAdamW, diffora, swap_
+from deltadiff.layers.flora import swap_flora_
 from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.layers.merge import branch_products
 from deltadiff.ops.reference import join_remainder
@@ -211,6 +212,13 @@ def adalora() -> Case:
     return case(base, model, {max(1, rank) for rank in optimizer.ranks().values()})
 
 
+def flora() -> Case:
+    base = build("llama")
+    model = copy.deepcopy(base)
+    swap_flora_(model, r=3, lora_alpha=6, seed=1)
+    return case(base, train(model, FusedAdamW(model, lr=1e-2)), {3})
+
+
 def dylora(rank=4) -> Case:
     base = build("llama")
     model = copy.deepcopy(base)
@@ -232,6 +240,6 @@ CASES: dict[str, Callable[[], Case]] = {
         lora, lora_bf16, rslora, factored, inplace, inplace_from_the_start, first_step_without_lr,
         remainder, float16, stochastic, nearest, changed_lambda,
         changed_lambda_factored, conv1d, classifier, classifier_in_parts, biases, padded,
-        shared_pairs, adalora, dylora, dylora_at_rank_2,
+        shared_pairs, adalora, dylora, dylora_at_rank_2, flora,
     )
 }  # fmt: skip

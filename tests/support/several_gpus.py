@@ -24,9 +24,10 @@ from tensor_parallel_runs import split_up
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from deltadiff import DeltaLoRA, export_peft, load_adapter, merge_, save_adapter, swap_
+from deltadiff import DeltaLoRA, FusedAdamW, export_peft, load_adapter, merge_, save_adapter, swap_
 from deltadiff.diffora import Search
 from deltadiff.errors import ArgumentError
+from deltadiff.layers.flora import swap_flora_
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
 from deltadiff.optim.dylora import DyLoRA
 from deltadiff.ranks import is_sharded, whole
@@ -101,6 +102,7 @@ def merge_and_look(model, folder, device):
 
 
 ADALORA = {"total_step": STEPS, "target_r": 4, "tinit": 1, "tfinal": 1}
+FLORA = functools.partial(FusedAdamW, lr=5e-3)
 FACTORED = delta(w_update="factored")
 METHODS = [
     Method("LoRA", swap_pairs, delta(update_ratio=0.0)),
@@ -115,6 +117,7 @@ METHODS = [
         functools.partial(AdaLoRA, lr=5e-3, **ADALORA),
     ),
     Method("DyLoRA", swap_pairs, functools.partial(DyLoRA, lr=5e-3)),
+    Method("FLoRA", lambda model: swap_flora_(model, r=8, seed=1), FLORA),
     Method("`save_adapter`, factored", swap_pairs, FACTORED, save_and_load),
     Method("`export_peft`, factored", swap_pairs, FACTORED, export_and_load),
     Method("`merge_`, factored", swap_pairs, FACTORED, merge_and_look),

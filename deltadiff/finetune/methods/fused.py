@@ -1,4 +1,4 @@
-"""LoRA, Delta-LoRA, AdaLoRA and DyLoRA with deltadiff's layers and optimizers.
+"""LoRA, Delta-LoRA, AdaLoRA, DyLoRA and FLoRA with deltadiff's layers and optimizers.
 
 The head that a task adds is trained whole under all of them.
 """
@@ -12,6 +12,7 @@ from torch import nn
 
 from ...errors import ArgumentError
 from ...layers.adapter_files.adapter_file import load_adapter, save_adapter
+from ...layers.flora import swap_flora_
 from ...layers.peft_files.export import export_peft
 from ...layers.rounded import ROUNDED
 from ...layers.swap import swap_
@@ -67,6 +68,19 @@ def dylora(inputs: RunInputs, settings: "Settings") -> TrainingSetup:
     return _adapter_setup(module, DyLoRA(module, **options), settings)
 
 
+def flora(inputs: RunInputs, settings: "Settings") -> TrainingSetup:
+    refuse(settings, "use_rslora")
+    module = inputs.model.module
+    print(
+        swap_flora_(
+            module, r=settings.r, lora_alpha=settings.alpha,
+            target_modules=find_targets(settings, module), lora_dropout=settings.lora_dropout,
+            modules_to_save=inputs.model.head, seed=settings.seed,
+        )
+    )  # fmt: skip
+    return train_pairs(module, settings)
+
+
 # ------------------------------------------------- parts that DiffoRA's methods have in common
 
 
@@ -83,7 +97,7 @@ def refuse(settings: "Settings", *names: str) -> None:
 
 
 def train_pairs(module: nn.Module, settings: "Settings") -> TrainingSetup:
-    """AdamW on the low-rank pairs; the weight W stays as it is."""
+    """AdamW on the adapters; the weight W stays as it is."""
     options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     return _adapter_setup(module, DeltaLoRA(module, **options, update_ratio=0.0), settings)
 

@@ -55,6 +55,7 @@ METHODS: dict[str, Method] = {
     "lora-alpha-control": _adapter("LoRA at alpha (1 + lambda)", fused.lora_alpha_control),
     "adalora": _adapter("AdaLoRA", fused.adalora),
     "dylora": _adapter("DyLoRA", fused.dylora),
+    "flora": _adapter("FLoRA", fused.flora),
     "delta-lora": _delta("Delta-LoRA in place", fused.delta_lora),
     "delta-lora-nearest": _delta(
         "Delta-LoRA in place, nearest",

@@ -341,6 +341,8 @@ def _fill_gate(layer: LoraLinear, trained: bool, gate: Tensor) -> None:
     if layer.gate is not None:  # an optimizer or other layers may hold the same tensor
         copy_values(layer.gate, gate)
         return
+    if trained:
+        layer.gate = nn.Parameter(gate.to(layer.lora_A))  # it is trained as the pair is
+        return
     gate = gate.to(layer.lora_A.device)
-    gate = gate if gate.dtype in DTYPES else gate.to(wide_dtype(layer.lora_A.dtype))
-    layer.gate = nn.Parameter(gate) if trained else gate
+    layer.gate = gate if gate.dtype in DTYPES else gate.to(wide_dtype(layer.lora_A.dtype))

@@ -4,12 +4,12 @@ The file's checksum shows that nothing changed since it was written, but not who
 is checked here is relied on when the adapter is loaded.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
+from ..gate import GATES, fits_rank
 
 
 def _is_count(value: object, least: int = 0) -> bool:
@@ -31,7 +31,7 @@ def _is_gate(value: object) -> bool:
         return True
     if not isinstance(value, dict) or not isinstance(value.get("trained"), bool):
         return False
-    return _is_shape(value.get("shape")) and len(value["shape"]) < 2
+    return _is_shape(value.get("shape"))
 
 
 # The entries of the object of a layer: what they may be, in words, and the check.
@@ -80,8 +80,7 @@ def check_entries(path: Path, config: dict[str, Any]) -> None:
                 known = name in entry and holds(entry[name])
                 check(f"{name} of {layer}", entry.get(name), known, accepted)
         gate = entry.get("gate")
-        fits = not gate or math.prod(gate["shape"]) == 1 or gate["shape"] == [entry["r"]]
-        check(f"gate of {layer}", gate, fits, "one entry, or one for each rank")
+        check(f"gate of {layer}", gate, not gate or fits_rank(gate["shape"], entry["r"]), GATES)
         updated = entry["folded"] or entry["update_ratio"] is not None
         check(f"gate of {layer}", gate, not (gate and updated), "none beside an update of W")
     selection = config.get("selection")

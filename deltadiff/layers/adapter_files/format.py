@@ -21,7 +21,7 @@ or GPT-2's `Conv1D` (in, out). The entries of the JSON object:
 The object of a layer has ``r``, ``lora_alpha``, ``scaling``, ``lora_dropout``; ``update_ratio``, a
 number where Delta-LoRA has started, else null; ``folded``, how many past updates are stored; and
 where they apply ``pair_of``, the layer that stores the pair of this one; ``share_group``; and
-``gate``, an object with ``shape`` and ``trained``.
+``gate``, an object with ``shape`` (see `gate.py`) and ``trained``.
 
 The tensors, all in the layout (rank, in) for A and (out, rank) for B:
 

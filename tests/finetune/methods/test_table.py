@@ -3,6 +3,7 @@
 import pytest
 import torch
 from finetune_runs import prepare, settings_for, train_method
+from ranks import short_form
 
 from deltadiff.errors import ArgumentError
 from deltadiff.finetune.methods.table import METHODS
@@ -37,6 +38,7 @@ COUNTS = {
     "lora-alpha-control": 4 * PAIRS + HEAD,
     "adalora": 6 * PAIRS + 6 * 13 + HEAD,  # rank 1.5 r, and a singular value for each
     "dylora": 4 * PAIRS + HEAD,
+    "flora": 4 * PAIRS + 13 * 4 * 4 + HEAD,  # and a core for each
     "delta-lora": 4 * PAIRS + HEAD,
     "delta-lora-nearest": 4 * PAIRS + HEAD,
     "delta-lora-factored": 4 * PAIRS + HEAD,
@@ -65,7 +67,7 @@ def test_the_optimizers_and_what_a_name_stands_for(bert, reviews):
     kinds = {m: type(p.optimizer) for m, p in made.items()}
     assert kinds["adalora"] is AdaLoRA and kinds["dylora"] is DyLoRA
     assert all(kinds[m] is torch.optim.AdamW for m in ("full", "full-qv", "bitfit"))
-    for method in ("lora", "lora-alpha-control", "delta-lora", "delta-lora-factored"):
+    for method in ("lora", "lora-alpha-control", "flora", "delta-lora", "delta-lora-factored"):
         assert kinds[method] is DeltaLoRA
     ratios = {m: p.optimizer.param_groups[0].get("update_ratio") for m, p in made.items()}
     assert (ratios["lora"], ratios["lora-alpha-control"], ratios["delta-lora"]) == (0.0, 0.0, 2.0)
@@ -82,7 +84,10 @@ def test_weight_decay_reaches_every_optimizer(bert, reviews):
         assert {g["weight_decay"] for g in prepared.optimizer.param_groups} == {0.25}
 
 
-@pytest.mark.parametrize("method", sorted(set(COUNTS) - {"lora", "lora-peft", "delta-lora"}))
+LEARNS = sorted(set(COUNTS) - {"lora", "lora-peft", "delta-lora"})
+
+
+@pytest.mark.parametrize("method", short_form(LEARNS, *(set(LEARNS) - {"flora"})))
 def test_it_learns(method, bert, reviews, tmp_path):
     words = ["--lr", 0.03] if method == "adalora" else []
     result = train_method(tmp_path / "out", method, bert, reviews, "--steps", 150, "--r", 4, *words)

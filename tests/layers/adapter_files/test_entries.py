@@ -57,6 +57,10 @@ FORGED = {
     "share_group": of_layer(share_group={}),
     "gate": of_layer(gate=True),
     "gate shape": of_layer(gate={"shape": [3], "trained": False}),
+    "gate of another rank": of_layer(gate={"shape": [3, 3], "trained": True}),
+    "gate not square": of_layer(gate={"shape": [2, 3], "trained": True}),
+    "gate of a single entry": of_layer(gate={"shape": [1, 1], "trained": True}),
+    "gate of three dimensions": of_layer(gate={"shape": [2, 2, 2], "trained": True}),
     "gate trained": of_layer(gate={"shape": [2], "trained": "no"}),
     "selection": lambda c: c.update(selection=[]),
 }

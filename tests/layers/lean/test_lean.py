@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from flora_runs import draw_cores
 from lora_linear_calls import kept_by
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -16,6 +17,7 @@ import deltadiff
 from deltadiff import DeltaLoRA, quantise_, swap_, unswap_
 from deltadiff.bench.models import to_nf4_
 from deltadiff.errors import ArgumentTypeError
+from deltadiff.layers.flora import swap_flora_
 from deltadiff.ops import gated_mlp as gated_mlp_op
 
 SIZES = {
@@ -167,6 +169,26 @@ def test_a_base_of_few_bits(of_peft, bits):
         assert sum(row.what == "gated MLP" and not row.why_not for row in report.lean) == 2 * lean
         found = gradients(model)
         results.append({name: t for name, t in found.items() if "lora_" in name})
+    assert_equal_gradients(*results)
+
+
+@pytest.mark.parametrize("four_bits", [False, True], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_cores_of_flora(checkpointed, four_bits):
+    results = []
+    for lean in (True, False):
+        model = build()
+        if four_bits:
+            to_nf4_(model, torch.float32)
+        report = swap_flora_(model, r=2, lean=lean)
+        draw(model)
+        draw_cores(model)
+        assert sum(row.what == "gated MLP" and not row.why_not for row in report.lean) == 2 * lean
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        found = gradients(model)
+        results.append({n: t for n, t in found.items() if "lora_" in n or n.endswith("gate")})
+        assert all(t.any() for t in results[-1].values())
     assert_equal_gradients(*results)
 
 
