@@ -31,6 +31,14 @@ def test_our_layer_alone(randn):
     assert layer.weight.dtype == torch.float8_e4m3fn and layer.bias.dtype == BF16
 
 
+def test_transforms(randn):
+    layer, x = float8_linear(N, K), randn(3, K)
+    dense = dense_of(layer)
+    found = torch.func.vmap(torch.func.grad(lambda row: layer(row).sin().sum()))(x)
+    truth = torch.func.grad(lambda x: dense(x).sin().sum())(x.double())
+    assert relative_error(found, truth) < 2e-6
+
+
 def test_what_is_saved_is_the_format_of_checkpoints():
     ours, theirs = float8_linear(N, K), fp8_linear(N, K, seed=1)
     theirs.load_state_dict(ours.state_dict())
