@@ -1,10 +1,9 @@
 """Layers with a weight in FP8 as base layers: transformers' FP8Linear, torchao's, and our own.
 
-Their own products quantise the activations to FP8 too, where that is what the checkpoint or the
-configuration says; scales of activations are then part of the layer. `lora_linear` decodes W in
-each pass and takes the activations as they are, so it has no use for those, and the result is
-nearer to that of the weights before they were quantised. Older versions of transformers' layer give
-no gradient of its input at all.
+`lora_linear` decodes W in each pass and takes the activations as they are, unless it is asked for
+backend "fp8". The own product of such a layer may quantise its activations to FP8, too; scales for
+them are then a part of the layer, which are not used here. The result is nearer to that of the
+layer before it was quantised. Older versions of FP8Linear alone give no gradient of their input.
 """
 
 import sys
@@ -120,17 +119,17 @@ def _branch(x: Tensor, base: Any, weight: Any, *product: Any) -> Tensor:
 
 
 def describe_products(bases: Iterable[Any]) -> list[str]:
-    """A line for each kind of layer in FP8 whose own product is another one, and how."""
+    """A line for each kind of layer whose weight is decoded, and whose own product is another."""
     found: dict[str, int] = {}
     for base in bases:
         if is_fp8(base.weight) and _quantises_activations(base):
-            words = f"{type(base).__name__} would quantise its activations too"
+            words = f"{type(base).__name__} itself would quantise the activations, too"
             if getattr(base, "activation_scale", None) is not None:
-                words += " (its activation_scale is not used here)"
+                words += " (its activation_scale is not used)"
             if is_fp8_layer(base) and not hasattr(sys.modules[type(base).__module__], _BACKWARD):
                 words += ", and give no gradient of them"
             found[words] = found.get(words, 0) + 1
-    return [f"FP8: {words}; {n} decoded instead" for words, n in found.items()]
+    return [f"weights in FP8 that are decoded: {n}; {words}" for words, n in found.items()]
 
 
 def _quantises_activations(base: Any) -> bool:

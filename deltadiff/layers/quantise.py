@@ -95,8 +95,10 @@ def quantise_(
     An ``nn.Linear`` (or GPT-2's ``Conv1D``) becomes a `Float8Linear` with W = data * scale, for
     data of float8_e4m3fn and scale = max |w| / 448 in float32. Weights are quantised one layer
     after the other. From then on they are frozen; biases stay as they are. `swap_` takes such a
-    model, and Delta-LoRA runs on it with ``w_update="factored"``. The state that it saves is the
-    format of DeepSeek's checkpoints where the granularity is "block".
+    model, and Delta-LoRA runs on it with ``w_update="factored"``. Its ``state_dict`` loads into a
+    model that was quantised alike; where the granularity is "block", it is what transformers'
+    FP8Linear loads. ``save_pretrained`` writes the same tensors, but no word of FP8 into the
+    configuration, so ``from_pretrained`` cannot read them.
 
     Args:
         model: any module that contains linear layers, before `swap_` and before the optimizer.

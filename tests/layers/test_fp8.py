@@ -280,12 +280,13 @@ def test_the_report_tells_what_is_computed_otherwise(monkeypatch):
     static = fp8_linear(N, K, None, activation_scheme="static")
     model = nn.Sequential(fp8_linear(N, K), fp8_linear(N, N), static, float8_linear(N, K))
     notes = swap_(model, r=2).notes
-    would = "FP8: FP8Linear would quantise its activations too"
+    counted = "weights in FP8 that are decoded"
+    would = "FP8Linear itself would quantise the activations, too"
     assert notes == (
-        f"{would}; 2 decoded instead",
-        f"{would} (its activation_scale is not used here); 1 decoded instead",
+        f"{counted}: 2; {would}",
+        f"{counted}: 1; {would} (its activation_scale is not used)",
     )
     from transformers.integrations import finegrained_fp8
 
     monkeypatch.delattr(finegrained_fp8, "FP8LinearFunction", raising=False)
-    assert swap_report(model).notes[0].endswith("and give no gradient of them; 2 decoded instead")
+    assert swap_report(model).notes[0] == f"{counted}: 2; {would}, and give no gradient of them"

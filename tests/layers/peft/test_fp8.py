@@ -94,7 +94,7 @@ def test_layers_of_transformers():
     model, truth, x = adapted(of_transformers()), adapted(dense()), input_of()
     truth.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" in n}, False)
     expected = passes(truth.double(), x.double())
-    assert "FP8: FP8Linear would quantise its activations too" in str(swap_(model))
+    assert "FP8Linear itself would quantise the activations, too" in str(swap_(model))
     with fused_calls(model) as calls:
         assert_same(passes(model, x), expected)
     assert calls.total() == 2
