@@ -1,5 +1,6 @@
 """`quantise_` puts layers in FP8 in: which, how near they are, and what it refuses."""
 
+import copy
 import math
 
 import pytest
@@ -48,6 +49,18 @@ def test_the_layers_and_the_report(granularity, monkeypatch):
         count += w.numel() + 4 * scale.numel()
     assert report.after == count and report.before == 2 * 60000 + 4 * 19200
     assert f"2 layers in FP8, a scale for each {granularity}: 0.1 MiB instead of 0.2" in str(report)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", quantise.GRANULARITIES)
+def test_a_gpu_gives_the_bits_of_the_cpu(granularity):
+    torch.manual_seed(0)
+    cpu = nn.Sequential(nn.Linear(1000, 700, dtype=BF16))
+    gpu = copy.deepcopy(cpu).cuda()
+    for model in (cpu, gpu):
+        quantise_(model, "fp8", granularity=granularity)
+    for name, t in cpu.state_dict().items():
+        assert torch.equal(gpu.state_dict()[name].cpu().float(), t.float()), name
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])

@@ -15,6 +15,7 @@ from deltadiff.errors import ArgumentTypeError, SwapError
 
 F32, BF16 = torch.float32, torch.bfloat16
 NAME = "base_model.model.first"
+FP8 = [f"{NAME}.base_layer.{name}" for name in ("weight", "weight_scale_inv")]
 
 
 class Two(nn.Module):
@@ -85,7 +86,10 @@ def test_the_results_of_peft_by_one_call_a_layer(options):
         with torch.autocast("cpu", BF16, enabled=dtype == F32), fused_calls(model) as calls:
             y = model(x.to(dtype))
         assert calls.total() == 2 and relative_error(y, expected["y"].double()) < 0.03
+    model.to(BF16).to(F32)  # our layer keeps its weight and scales
+    assert all(torch.equal(model.state_dict()[n].float(), state[n].float()) for n in FP8)
     unswap_(model)
+    model.load_state_dict(state)
     assert_same(passes(model, x), expected)
 
 
