@@ -11,7 +11,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deltadiff import DeltaLoRA, swap_
-from deltadiff.bench.clocks import sample, synchronize
+from deltadiff.bench.clocks import sample, time_steps
 from deltadiff.bench.models import LLAMA_8B, LLAMA_70B, LLAMA_SMALL, ModelShape, build_model
 from deltadiff.bench.records import OUT_OF_MEMORY, write
 from deltadiff.devices import free_memory
@@ -136,18 +136,13 @@ def timed(run: Run, way: str, device: torch.device) -> tuple[float, float | None
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(WARM_UP):
-        step()
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for _ in range(run.steps):
+    def of_slowest(step: Callable[[], object]) -> float:
         dist.barrier()
         took = torch.tensor(sample(step, 1, device, flush=False), device=device)
         dist.all_reduce(took, dist.ReduceOp.MAX)
-        seconds.append(took.item())
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+        return took.item()
+
+    seconds, peak = time_steps(step, run.steps, device, WARM_UP, of_slowest)
     return statistics.median(seconds), peak, sizes
 
 

@@ -171,10 +171,11 @@ def model_table(records: Records) -> str:
 
 def whole_step_table(records: Records) -> str:
     """A line for each way to train a model on a base, without and with checkpointing."""
-    keys = ("model", "base", "liger", "checkpointing")
+    keys = ("model", "base", "liger", "checkpointing", "offload")
     rows = []
-    for (model, base, liger, on), found in grouped(records, *keys).items():
+    for (model, base, liger, on, offload), found in grouped(records, *keys).items():
         what = f"{model}, {base}{', Liger' * liger}{', checkpointing' * on}"
+        what += f", offloaded by {offload}" if offload else ""
         for r in sorted(found, key=lambda r: r["variant"] != "frozen"):
             tokens = None if r["p50_ms"] is None else r["shape"]["M"] / r["p50_ms"] * 1e3
             words = (VARIANT_NAMES[r["variant"]], r["method"], r["rounding"])

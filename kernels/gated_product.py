@@ -42,14 +42,20 @@ def _activate(e, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _load_row(ptr, start, offs, mask):
+    """Entries of a row, float32; ``start`` is where the row begins."""
+    return tl.load(ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _gated_product_kernel(
     e_ptr, g_ptr, h_ptr, N, stride_e, stride_g, ACTIVATION: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offs < N
-    e = tl.load(e_ptr + row * stride_e + offs, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + row * stride_g + offs, mask=mask, other=0.0).to(tl.float32)
+    e = _load_row(e_ptr, row * stride_e, offs, mask)
+    g = _load_row(g_ptr, row * stride_g, offs, mask)
     f, _ = _activate(e, ACTIVATION)
     tl.store(h_ptr + row * N + offs, (f * g).to(h_ptr.dtype.element_ty), mask=mask)
 
@@ -62,9 +68,9 @@ def _gated_product_bwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offs < N
-    e = tl.load(e_ptr + row * stride_e + offs, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + row * stride_g + offs, mask=mask, other=0.0).to(tl.float32)
-    dh = tl.load(dh_ptr + row * N + offs, mask=mask, other=0.0).to(tl.float32)
+    e = _load_row(e_ptr, row * stride_e, offs, mask)
+    g = _load_row(g_ptr, row * stride_g, offs, mask)
+    dh = _load_row(dh_ptr, row * N, offs, mask)
     f, df = _activate(e, ACTIVATION)
     dtype = de_ptr.dtype.element_ty
     tl.store(de_ptr + row * stride_de + offs, (dh * g * df).to(dtype), mask=mask)

@@ -45,6 +45,34 @@ def sample(call: Call, calls: int, device: torch.device, flush: bool = True) -> 
     return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
+def time_steps(
+    step: Call,
+    steps: int,
+    device: torch.device,
+    warm_up: int = 1,
+    seconds: Callable[[Call], float] | None = None,
+) -> tuple[list[float], float | None]:
+    """Seconds of each of ``steps`` steps, and the MiB that are allocated at their peak on a GPU.
+
+    Steps are so long that neither the host nor the L2 cache matters.
+
+    Args:
+        warm_up: how many steps run before.
+        seconds: times one step; None is the clock of this process alone.
+    """
+    for _ in range(warm_up):
+        step()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(steps):
+        times += sample(step, 1, device, flush=False) if seconds is None else [seconds(step)]
+    if device.type != "cuda":
+        return times, None
+    return times, torch.cuda.max_memory_allocated(device) / 2**20
+
+
 @functools.lru_cache(maxsize=1)
 def _flush_buffer(device: torch.device) -> torch.Tensor:
     return torch.zeros(FLUSH_BYTES // 4, device=device)

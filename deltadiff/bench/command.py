@@ -16,6 +16,7 @@ from ..errors import ArgumentError
 from ..files import as_folder, make_folder
 from . import blocks, layer, model, quantised, search, step
 from .arguments import count, shape
+from .checkpointing import OFFLOADING
 from .methods import Settings
 from .models import BASES, PRESETS
 from .peers import has_peft
@@ -100,8 +101,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--targets", nargs="+", choices=model.TARGETS, help="layers to adapt")
     parser.add_argument(
-        "--checkpointing", choices=("off", "on", "both"), default="both",
-        help="gradient checkpointing (default both)",
+        "--checkpointing", choices=("off", "on", "both"),
+        help="gradient checkpointing (default both; with --offload on)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload", choices=OFFLOADING,
+        help="keep what checkpointing keeps in the host's memory, as this library does it",
     )  # fmt: skip
 
 
@@ -196,7 +201,10 @@ def _measure_model(args: argparse.Namespace, device: torch.device) -> Iterator[l
             chosen[f.name] = NAMED_DTYPES.get(value, value)
     if args.quick:
         chosen["steps"] = 1
-    checkpointing = {"off": (False,), "on": (True,), "both": (False, True)}[args.checkpointing]
+    asked = args.checkpointing or ("both" if args.offload is None else "on")
+    checkpointing = {"off": (False,), "on": (True,), "both": (False, True)}[asked]
+    if args.offload is not None and asked == "off":
+        raise ArgumentError("--offload", "--checkpointing off beside it", "on, or both")
     targets = args.targets or (("all",) if args.quick else tuple(model.TARGETS))
     settings = model.settings_for(device, **chosen)
     for r in model.model_records(device, settings, targets, checkpointing, args.variants):

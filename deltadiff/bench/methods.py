@@ -31,6 +31,8 @@ class Settings:
         preset: a name of `models.PRESETS`; None is Llama-2-7B, or on a CPU a small model.
         liger: whether all methods, and the frozen model, run with Liger's kernels.
         base: a name of `models.BASES`.
+        offload: a name of `checkpointing.OFFLOADING`, which keeps what checkpointing keeps in the
+            host's memory; None keeps it where it is.
         batch, sequence: texts per step, and the tokens of each.
         r: the rank of the pairs.
         dtype: of the model.
@@ -42,6 +44,7 @@ class Settings:
     preset: str | None = None
     liger: bool = False
     base: str = "bf16"
+    offload: str | None = None
     batch: int = 4
     sequence: int = 2048
     r: int = 8

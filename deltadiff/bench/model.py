@@ -9,8 +9,8 @@ does not count.
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from torch import nn
 from ..checks import dtype_name
 from ..devices import free_memory
 from ..errors import ArgumentError
-from .clocks import sample, synchronize
+from .checkpointing import check_offload, checkpointing_of, within
+from .clocks import time_steps
 from .methods import Method, Names, Settings, forward_backward, methods
 from .models import (
     BASES,
@@ -70,7 +71,8 @@ def model_records(
         shape = PRESETS[settings.preset]
     if settings.config is not None:
         shape = shape_of_file(settings.config)
-    whole = settings.preset is not None or settings.liger or settings.base != "bf16"
+    extra = settings.liger or settings.base != "bf16" or settings.offload is not None
+    whole = settings.preset is not None or extra
     model = build_model(shape, settings.dtype, device)
     BASES[settings.base](model, settings.dtype)
     if settings.liger:
@@ -78,6 +80,7 @@ def model_records(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         batch = random_batch(model, shape, settings.batch, settings.sequence, device)
+    check_offload(model, device, settings.offload)
     batch.embeds.requires_grad_()
     chosen = [m for m in methods() if m.whole or not whole]
     if not whole:
@@ -85,7 +88,6 @@ def model_records(
     if settings.base != "bf16":  # nothing writes into such a weight
         chosen = [m for m in chosen if m.rounding is None]
     chosen = [m for m in chosen if wanted is None or m.variant in wanted]
-    frozen_step = functools.partial(forward_backward, model, batch)
     for checkpoint in checkpointing:
         fields = {
             "op": "whole_step" if whole else "model", "mode": "step", "graph": False,
@@ -96,60 +98,46 @@ def model_records(
         }  # fmt: skip
         if whole:
             fields |= {"liger": settings.liger, "base": settings.base}
-        with _checkpointing(model, checkpoint):
-            floor = _time(frozen_step, settings.steps, device)
-            before, frozen = floor.seconds, [*floor.seconds]
+            fields |= {"offload": settings.offload if checkpoint else None}
+        with checkpointing_of(model, checkpoint, settings.offload) as around:
+            frozen_step = within(around, functools.partial(forward_backward, model, batch))
+            before, peak = time_steps(frozen_step, settings.steps, device)
+            frozen = [*before]
             for target in targets:
                 for method in chosen:
                     if checkpoint and not (method.checkpointed and target == "all"):
                         continue
-                    timing = measure_method(method, target, model, batch, settings)
-                    after = _time(frozen_step, settings.steps, device).seconds
+                    timing = measure_method(method, target, model, batch, settings, around)
+                    after, _ = time_steps(frozen_step, settings.steps, device)
                     frozen += after
                     own = {"targets": target, "method": method.method, "rounding": method.rounding}
                     own["adapter_dtype"] = method.adapter_dtype(settings)
                     yield record({**fields, **own}, method.variant, timing, before + after)
                     before = after
             own = dict.fromkeys(("targets", "method", "rounding", "adapter_dtype"))
-            timing = Timing(frozen, peak_mib=floor.peak_mib)
+            timing = Timing(frozen, peak_mib=peak)
             yield record({**fields, **own}, "frozen", timing, frozen)
 
 
-@contextmanager
-def _checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
-    if on:
-        options = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    try:
-        yield
-    finally:
-        if on:
-            model.gradient_checkpointing_disable()
-
-
-def _time(step: Callable[[], object], steps: int, device: torch.device) -> Timing:
-    """Time ``steps`` steps, after one that warms up."""
-    step()
-    synchronize(device)
-    timing = Timing()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(steps):
-        timing.seconds += sample(step, 1, device, flush=False)
-    if device.type == "cuda":
-        timing.peak_mib = torch.cuda.max_memory_allocated(device) / 2**20
-    return timing
-
-
 def measure_method(
-    method: Method, target: str, model: nn.Module, batch: Batch, settings: Settings
+    method: Method,
+    target: str,
+    model: nn.Module,
+    batch: Batch,
+    settings: Settings,
+    around: AbstractContextManager | None = None,
 ) -> Timing:
-    """Put a method into the model, time it and take it out; what it raises becomes a note."""
+    """Put a method into the model, time it and take it out; what it raises becomes a note.
+
+    ``around``: a context in which each step runs.
+    """
     device = batch.labels.device
     try:
         with method.attach(model, _find(model, target), batch, settings) as step:
+            step = within(around, step)
             step()  # the first step of Delta-LoRA leaves W alone
-            return _time(step, settings.steps, device)
+            seconds, peak = time_steps(step, settings.steps, device)
+            return Timing(seconds, peak_mib=peak)
     except Exception as error:  # a method that does not fit must not cost the others their figures
         note = failure(error)
     free_memory(device)  # outside of the clause above, whose exception holds tensors

@@ -257,6 +257,7 @@ def _draw_whole_step(figure, records: Sequence[dict]) -> None:
             inside = "none" if r["checkpointing"] else COLOURS[r["variant"]]
             axes.scatter(*at, s=70, linewidths=1.5, facecolors=inside, **style)
             method = "" if r["method"] in (None, "LoRA") else f": {r['method']}"
+            method += ", offloaded" * bool(r.get("offload"))
             labels.append((at, f"{VARIANT_NAMES[r['variant']]}{method}"))
         axes.set_title(f"{model}, {r['batch']} x {r['sequence']} tokens")
         axes.set_xlabel("peak GiB (less is better: left)")

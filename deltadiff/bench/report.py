@@ -44,6 +44,7 @@ def case_text(fields: Mapping) -> str:
     words += [fields.get("rounding"), "Liger" * bool(fields.get("liger"))]
     words += ["yields the delta" * bool(fields.get("delta"))]
     words += ["graph" * bool(fields["graph"]), "checkpointing" * bool(fields.get("checkpointing"))]
+    words += [f"offloaded by {fields['offload']}" if fields.get("offload") else None]
     return " ".join(word for word in words if word)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.dispatch import Dispatch
 from ..ops.quantised import Quantised
-from .hooks import HOOKS
+from .hooks import hooks_of
 
 # (x, base layer, weight, A, B, scaling, gate, dropout, backend) -> y
 Branch = Callable[
@@ -41,9 +41,8 @@ class QuantisedFormat:
 
 def why_called(base: nn.Module) -> str | None:
     """None where a call of a quantised layer does no more than its class says, else what."""
-    for hooks in HOOKS:
-        if getattr(base, hooks):
-            return "hooks on it"
+    if next(hooks_of(base), None) is not None:
+        return "hooks on it"
     if "forward" in vars(base) and not _only_moves_inputs(base):
         return "a forward pass that was put on it"
     return None

@@ -116,9 +116,12 @@ class Bench:
         """
         # Only the reference takes float64, so no other backend is asked for it.
         asked = None if dtypes[0] == torch.float64 else self.backend
-        if fp8_block is not None:
-            asked = asked or "fp8"
         label = "/".join(dict.fromkeys(dtype_name(dtype) for dtype in dtypes))
+        if fp8_block is not None:
+            asked = "fp8"
+            if self.backend not in (None, asked):
+                why = f"{self.backend!r} was asked for"
+                return Case(op, label, shape, asked, self.device, self.seed, why_not=why)
         try:
             chosen = choose_path(self.device, dtypes[0], asked, layer, dropout, fp8_block=fp8_block)
         except BackendUnavailableError as error:

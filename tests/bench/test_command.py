@@ -40,6 +40,27 @@ def test_model(llama_config, tmp_path, capsys):
     assert stale_plots(records, tmp_path) == []
 
 
+def test_offloading_needs_a_gpu_and_checkpointing(llama_config, capsys):
+    argv = ["bench", "model", "--device", "cpu", "--config", str(llama_config), "--offload"]
+    for library in ("transformers", "trl"):
+        assert main([*argv, library]) == 2
+        assert f"--offload: got {library} on cpu" in capsys.readouterr().err
+    assert main([*argv, "trl", "--checkpointing", "off"]) == 2
+    assert "--offload: got --checkpointing off" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["transformers", "trl"])
+def test_offloaded_checkpointing(library, llama_config, tmp_path, capsys):
+    argv = ["bench", "model", "--device", "cuda", "--config", str(llama_config), "--steps", "1"]
+    argv += ["--batch", "1", "--sequence", "64", "--r", "8", "--variants", "deltadiff"]
+    assert main([*argv, "--offload", library, "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("whole_step-*.json")
+    records = json.loads(path.read_text())
+    assert {(r["checkpointing"], r["offload"]) for r in records} == {(True, library)}
+    assert f"offloaded by {library}" in capsys.readouterr().out
+
+
 def test_search(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_search, "CPU_SHAPES", SEARCHED[1:])
     argv = ["bench", "search", "--device", "cpu", "--variants", "eager", "--output", str(tmp_path)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_bench import LLAMA
 
-from deltadiff.bench import model as bench_model
+from deltadiff.bench import clocks
 from deltadiff.bench.methods import forward_backward, methods
 from deltadiff.bench.model import measure_method, model_records, settings_for
 from deltadiff.bench.models import build_model, random_batch, shape_of_file
@@ -43,7 +43,7 @@ def test_one_slow_frozen_step_is_no_floor(llama_config, monkeypatch):
         is_frozen = getattr(step, "func", None) is forward_backward
         return [2.0 if is_frozen and next(frozen) == slow else 1.0]
 
-    monkeypatch.setattr(bench_model, "sample", seconds)
+    monkeypatch.setattr(clocks, "sample", seconds)
     for slow in range(9):
         frozen = itertools.count()
         records = list(model_records(CPU, settings, ["all"], [False], ["deltadiff"]))

@@ -56,6 +56,7 @@ def compile_all(capability: int):
         step_counters,
     )
     from deltadiff.kernels.lora_linear import few_tokens, hopper_launch, portable
+    from deltadiff.kernels.lora_linear_fp8 import launch as fp8_launch
     from deltadiff.kernels.runtime import tuned
     from deltadiff.ops.decode_4bit import FourBit
 
@@ -122,6 +123,20 @@ def compile_all(capability: int):
             case = f"hopper, {dtype} adapters {adapter_dtype}, {m} tokens, r {r}, gate {entries}"
             gate = torch.empty(entries) if entries else None
             lora(m, dtype, adapter_dtype, r, gate, kernels=hopper_launch)
+
+        for dtype, r, block, columns in (
+            (bf16, 16, (128, 128), 128),
+            (fp16, 128, (512, 1024), 1024),
+            (bf16, 16, (1, 1024), 1024),
+        ):
+            case = f"FP8 products, {dtype}, r {r}, blocks of {block}"
+            x, dy, bias = (torch.empty(s, dtype=dtype) for s in ((8192, 1024), (8192, 512), 512))
+            scale = torch.empty(512 // block[0], 1024 // block[1])
+            weight = torch.empty(512, 1024).to(torch.float8_e4m3fn), scale, block
+            pair = torch.empty(r, 1024), torch.empty(512, r)
+            _, s = fp8_launch.lora_linear_fwd(x, weight, columns, *pair, 2.0, None, bias)
+            needs = [True] * 3 + [False]
+            fp8_launch.lora_linear_bwd(dy, x, weight, columns, *pair, s, 2.0, None, needs)
 
     for dtype, k, nested in (
         (bf16, 1024, True),
@@ -235,7 +250,10 @@ def test_kernels_compile_without_spills(compiled, capability):
     kernels, limit = compiled[capability].result(), LIMITS[capability]
     hopper = set()
     if capability == "90":
-        hopper = {"lora_linear_hopper_kernel", "pack_kernel", "gated_product_bwd_and_da_kernel"}
+        hopper = {
+            "lora_linear_hopper_kernel", "pack_kernel", "gated_product_bwd_and_da_kernel",
+            "fp8_product_kernel", "quantise_kernel", "finish_kernel", "transpose_kernel",
+        }  # fmt: skip
     assert {k["kernel"] for k in kernels} == hopper | {
         "lora_linear_down_kernel", "lora_linear_fwd_kernel", "lora_linear_wgrad_kernel",
         "lora_linear_few_kernel", "few_sum_kernel", "sum_splits_kernel",

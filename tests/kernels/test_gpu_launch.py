@@ -179,7 +179,7 @@ def record(folder: Path) -> None:
     stand_in = _Driver()
     driver.set_active(stand_in)
     notes = _Notes(cuda, stand_in)
-    hopper._multiprocessors = lambda device: 132
+    hopper.multiprocessors = lambda device: 132
     plans, make_plan = [], hopper_plan.lora_linear_plan
     hopper_plan.lora_linear_plan = lambda *args: plans.append(1) or make_plan(*args)
     gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)

@@ -68,7 +68,7 @@ def test_factors_are_packed_for_tma(r, stored, randn):
         a, b = (torch.cat([t, t], 1)[:, : t.shape[1]] for t in (a, b))
     elif stored == "offset":
         a, b = (torch.cat([t[:, -1:], t], 1)[:, 1:] for t in (a, b))
-    for packed, given in zip(hopper._packed(a, b, F16), (a, b), strict=True):
+    for packed, given in zip(hopper.packed(a, b, F16), (a, b), strict=True):
         assert torch.equal(packed, given.to(F16))
         assert packed.stride(1) == 1 and packed.stride(0) % 8 == 0 and packed.data_ptr() % 16 == 0
 

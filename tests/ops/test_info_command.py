@@ -50,6 +50,6 @@ def test_info_tells_what_a_backend_is_chosen_for(monkeypatch):
     rows = {cells[1]: cells[2:] for cells in (re.split(r"\s{2,}", line) for line in table)}
     lora, others = "chosen for lora_linear", "chosen for the others"
     assert rows["hopper"][:4] == ["-", lora, lora, "-"]
-    assert "the sm_90 kernel is for bfloat16 and float16" in rows["hopper"][4]
+    assert "the sm_90 kernels are for bfloat16 and float16" in rows["hopper"][4]
     assert rows["triton"][:4] == ["chosen", others, others, "-"]
     assert rows["reference"][:4] == ["there", "there", "there", "chosen"]

@@ -36,11 +36,12 @@ def compile_instead(capability: int, seen: Callable) -> None:
     from triton.runtime.jit import JITFunction
 
     from deltadiff.kernels.lora_linear import hopper_launch
+    from deltadiff.kernels.lora_linear_fp8 import launch as fp8_launch
     from deltadiff.kernels.runtime import gpu
 
     driver.set_active(StandInDriver(capability))
     gpu.capability = lambda device: divmod(capability, 10)
-    hopper_launch._multiprocessors = lambda device: 132
+    hopper_launch.multiprocessors = fp8_launch.multiprocessors = lambda device: 132
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):

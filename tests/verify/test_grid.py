@@ -23,7 +23,7 @@ def test_random_calls(op, device, backend, seed, tally, request):
         pytest.skip(f"{op} has no kernel of that backend")
     long, device = request.config.option.check, torch.device(device)
     interpreted = backend == "triton" and device.type == "cpu"  # a second for a case
-    large = op in ("gated_mlp", "lora_linear_4bit")
+    large = op in ("gated_mlp", "decode_4bit", "decode_fp8")
     few = 3 if interpreted or large else 10
     found = run_grid(
         device, seed, [op], backend, CASES if long else few, workers=None if long else 1

@@ -8,7 +8,7 @@ import torch
 from commands import refused
 
 from deltadiff.__main__ import main
-from deltadiff.ops import decode_4bit
+from deltadiff.ops import decode_4bit, decode_fp8
 from deltadiff.verify import command
 from deltadiff.verify.grid import (
     adamw_step,
@@ -83,15 +83,16 @@ def test_lora_linear(harm, symptom, monkeypatch):
 # --------------------------------------------------- over 4 bits, and whole blocks
 
 
-def test_lora_linear_over_4_bits(monkeypatch):
-    assert not failed("lora_linear_4bit", 20)
-    real = decode_4bit.decode_4bit_ref
+@pytest.mark.parametrize("op, module", [("decode_4bit", decode_4bit), ("decode_fp8", decode_fp8)])
+def test_weights_of_few_bits(op, module, monkeypatch):
+    assert not failed(op, 20)
+    real = getattr(module, f"{op}_ref")
 
-    def wrong(packed, absmax, *args):
-        return real(packed, absmax * 1.05, *args)
+    def wrong(numbers, scales, *args):
+        return real(numbers, scales * 1.05, *args)
 
-    monkeypatch.setattr(decode_4bit, "decode_4bit_ref", wrong)
-    text = failed("lora_linear_4bit", 10)
+    monkeypatch.setattr(module, f"{op}_ref", wrong)
+    text = failed(op, 10)
     assert "y: error" in text and "W: error" in text
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ...ops.gated_mlp import gated_mlp
 from ...ops.lora_linear import autocast_dtype
 from ..lora_layers import HoldsPairs
-from .known_forwards import GatedMlpForm, activation_of, gated_mlp_form
+from .known_forwards import activation_of, gated_mlp_form
 from .lean_forward import LeanForward
 
 
@@ -16,7 +16,9 @@ class LeanGatedMlp(LeanForward):
 
     what = "gated MLP"
 
-    def __init__(self, module: nn.Module, form: GatedMlpForm):
+    def __init__(self, module: nn.Module):
+        form = gated_mlp_form(module)
+        assert form is not None  # `why_not_lean` has asked
         super().__init__(module)
         self.form = form
 

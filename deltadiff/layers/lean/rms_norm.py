@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ...checks import DTYPES
 from ...ops.rms_norm import rms_norm
-from .known_forwards import RmsNormForm
+from .known_forwards import rms_norm_form
 from .lean_forward import LeanForward
 
 
@@ -15,7 +15,9 @@ class LeanRmsNorm(LeanForward):
 
     what = "RMSNorm"
 
-    def __init__(self, module: nn.Module, form: RmsNormForm):
+    def __init__(self, module: nn.Module):
+        form = rms_norm_form(module)
+        assert form is not None  # who makes a norm lean knows it by its form
         super().__init__(module)
         self.form = form
 

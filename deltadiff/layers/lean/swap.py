@@ -8,8 +8,8 @@ from torch import nn
 
 from ..lora_layers import HoldsPairs, lora_layers
 from .gated_mlp import LeanGatedMlp, looks_gated, why_not_lean
-from .known_forwards import gated_mlp_form, rms_norm_form
-from .lean_forward import LeanForward, lean_forward
+from .known_forwards import rms_norm_form
+from .lean_forward import lean_forward
 from .rms_norm import LeanRmsNorm, why_not_weight
 
 
@@ -36,17 +36,9 @@ def make_lean_(model: nn.Module, lean: bool | None) -> None:
         undo_lean_(model)
     if not (_costs_no_time(model) if lean is None else lean):
         return
-    for module in model.modules():
-        if lean_forward(module) is not None:
-            continue
-        if looks_gated(module) and why_not_lean(module) is None:
-            mlp = gated_mlp_form(module)
-            assert mlp is not None
-            module.forward = LeanGatedMlp(module, mlp)
-    for module in _norms(model).values():
-        norm = rms_norm_form(module)
-        if norm is not None and why_not_weight(module.weight) is None:
-            module.forward = LeanRmsNorm(module, norm)
+    for block in _blocks(model):
+        if block.why_not is None and lean_forward(block.module) is None:
+            block.module.forward = block.kind(block.module)
 
 
 def _costs_no_time(model: nn.Module) -> bool:
@@ -71,16 +63,12 @@ def lean_rows(model: nn.Module) -> list[LeanRow]:
     if not any(lean_forward(module) for module in model.modules()):
         return []
     rows = []
-    norms = {id(module) for module in _norms(model).values()}
-    for name, module in model.named_modules():
+    for name, module, kind, why_not in _blocks(model):
         forward = lean_forward(module)
-        if isinstance(forward, LeanForward):
+        if forward is not None:
             rows.append(LeanRow(name, forward.what, forward.why_changed() or ""))
-        elif looks_gated(module):
-            rows.append(LeanRow(name, LeanGatedMlp.what, why_not_lean(module) or "added later"))
-        elif id(module) in norms:
-            reason = why_not_weight(module.weight) or "added later"
-            rows.append(LeanRow(name, LeanRmsNorm.what, reason))
+        else:
+            rows.append(LeanRow(name, kind.what, why_not or "added later"))
     return rows
 
 
@@ -95,6 +83,27 @@ def in_words(rows: Sequence[LeanRow]) -> list[str]:
             more = f" and {n - 1} more" if n > 1 else ""
             lines.append(f"not lean: {what} {first}{more}: {why_not}")
     return lines if counts else []
+
+
+class _Block(NamedTuple):
+    """A module that is lean, or could be but for ``why_not``."""
+
+    name: str
+    module: nn.Module
+    kind: type[LeanGatedMlp] | type[LeanRmsNorm]
+    why_not: str | None
+
+
+def _blocks(model: nn.Module) -> list[_Block]:
+    norms, found = {id(module) for module in _norms(model).values()}, []
+    for name, module in model.named_modules():
+        forward = lean_forward(module)
+        if isinstance(forward, LeanGatedMlp) or (forward is None and looks_gated(module)):
+            found.append(_Block(name, module, LeanGatedMlp, why_not_lean(module)))
+        elif isinstance(forward, LeanRmsNorm) or id(module) in norms:
+            reason = why_not_weight(getattr(module, "weight", None))
+            found.append(_Block(name, module, LeanRmsNorm, reason))
+    return found
 
 
 def _norms(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from ...kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 from ...ops.transforms import TRANSFORMED, transformed
 from ...ranks import is_sharded, is_unit, plain_kind
 from ..base_format import quantised_format
-from ..hooks import HOOKS
+from ..hooks import has_hooks
 from ..linear import is_conv1d
 from ..quantised_format import QuantisedFormat
 from ..targets.eligible import has_same_product, is_tensor_parallel
@@ -71,7 +71,7 @@ def why_peft(layer: "LoraLayer", x: Tensor | None = None) -> str | None:
         modules += layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if len(names) > 1 and any(dropout_of(layer, name) for name in names):
         return "dropout under several active adapters, each with a mask of its own"
-    if any(map(_has_hooks, modules)):
+    if any(has_hooks(module, is_own_hook) for module in modules):
         return "hooks on the modules inside of it"
     reason = why_not_now()
     if reason is None and form is not None:
@@ -105,13 +105,6 @@ def _why_not_adapter(layer: "LoraLayer", name: str) -> str | None:
     if type(drop) is not nn.Identity and (type(drop) is not nn.Dropout or drop.p == 1):
         return f"its dropout is {drop}"
     return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether something happens when the module is called that happens nowhere else."""
-    # accelerate's hooks are a forward pass of the instance.
-    found = (hook for hooks in HOOKS for hook in getattr(module, hooks).values())
-    return "forward" in module.__dict__ or not all(is_own_hook(module, hook) for hook in found)
 
 
 def _why_not_tensors(

@@ -1,4 +1,4 @@
-"""Random calls of `gated_mlp`: behind an RMSNorm, over 4 bits, under activation checkpointing."""
+"""Random calls of `gated_mlp`: behind an RMSNorm, over few bits, under checkpointing."""
 
 import math
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from ..tolerance import FORWARD, GRADIENT, Case, Row
 from .compare import compare, same_bits, undisturbed
 from .draws import Draw
 from .lora_linear import OUTPUTS, Call, draw_call, numbers_of, repeats_of
-from .lora_linear_4bit import Format, draw_format
 from .memory import GuardedAllocations, Layout, Memory
+from .quantised import Format, draw_four_bit, draw_fp8
 
 FEWEST_NORMED = 8  # features; of one feature, an RMSNorm makes its sign
 
@@ -75,7 +75,7 @@ def draw_block(draw: Draw, path: str, dtypes: tuple, device: torch.device) -> Bl
         joint=kind.chance(0.3),
         normed=kind.chance(0.5) and layer.k >= FEWEST_NORMED,
         checkpointed=kind.chance(0.4),
-        stored=draw_format(draw) if kind.chance(0.3) else None,
+        stored=kind.choice((None, None, draw_four_bit(draw), draw_fp8(draw))),
         n=size.choice((layer.k, layer.n)),  # which are such as the path takes
     )
 

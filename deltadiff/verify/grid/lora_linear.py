@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ...ops import reference
-from ...ops.decode_4bit import FourBit
 from ...ops.dispatch import choose_path
 from ...ops.lora_linear import lora_linear
+from ...ops.quantised import Quantised
 from ..tolerance import FORWARD, GRADIENT, Case, Row
 from .compare import compare, same_bits, undisturbed
 from .draws import RANKS, TOKENS, Dice, Draw
@@ -20,7 +20,7 @@ from .paths import PACKED, backend_of, needs_packing
 TRIES = 100_000  # a draw takes microseconds; most paths take one call in a few
 NAMES = ("x", "weight", "lora_A", "lora_B", "gate", "bias", "dy")
 # Gives W as the operation takes it, and as a matrix; the flag asks for values that are not finite.
-Weights = Callable[[Case, Memory, "Call", bool], tuple[FourBit, Tensor]]
+Weights = Callable[[Case, Memory, "Call", bool], tuple[Quantised, Tensor]]
 OUTPUTS = {"x": "dx", "lora_A": "dA", "lora_B": "dB", "gate": "dgate", "bias": "dbias"}
 
 

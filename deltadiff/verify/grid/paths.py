@@ -13,11 +13,13 @@ from ...ops.dispatch import KERNELS
 # Beside the kernels themselves: calls of the sm_90 kernel whose factors are packed for it first.
 PACKED = "hopper packed"
 BACKENDS = ("reference", "cpp", "triton")
-KERNEL_LABELS = tuple(kernel.label for kernel in reversed(KERNELS))
+# Activations in FP8 are compared with those of the reference, by `lora_linear_fp8` without --full.
+KERNEL_LABELS = tuple(kernel.label for kernel in reversed(KERNELS) if kernel.backend != "fp8")
 WITH_PACKED = (*KERNEL_LABELS, PACKED)
 PATHS = {
     "lora_linear": WITH_PACKED,
-    "lora_linear_4bit": WITH_PACKED,
+    "decode_4bit": WITH_PACKED,  # and `lora_linear` over what is decoded
+    "decode_fp8": WITH_PACKED,
     "gated_mlp": WITH_PACKED,  # that of its first layer; the others run on the same backend
     "derivatives": KERNEL_LABELS,
     "delta_update": BACKENDS,

@@ -18,13 +18,14 @@ from .derivatives import derivative_rows
 from .draws import Draw, costs_of
 from .gated_mlp import gated_mlp_rows
 from .lora_linear import lora_linear_rows
-from .lora_linear_4bit import lora_linear_4bit_rows
 from .paths import PATHS, backend_of, dtypes_of, why_not
+from .quantised import decode_4bit_rows, decode_fp8_rows
 from .step_counters import step_counters_rows
 
 GRID: dict[str, Callable[..., Iterator[Row]]] = {
     "lora_linear": lora_linear_rows,
-    "lora_linear_4bit": lora_linear_4bit_rows,
+    "decode_4bit": decode_4bit_rows,
+    "decode_fp8": decode_fp8_rows,
     "gated_mlp": gated_mlp_rows,
     "derivatives": derivative_rows,
     "delta_update": delta_update_rows,

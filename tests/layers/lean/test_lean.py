@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import deltadiff
 from deltadiff import DeltaLoRA, quantise_, swap_, unswap_
+from deltadiff.bench.checkpointing import checkpointing_of
 from deltadiff.bench.models import to_nf4_
 from deltadiff.errors import ArgumentTypeError
 from deltadiff.layers.flora import swap_flora_
@@ -209,6 +211,38 @@ def test_gradient_checkpointing(reentrant):
         model.enable_input_require_grads()
         plain.enable_input_require_grads()
     assert_equal_gradients(gradients(model), gradients(plain), exact=True)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_what_is_kept_may_wait_in_the_memory_of_the_host(checkpointed):
+    """PyTorch's ``save_on_cpu``, by which transformers offloads what checkpointing keeps."""
+    model, plain = swapped(), swapped()
+    if checkpointed:
+        options = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with torch.autograd.graph.save_on_cpu():
+        found = gradients(model)
+    assert_equal_gradients(found, gradients(plain), exact=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", ["transformers", "trl"])
+def test_offloaded_checkpointing(library):
+    """Bits are those of checkpointing that keeps the same on the GPU, step by step."""
+    found = []
+    for offload in (None, library):
+        model = build(dtype=torch.bfloat16).cuda()
+        swap_(model, r=2, lean=True)
+        draw(model)
+        ids = IDS.cuda()
+        with checkpointing_of(model, True, offload) as around:
+            for _ in range(2):  # the second one finds what the first left behind
+                model.zero_grad()
+                with around or nullcontext():
+                    model(input_ids=ids, labels=ids).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, offloaded = found
+    assert plain and all(torch.equal(offloaded[name], grad) for name, grad in plain.items())
 
 
 def test_checkpointing_repeats_no_product_that_nobody_reads(monkeypatch):
