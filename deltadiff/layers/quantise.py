@@ -114,7 +114,7 @@ def quantise_(
     Raises:
         ArgumentTypeError, ArgumentError: a value outside the limits above, targets that match
             nothing or name something that cannot be quantised, or a weight with inf or NaN.
-        SwapError: the model is swapped.
+        SwapError: the model is swapped, or wrapped for DDP.
         Nothing was changed then.
     """
     if not isinstance(model, nn.Module):
@@ -130,12 +130,18 @@ def quantise_(
     if lora_layers(model):
         accepted = "`quantise_` before `swap_`; `unswap_` takes the pairs out"
         raise SwapError("model", "a model with swapped layers", accepted)
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        accepted = "`quantise_` before it wraps the model, whose parameters it knows"
+        raise SwapError("model", "a model in DistributedDataParallel", accepted)
     layers, reasons = _choose(model, target_modules)
     for name, layer in layers.items():
-        if not layer.weight.isfinite().all():
-            raise ArgumentError(f"weight of {name}", "inf or NaN", "finite numbers")
+        most = torch.finfo(torch.float32).max
+        low, high = layer.weight.aminmax()
+        if not (-most <= low and high <= most):
+            raise ArgumentError(f"weight of {name}", "inf or NaN", "finite numbers of float32")
     rows, before, after = [], 0, 0
-    for name, layer in layers.items():
+    for name in list(layers):
+        layer = layers.pop(name)  # so that nothing holds its weight when it is replaced
         weight, error = _quantised(layer, granularity)
         new = Float8Linear(weight, layer._parameters["bias"], layer.weight.dtype)
         new.train(layer.training)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -81,6 +82,19 @@ def test_models_without_their_heads(name):
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_one_weight_after_the_other_is_let_go(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    weights, alive, quantised = [weakref.ref(m.weight) for m in model], [], quantise._quantised
+
+    def count(*args):
+        alive.append(sum(weight() is not None for weight in weights))
+        return quantised(*args)
+
+    monkeypatch.setattr(quantise, "_quantised", count)
+    quantise_(model, "fp8")
+    assert alive == [3, 2, 1]
+
+
 def test_a_module_in_two_places_stays_one():
     layer = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
@@ -155,9 +169,11 @@ def test_wrong_arguments_change_nothing():
         quantise_(model, "fp8", granularity=None)
     with pytest.raises(ArgumentError, match="which matches no linear layer"):
         quantise_(model, "fp8", target_modules=["q_proj"])
-    model[1].weight.data[2, 3] = torch.nan
-    with pytest.raises(ArgumentError, match="weight of 1: got inf or NaN; accepted: finite"):
-        quantise_(model, "fp8")
+    for wrong, dtype in ((torch.nan, BF16), (-torch.inf, torch.float32), (1e39, torch.float64)):
+        model[1].to(dtype).weight.data[2, 3] = wrong
+        with pytest.raises(ArgumentError, match="weight of 1: got inf or NaN; accepted: finite"):
+            quantise_(model, "fp8")
+        model[1].weight.data[2, 3] = 0
     assert list(model.modules()) == before
     swap_(model, r=2)
     with pytest.raises(SwapError, match="swapped layers; accepted: `quantise_` before `swap_`"):
