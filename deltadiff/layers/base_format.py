@@ -54,7 +54,8 @@ class BaseFormat:
 
 def base_format(module: nn.Module) -> BaseFormat:
     """The format in which the weight of a linear layer is stored, also of a swapped one."""
-    weight, base = module.weight, getattr(module, "base_layer", module)
+    weight: Any = module.weight
+    base = getattr(module, "base_layer", module)
     if is_four_bit(weight) or stores_four_bits(base):
         return _FOUR_BIT
     return _FP8 if stores_fp8(base) else _DENSE.get(weight.dtype, _QUANTISED)

@@ -16,8 +16,8 @@ class Float8Linear(nn.Linear):
     It computes in the dtype of its input, or in that of autocast, and is differentiable in x and
     bias. W is never trained. ``to`` and its like change the dtype of the bias alone.
 
-    Its parameters have the names of checkpoints in FP8, such as DeepSeek's. In blocks of 128 x 128
-    they have their format too.
+    Its parameters have the names of checkpoints in FP8, such as DeepSeek's, and in blocks of
+    128 x 128 their format.
 
     Attributes:
         weight: (out_features, in_features) float8_e4m3fn, the data.

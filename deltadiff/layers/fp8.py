@@ -1,10 +1,9 @@
 """Layers with a weight in FP8 as base layers: transformers' FP8Linear, torchao's, and our own.
 
-Their own products quantise the activations to FP8 too, where that is what the checkpoint or the
-configuration says; scales of activations are then part of the layer. `lora_linear` decodes W in
-each pass and takes the activations as they are, so it has no use for those, and the result is
-nearer to that of the weights before they were quantised. Older versions of transformers' layer give
-no gradient of its input at all.
+`lora_linear` decodes W in each pass and takes the activations as they are, unless it is asked for
+backend "fp8". The own product of such a layer may quantise its activations to FP8, too; scales for
+them are then a part of the layer, which are not used here. The result is nearer to that of the
+layer before it was quantised. Older versions of FP8Linear alone give no gradient of their input.
 """
 
 import sys
@@ -50,8 +49,14 @@ def scales_of(base: nn.Module) -> dict[str, nn.Parameter | None]:
     return {name: held[name] for name in SCALES if name in held}
 
 
-def why_not_fp8(module: Any) -> str | None:
+def why_not_fp8(module: nn.Module) -> str | None:
     """None for a layer with a weight in FP8 that can be decoded, else the reason in words."""
+    found = _read(module)
+    return found if isinstance(found, str) else None
+
+
+def _read(module: Any) -> Float8 | str:
+    """The weight of a layer, or in words why it cannot be decoded."""
     dtype = dtype_name(module.weight.dtype)
     if type(module) is not nn.Linear and not is_fp8_layer(module):
         return f"its weight is {dtype}, a format that cannot be taken"
@@ -62,9 +67,9 @@ def why_not_fp8(module: Any) -> str | None:
         check_fp8("weight", weight)
     except ArgumentError as error:
         return f"its weight in FP8 cannot be taken ({error})"
-    if tuple(weight.shape) != linear_shape(module):
+    if weight.shape != linear_shape(module):
         return f"its weight has the shape {tuple(weight.shape)}: packed"
-    return None
+    return weight
 
 
 def _weight_of(base: Any) -> Float8 | str:
@@ -84,7 +89,7 @@ def _weight_of(base: Any) -> Float8 | str:
     if is_sharded(stored):
         weight = Float8.of(base)
         return weight._replace(data=local(weight.data), scale=local(weight.scale))
-    return why_called(base) or why_not_fp8(base) or Float8.of(base)
+    return why_called(base) or _read(base)
 
 
 def _compute_dtype(base: Any, x: Tensor | None) -> torch.dtype:
@@ -114,25 +119,24 @@ def _branch(x: Tensor, base: Any, weight: Any, *product: Any) -> Tensor:
 
 
 def describe_products(bases: Iterable[Any]) -> list[str]:
-    """A line for each kind of layer in FP8 whose own product is another one, and how."""
+    """A line for each kind of layer whose weight is decoded, and whose own product is another."""
     found: dict[str, int] = {}
     for base in bases:
         if is_fp8(base.weight) and _quantises_activations(base):
-            words = f"{type(base).__name__} would quantise its activations too"
+            words = f"{type(base).__name__} itself would quantise the activations, too"
             if getattr(base, "activation_scale", None) is not None:
-                words += " (its activation_scale is not used here)"
+                words += " (its activation_scale is not used)"
             if is_fp8_layer(base) and not hasattr(sys.modules[type(base).__module__], _BACKWARD):
                 words += ", and give no gradient of them"
             found[words] = found.get(words, 0) + 1
-    return [f"FP8: {words}; {n} decoded instead" for words, n in found.items()]
+    return [f"weights in FP8 that are decoded: {n}; {words}" for words, n in found.items()]
 
 
 def _quantises_activations(base: Any) -> bool:
     """Whether the own product of a layer does, by its class or by torchao's configuration."""
     if is_fp8_layer(base):
         return type(base).__module__.startswith("transformers.")
-    of_old = type(base.weight).__name__ == "LinearActivationQuantizedTensor"
-    return of_old or getattr(base.weight, "act_quant_kwargs", None) is not None
+    return getattr(base.weight, "act_quant_kwargs", None) is not None
 
 
 def keeping_fp8(module: Any, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

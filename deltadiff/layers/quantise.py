@@ -95,8 +95,10 @@ def quantise_(
     An ``nn.Linear`` (or GPT-2's ``Conv1D``) becomes a `Float8Linear` with W = data * scale, for
     data of float8_e4m3fn and scale = max |w| / 448 in float32. Weights are quantised one layer
     after the other. From then on they are frozen; biases stay as they are. `swap_` takes such a
-    model, and Delta-LoRA runs on it with ``w_update="factored"``. The state that it saves is the
-    format of DeepSeek's checkpoints where the granularity is "block".
+    model, and Delta-LoRA runs on it with ``w_update="factored"``. Its ``state_dict`` loads into a
+    model that was quantised alike; where the granularity is "block", it is what transformers'
+    FP8Linear loads. ``save_pretrained`` writes the same tensors, but no word of FP8 into the
+    configuration, so ``from_pretrained`` cannot read them.
 
     Args:
         model: any module that contains linear layers, before `swap_` and before the optimizer.
@@ -112,7 +114,7 @@ def quantise_(
     Raises:
         ArgumentTypeError, ArgumentError: a value outside the limits above, targets that match
             nothing or name something that cannot be quantised, or a weight with inf or NaN.
-        SwapError: the model is swapped.
+        SwapError: the model is swapped, or wrapped for DDP.
         Nothing was changed then.
     """
     if not isinstance(model, nn.Module):
@@ -128,12 +130,18 @@ def quantise_(
     if lora_layers(model):
         accepted = "`quantise_` before `swap_`; `unswap_` takes the pairs out"
         raise SwapError("model", "a model with swapped layers", accepted)
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
+        accepted = "`quantise_` before it wraps the model, whose parameters it knows"
+        raise SwapError("model", "a model in DistributedDataParallel", accepted)
     layers, reasons = _choose(model, target_modules)
     for name, layer in layers.items():
-        if not layer.weight.isfinite().all():
-            raise ArgumentError(f"weight of {name}", "inf or NaN", "finite numbers")
+        most = torch.finfo(torch.float32).max
+        low, high = layer.weight.aminmax()
+        if not (-most <= low and high <= most):
+            raise ArgumentError(f"weight of {name}", "inf or NaN", "finite numbers of float32")
     rows, before, after = [], 0, 0
-    for name, layer in layers.items():
+    for name in list(layers):
+        layer = layers.pop(name)  # so that nothing holds its weight when it is replaced
         weight, error = _quantised(layer, granularity)
         new = Float8Linear(weight, layer._parameters["bias"], layer.weight.dtype)
         new.train(layer.training)

@@ -78,15 +78,17 @@ class SwapReport:
 
 def swap_report(model: nn.Module) -> SwapReport:
     """Which kernels run each swapped layer of ``model`` now, and why; and what is not swapped."""
-    rows = []
+    rows, decoded = [], []
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.active}
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
         chosen, group = layer.dispatch, layer.share_group or ""
         row = chosen.backend, chosen.reason, group, chosen.in_words()
         rows.append(SwapRow(name, shape, layer.r, *row))
+        if chosen.backend not in ("fp8", "peft"):
+            decoded.append(getattr(layer, "base_layer", layer.holder))
     sizes = [(size_of(p), p.requires_grad) for p in model.parameters()]
-    notes = describe_products(getattr(q, "base_layer", q.holder) for q in layers.values())
+    notes = describe_products(decoded)
     if is_peft_model(model):
         from .peft.fuse import describe_others
 

@@ -25,7 +25,7 @@ def swap_peft_(
     if not fusable:
         reasons = sorted({str(why_not_fusable(m)) for m in layers.values()})
         given = f"a PEFT model without a layer to make faster ({'; '.join(reasons) or 'no layers'})"
-        raise SwapError("model", given, "layers of LoRA on nn.Linear, Conv1D or Linear4bit")
+        raise SwapError("model", given, "layers of LoRA on nn.Linear, Conv1D, Linear4bit or FP8")
     if target_modules != "all-linear":
         chosen = choose_modules(model, target_modules)
         for name, module in chosen.items():

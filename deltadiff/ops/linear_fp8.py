@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .decode_fp8 import Float8, decoded_fp8
 from .dispatch import choose_decoder
 from .lora_linear import autocast_dtype
+from .transforms import transformed
 
 _LIBRARY = torch.library.Library("deltadiff", "FRAGMENT")  # lives as long as this module
 _LIBRARY.define(
@@ -64,6 +65,8 @@ def linear_fp8(x: Tensor, weight: Float8, bias: Tensor | None = None) -> Tensor:
     compute = autocast_dtype(x)
     x = x if compute is None else x.to(compute)
     bias = None if bias is None else bias.to(x.dtype)
+    if not torch.compiler.is_compiling() and transformed():  # which cannot follow `_LinearFp8`
+        return nn.functional.linear(x, decoded_fp8(weight, x.dtype, "reference"), bias)
     return _LinearFp8.apply(x, bias, _decoder(weight.device, x.dtype), *weight.parts)
 
 

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from deltadiff import DeltaLoRA
+from deltadiff import DeltaLoRA, quantise_, swap_
 from deltadiff.diffora import Search, search, split
 from deltadiff.errors import Interrupted
 from deltadiff.ranks import whole
@@ -41,6 +41,24 @@ def trained(rank, method, way):
 def test_two_gpus_are_one_bit_by_bit(method, way):
     first, second = run_ranks(trained, method, way, backend="nccl")
     assert first == second == trained(None, method, way)
+
+
+def trained_over_fp8(rank, way):
+    model = make_base(F32)
+    quantise_(model, "fp8")
+    swap_(model, r=8, lora_alpha=16, seed=1)
+    model.cuda()
+    if rank is not None:
+        model = WAYS[way](model)
+    optimizer = DeltaLoRA(model, lr=5e-3, w_update="factored")
+    train(model, optimizer, rank, device="cuda")
+    return values(torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_gpus_are_one_over_fp8(way):
+    first, second = run_ranks(trained_over_fp8, way, backend="nccl")
+    assert first == second == trained_over_fp8(None, way)
 
 
 # ----------------------------------------------------------------------- DiffoRA's search

@@ -1,6 +1,8 @@
 """`quantise_` puts layers in FP8 in: which, how near they are, and what it refuses."""
 
+import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -50,6 +52,18 @@ def test_the_layers_and_the_report(granularity, monkeypatch):
     assert f"2 layers in FP8, a scale for each {granularity}: 0.1 MiB instead of 0.2" in str(report)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", quantise.GRANULARITIES)
+def test_a_gpu_gives_the_bits_of_the_cpu(granularity):
+    torch.manual_seed(0)
+    cpu = nn.Sequential(nn.Linear(1000, 700, dtype=BF16))
+    gpu = copy.deepcopy(cpu).cuda()
+    for model in (cpu, gpu):
+        quantise_(model, "fp8", granularity=granularity)
+    for name, t in cpu.state_dict().items():
+        assert torch.equal(gpu.state_dict()[name].cpu().float(), t.float()), name
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_models_without_their_heads(name):
     model, ids = build(name), torch.randint(3, 40, (2, 8))
@@ -66,6 +80,19 @@ def test_models_without_their_heads(name):
     quantise_(again, "fp8")
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_one_weight_after_the_other_is_let_go(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    weights, alive, quantised = [weakref.ref(m.weight) for m in model], [], quantise._quantised
+
+    def count(*args):
+        alive.append(sum(weight() is not None for weight in weights))
+        return quantised(*args)
+
+    monkeypatch.setattr(quantise, "_quantised", count)
+    quantise_(model, "fp8")
+    assert alive == [3, 2, 1]
 
 
 def test_a_module_in_two_places_stays_one():
@@ -142,9 +169,11 @@ def test_wrong_arguments_change_nothing():
         quantise_(model, "fp8", granularity=None)
     with pytest.raises(ArgumentError, match="which matches no linear layer"):
         quantise_(model, "fp8", target_modules=["q_proj"])
-    model[1].weight.data[2, 3] = torch.nan
-    with pytest.raises(ArgumentError, match="weight of 1: got inf or NaN; accepted: finite"):
-        quantise_(model, "fp8")
+    for wrong, dtype in ((torch.nan, BF16), (-torch.inf, torch.float32), (1e39, torch.float64)):
+        model[1].to(dtype).weight.data[2, 3] = wrong
+        with pytest.raises(ArgumentError, match="weight of 1: got inf or NaN; accepted: finite"):
+            quantise_(model, "fp8")
+        model[1].weight.data[2, 3] = 0
     assert list(model.modules()) == before
     swap_(model, r=2)
     with pytest.raises(SwapError, match="swapped layers; accepted: `quantise_` before `swap_`"):

@@ -73,7 +73,8 @@ def test_what_is_quantised_is_near(block, randn):
 
 @pytest.mark.parametrize("block", [*BLOCKS, (7, 9)], ids=str)
 def test_all_backends_give_the_same_bits(path, block, dtype, randn):
-    for shape in ((256, 384), (70, 130), (33, 1)):
+    interpreted = path.backend == "triton" and path.device.type == "cpu"  # which is slow
+    for shape in ((136, 160), (33, 1)) if interpreted else ((256, 384), (70, 1130), (33, 1)):
         weight = float8(randn(*shape, scale=0.05), block, path.device)
         for kind in DATA_DTYPES:
             weight = weight._replace(data=weight.data.to(F32).to(kind))

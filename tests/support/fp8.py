@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from deltadiff import quantise_
 from deltadiff.ops.decode_fp8 import Float8, decode_fp8
 from deltadiff.ops.reference_fp8 import quantise_fp8_ref
 
@@ -29,6 +30,14 @@ def fp8_linear(n, k, block=(128, 128), bias=True, dtype=torch.float32, seed=0, *
     if bias:
         layer.bias = nn.Parameter(torch.randn(n, generator=generator).to(dtype))
     return layer
+
+
+def float8_linear(n, k, granularity="block", bias=True, dtype=torch.float32):
+    """deltadiff's own layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(k, n, bias=bias, dtype=dtype))
+    quantise_(model, "fp8", granularity=granularity)
+    return model[0]
 
 
 def dense_of(layer) -> nn.Linear:

@@ -60,21 +60,17 @@ def choose_modules(
     return {name: candidates[name] for name in chosen}
 
 
-def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+def _candidates(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """The linear layers and PEFT's LoRA layers by name, without those inside of such a layer."""
     found: dict[str, nn.Module] = {}
-
-    def walk(prefix: str, module: nn.Module) -> None:
-        for child, m in module._modules.items():
-            if m is None or isinstance(m, LoraLinear):
-                continue
-            name = f"{prefix}{child}"
-            if is_peft(m) or is_linear(m):
-                found[name] = m
-            else:
-                walk(f"{name}.", m)
-
-    walk("", model)
+    for child, m in module._modules.items():
+        if m is None or isinstance(m, LoraLinear):
+            continue
+        name = f"{prefix}{child}"
+        if is_peft(m) or is_linear(m):
+            found[name] = m
+        else:
+            found |= _candidates(m, f"{name}.")
     return found
 
 

@@ -15,6 +15,7 @@ from deltadiff.errors import ArgumentTypeError, SwapError
 
 F32, BF16 = torch.float32, torch.bfloat16
 NAME = "base_model.model.first"
+FP8 = [f"{NAME}.base_layer.{name}" for name in ("weight", "weight_scale_inv")]
 
 
 class Two(nn.Module):
@@ -85,7 +86,10 @@ def test_the_results_of_peft_by_one_call_a_layer(options):
         with torch.autocast("cpu", BF16, enabled=dtype == F32), fused_calls(model) as calls:
             y = model(x.to(dtype))
         assert calls.total() == 2 and relative_error(y, expected["y"].double()) < 0.03
+    model.to(BF16).to(F32)  # our layer keeps its weight and scales
+    assert all(torch.equal(model.state_dict()[n].float(), state[n].float()) for n in FP8)
     unswap_(model)
+    model.load_state_dict(state)
     assert_same(passes(model, x), expected)
 
 
@@ -94,7 +98,7 @@ def test_layers_of_transformers():
     model, truth, x = adapted(of_transformers()), adapted(dense()), input_of()
     truth.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" in n}, False)
     expected = passes(truth.double(), x.double())
-    assert "FP8: FP8Linear would quantise its activations too" in str(swap_(model))
+    assert "FP8Linear itself would quantise the activations, too" in str(swap_(model))
     with fused_calls(model) as calls:
         assert_same(passes(model, x), expected)
     assert calls.total() == 2
@@ -120,6 +124,9 @@ def test_what_cannot_be():
         with pytest.raises(SwapError, match="a weight in FP8, to which PEFT cannot add.*export_pe"):
             merge()
     assert torch.equal(model(x), y)
+    model.to(BF16)  # which transformers' layer takes as if it held numbers
+    with pytest.raises(SwapError, match="weight: got torch.bfloat16 beside scales of FP8"):
+        model(x.to(BF16))
 
 
 def test_an_exported_adapter(tmp_path):
