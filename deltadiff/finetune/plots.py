@@ -76,11 +76,16 @@ def plot_metrics(path: Path, values: Mapping[str, Mapping[str, list[float]]], ti
     _save(figure, path, f"{title}\ngrey: each seed; blue: mean and standard deviation")
 
 
-def plot_differences(path: Path, differences: Mapping[str, Sequence[Mapping]], title: str) -> None:
+def plot_differences(
+    path: Path,
+    differences: Mapping[str, Sequence[Mapping]],
+    title: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """One panel for each task, a line for each pair: by how much the first is better.
 
     ``differences`` are records with the entries pair, gain, low, high, metric and diverged, by
-    task.
+    task. ``metadata`` is what the file holds beside the picture.
     """
     pairs = list(dict.fromkeys(r["pair"] for found in differences.values() for r in found))
     size = (4 + 3.4 * len(differences), 2 + 0.34 * len(pairs))
@@ -104,7 +109,7 @@ def plot_differences(path: Path, differences: Mapping[str, Sequence[Mapping]], t
         "dot: mean difference; line: 95 % interval; blue: better, orange: worse; "
         "grey: not decided; cross: some runs diverged"
     )
-    _save(figure, path, f"{title}\n{legend}")
+    _save(figure, path, f"{title}\n{legend}", metadata)
 
 
 def plot_sweep(
@@ -192,13 +197,13 @@ def _finish(
     _save(figure, path, title)
 
 
-def _save(figure, path: Path, title: str) -> None:
+def _save(figure, path: Path, title: str, metadata: Mapping[str, str] | None = None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     title = title.replace("$", r"\$")  # a name of a file, and no formula
     figure.suptitle(title, fontsize="medium", wrap=True)
     image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
+    FigureCanvasAgg(figure).print_png(image, metadata=metadata)
     write_bytes(path, image.getvalue())
 
 
