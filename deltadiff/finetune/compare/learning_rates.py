@@ -140,11 +140,11 @@ def _is_better(one: Outcome, other: Outcome, metric: PairedMetric) -> bool:
 
 def final_cases(todo: Sequence[Case], rates: Mapping[Arm, float]) -> list[Case]:
     """The runs that are reported, at the chosen rates; an arm that never ran keeps its own."""
-    return [
-        dataclasses.replace(
-            case,
-            settings=dataclasses.replace(case.settings, lr=rates.get(case.arm, case.settings.lr)),
-            stage="final",
+    found = []
+    for case in todo:
+        lr = rates.get(case.arm, case.settings.lr)
+        settings = dataclasses.replace(
+            case.settings, lr=lr, output=f"{case.settings.output}-lr{lr:g}"
         )
-        for case in todo
-    ]
+        found.append(dataclasses.replace(case, settings=settings, stage="final"))
+    return found

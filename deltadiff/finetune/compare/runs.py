@@ -6,6 +6,7 @@ command is given again.
 
 import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -74,11 +75,17 @@ def run_case(case: Case, task: str, alone: bool) -> list[dict]:
     if result is None:
         result, note, final = _run(case, alone)
     free_memory(device)
-    found = records(case, task, result, note, environment(device), alone)
+    found = records(case, task, result, note, _where(device, torch.get_num_threads()), alone)
     if final:
         folder.mkdir(exist_ok=True)
         write_sealed_json(folder / RECORDS_FILE, {"records": found})
     return found
+
+
+@functools.cache
+def _where(device: torch.device, threads: int) -> dict:
+    """`environment`, which asks git: once in a process, as the source that runs is the same."""
+    return environment(device)
 
 
 def _run(case: Case, alone: bool) -> tuple[dict | None, str | None, bool]:
