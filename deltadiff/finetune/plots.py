@@ -96,7 +96,8 @@ def plot_differences(
             place, decided = pairs.index(r["pair"]), r["low"] > 0 or r["high"] < 0
             colour = (blue if r["gain"] > 0 else orange) if decided else "0.5"
             axes.plot([r["low"], r["high"]], [place, place], color=colour, linewidth=2)
-            axes.plot([r["gain"]], [place], "X" if r["diverged"] else "o", color=colour)
+            marker = "X" if r["diverged"] else "o"
+            axes.plot([r["gain"]], [place], marker, color=colour, markersize=8)
         axes.axvline(0, color="black", linewidth=1)
         axes.set_title(task, fontsize="medium")
         axes.set_xlabel(

@@ -13,7 +13,7 @@ from deltadiff.finetune.run_inputs import note_inputs
 
 EXAMPLES = 40
 # The share of right answers of each method at its best rate, and that rate.
-SKILLS = {"lora": (0.70, 0.01), "delta-lora": (0.95, 0.003), "lora-alpha-control": (0.7, 0.003)}
+SKILLS = {"lora": (0.70, 0.01), "delta-lora": (0.95, 0.003)}
 
 
 def result(settings, share: float) -> dict:

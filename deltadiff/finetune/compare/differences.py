@@ -37,7 +37,11 @@ def pairs(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
         else:
             others.append(Arm("lora"))
             others += [a for a in arms if arm.method in JUDGED and a.sweep is None]
-        found |= dict.fromkeys((arm, other) for other in others if other in arms and other != arm)
+        found |= dict.fromkeys(
+            (arm, other)
+            for other in others
+            if other in arms and other != arm and (other, arm) not in found
+        )
     yield from found
 
 

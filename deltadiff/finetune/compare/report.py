@@ -134,7 +134,7 @@ def drawn(r: dict) -> dict:
     one, other = pair_text(r)
     counted = r["diverged"] + r["control_diverged"]
     metric = METRIC_TITLES[r["metric"]]
-    return r | {"pair": f"{one} − {other}", "metric": metric, "diverged": counted}
+    return r | {"pair": f"{one} against {other}", "metric": metric, "diverged": counted}
 
 
 def arm_text(method: str, sweep: str | None, x: float | None) -> str:

@@ -19,7 +19,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 pytest_plugins = ["tiny_models"]
 pytestmark = pytest.mark.usefixtures("one_thread")
-METHODS = ["--methods", *SKILLS, "--seeds", "2", "--start-step", "1"]
+WORDS = ["0.003", "0.01", "0.1", "--methods", *SKILLS, "--seeds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -41,74 +41,85 @@ def tuned(bert, texts, output, *words) -> int:
     return main([*fixed, "--tune-lr", *map(str, words)])
 
 
-def test_each_method_is_reported_at_its_own_best_rate(bert, texts, tmp_path, monkeypatch):
-    finetune = Finetune()
-    monkeypatch.setattr(runs, "finetune", finetune)
-    assert tuned(bert, texts, tmp_path / "out", *METHODS) == 0
-    tuning, final = finetune.ran[:12], finetune.ran[12:]
-    grid = {0.003, 0.01, 0.03, 0.1}
-    assert {
-        s.method: {t.lr for t in tuning if t.method == s.method} for s in tuning
-    } == dict.fromkeys(SKILLS, grid)
-    assert {(s.heldout, s.seed) for s in tuning} == {("0.2", 0)}  # the held-out file is not named
-    assert {(s.method, s.seed): s.lr for s in final} == {
-        (method, seed): best for method, (_, best) in SKILLS.items() for seed in (0, 1)
+@pytest.fixture
+def finetune(monkeypatch):
+    """Runs that are made up, so that they take no time."""
+    made_up = Finetune()
+    monkeypatch.setattr(runs, "finetune", made_up)
+    monkeypatch.setattr(runs, "free_memory", lambda device: None)
+    return made_up
+
+
+def test_each_method_is_reported_at_its_own_best_rate(bert, texts, tmp_path, finetune):
+    assert tuned(bert, texts, tmp_path / "out", *WORDS) == 0
+    tuning, final = finetune.ran[:6], finetune.ran[6:]
+    assert {(s.method, s.lr) for s in tuning} == {
+        (m, lr) for m in SKILLS for lr in (0.003, 0.01, 0.1)
     }
-    assert {s.heldout for s in final} == {texts[1]}
+    assert {(s.heldout, s.seed) for s in tuning} == {("0.2", 0)}  # the held-out file is not named
+    assert [(s.method, s.seed, s.lr, s.heldout) for s in final] == [
+        (method, seed, best, texts[1]) for seed in (0, 1) for method, (_, best) in SKILLS.items()
+    ]
 
     records = load(tmp_path / "out")
-    nan = [
-        r for r in records if (r.get("stage"), r["method"], r.get("lr")) == ("tuning", "lora", 0.1)
-    ]
-    assert [r["diverged"] for r in nan] == [True] and nan[0]["value"] == 0.5  # a constant answer
-    difference = {
-        (r["method"], r["control"]): r for r in records if r["op"] == "compare_difference"
-    }
-    assert set(difference) == {
-        ("delta-lora", "lora-alpha-control"), ("delta-lora", "lora"),
-        ("lora-alpha-control", "lora"),
-    }  # fmt: skip
-    r = difference["delta-lora", "lora"]
+    (nan,) = (
+        r for r in records if (r.get("stage"), r["method"], r["lr"]) == ("tuning", "lora", 0.1)
+    )
+    assert nan["diverged"] and nan["value"] == 0.5  # that of a constant answer
+    (r,) = (r for r in records if r["op"] == "compare_difference")
+    assert (r["method"], r["control"], r["seeds"], r["examples"]) == ("delta-lora", "lora", 2, 40)
+    assert (r["lr"], r["control_lr"]) == (0.003, 0.01)
     assert r["gain"] == pytest.approx(0.25) and 0 < r["low"] < 0.25 < r["high"]
-    assert (r["lr"], r["control_lr"], r["seeds"], r["examples"]) == (0.003, 0.01, 2, 40)
     told = next((tmp_path / "out").glob("*.txt")).read_text()
     assert "0.950*" in told and "0.500 diverged" in told and "+0.2500" in told
     assert list((tmp_path / "out").glob("*-differences.png"))
 
 
-def test_it_goes_on_and_runs_nothing_twice(bert, texts, tmp_path, monkeypatch, capsys):
-    real, ran = Finetune(), []
+def test_it_goes_on_and_runs_nothing_twice(bert, texts, tmp_path, finetune, monkeypatch):
+    ran = []
 
-    def finetune(settings, **more):
+    def stopping(settings, **more):
         ran.append(settings.output)
-        if len(ran) in (5, 16):
+        if len(ran) in (3, 9):
             raise Interrupted("checkpoint")
-        return real(settings, **more)
+        return finetune(settings, **more)
 
-    monkeypatch.setattr(runs, "finetune", finetune)
-    codes = [tuned(bert, texts, tmp_path / "out", *METHODS) for _ in range(4)]
-    assert codes == [130, 130, 0, 0]
-    assert len(ran) == 12 + 6 + 2 and len(set(ran)) == 18
-    whole = tmp_path / "whole"
-    monkeypatch.setattr(runs, "finetune", Finetune())
-    assert tuned(bert, texts, whole, *METHODS) == 0
-    assert load(whole) == load(tmp_path / "out")
-    assert tuned(bert, texts, whole, "0.01", "0.02", *METHODS) == 0  # of other rates as well
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "finetune", stopping)
+        codes = [tuned(bert, texts, tmp_path / "out", *WORDS) for _ in range(3)]
+    assert codes == [130, 130, 0]
+    assert len(ran) == 10 + 2 and len(set(ran)) == 10
+    done = load(tmp_path / "out")
+    finetune.ran.clear()
+    assert tuned(bert, texts, tmp_path / "out", "0.02", *WORDS) == 0  # one more rate
+    assert {(s.lr, s.heldout) for s in finetune.ran} == {(0.02, "0.2")}
+    assert [r for r in load(tmp_path / "out") if r["lr"] != 0.02] == done
 
 
-def test_the_time_is_up(bert, texts, tmp_path, monkeypatch, capsys):
-    finetune, clock = Finetune(), iter(range(1000))
-    monkeypatch.setattr(runs, "finetune", finetune)
-    monkeypatch.setattr("time.monotonic", lambda: 60.0 * next(clock))
-    words = [*METHODS, "--time-limit", "5"]
-    assert tuned(bert, texts, tmp_path / "out", *words) == 3
+def test_the_time_is_up(bert, texts, tmp_path, finetune, monkeypatch, capsys):
+    clock = iter(range(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: 60.0 * next(clock))
+        assert tuned(bert, texts, tmp_path / "out", *WORDS, "--time-limit", "3") == 3
     assert "the time is up; the same command goes on" in capsys.readouterr().out
-    assert 0 < len(finetune.ran) < 12
-    done = len(finetune.ran)
-    monkeypatch.undo()
-    monkeypatch.setattr(runs, "finetune", finetune)
-    assert tuned(bert, texts, tmp_path / "out", *METHODS) == 0
-    assert len(finetune.ran) == 18 and done < 18
+    assert 0 < len(finetune.ran) < 6
+    assert tuned(bert, texts, tmp_path / "out", *WORDS) == 0
+    assert len(finetune.ran) == 10
+
+
+def test_the_rates_around_the_given_one(tmp_path):
+    given = {"model": "m", "data": "d", "heldout": "h", "lr": 2e-4, "generate": 50}
+    todo = cases(given, tmp_path, ["lora"], 2, ["lambda"], [0, 2], own=[("delta-lora", "lr", 1.0)])
+    found = tuning_cases(todo, [], 0.3)
+    rates: dict[Arm, list[float]] = {}
+    for case in found:
+        rates.setdefault(case.arm, []).append(case.settings.lr)
+    assert rates[Arm("lora")] == [6e-5, 2e-4, 6e-4, 2e-3]
+    assert rates[Arm("delta-lora", "lambda", 2.0)] == [0.3, 1.0, 3.0, 10.0]
+    assert len(rates) == 5 and len({case.folder for case in found}) == 20
+    assert {(s.settings.seed, s.settings.heldout, s.settings.generate) for s in found} == {
+        (0, "0.3", 0)
+    }
 
 
 def test_a_run_of_the_choice_does_not_need_the_heldout_text(bert, texts, tmp_path):
