@@ -14,7 +14,7 @@ from .report import differences_of, drawn, pair_text
 
 HOLDS, OPPOSITE, OPEN = "holds", "the opposite holds", "not decided"
 TASK_TITLES = {
-    "sst2": "SST-2", "cola": "CoLA", "vader": "film reviews of VADER", "e2e": "E2E",
+    "sst2": "SST-2", "cola": "CoLA", "vader": "VADER's film reviews", "e2e": "E2E",
     "sst2-sweeps": "SST-2",
 }  # fmt: skip
 
@@ -131,11 +131,14 @@ def sentence(claim: Claim, found: Sequence[dict]) -> str:
 
 def where(r: dict) -> str:
     """The task, and in a sweep the value."""
-    task = TASK_TITLES.get(r["task"], r["task"])
     if r["sweep"] is None:
-        return task
+        return _title(r)
     method = " with alpha (1 + lambda)" if r["method"] == "lora-alpha-control" else ""
-    return f"{task} at {r['sweep']} {r['x']:g}{method}"
+    return f"{_title(r)} at {r['sweep']} {r['x']:g}{method}"
+
+
+def _title(r: dict) -> str:
+    return TASK_TITLES.get(r["task"], r["task"])
 
 
 def listed(words: Sequence[str]) -> str:
@@ -155,7 +158,7 @@ def claim_text(paper: str, claim: Claim, records: Iterable[dict]) -> str:
         counts = (r["diverged"], r["control_diverged"])
         means += f" (diverged: {counts[0]}, {counts[1]})" if any(counts) else ""
         rows.append([
-            TASK_TITLES.get(r["task"], r["task"]), METRIC_TITLES[r["metric"]],
+            _title(r), METRIC_TITLES[r["metric"]],
             " and ".join(pair_text(r)), means, f"{r['gain']:+.4f}",
             f"{r['low']:+.4f} to {r['high']:+.4f}",
         ])  # fmt: skip
@@ -176,7 +179,10 @@ def page(records: Sequence[dict]) -> str:
 
 
 def summary(records: Sequence[dict]) -> str:
-    """A table with a line for each claim: how many of its differences say what."""
+    """A table with a line for each claim: how many of its differences say what.
+
+    Below it stand the tasks that were not measured.
+    """
     rows = []
     for paper, claims in CLAIMS.items():
         for claim in claims:
@@ -184,7 +190,14 @@ def summary(records: Sequence[dict]) -> str:
             kinds = [verdict(claim, r) for r in found]
             counts = [str(kinds.count(kind)) if found else "" for kind in (HOLDS, OPPOSITE, OPEN)]
             rows.append([paper, claim.text, str(len(found) or "not measured"), *counts])
-    return markdown_table(["paper", "claim", "differences", HOLDS, OPPOSITE, OPEN], *rows)
+    measured = {r["task"] for r in differences_of(records)}
+    missing = [
+        f"the sweeps on {title}" if task.endswith("-sweeps") else title
+        for task, title in TASK_TITLES.items()
+        if task not in measured
+    ]
+    left = f"\n\nNot measured: {listed(missing)}." if missing else ""
+    return markdown_table(["paper", "claim", "differences", HOLDS, OPPOSITE, OPEN], *rows) + left
 
 
 def pictured(records: Iterable[dict]) -> dict[str, list[dict]]:
@@ -193,6 +206,5 @@ def pictured(records: Iterable[dict]) -> dict[str, list[dict]]:
     by_task: dict[str, list[dict]] = {}
     for r in differences_of(records):
         if r["sweep"] is None and any(claim.tested_by(r) for claim in claims):
-            task = TASK_TITLES.get(r["task"], r["task"])
-            by_task.setdefault(task, []).append(drawn(r))
+            by_task.setdefault(_title(r), []).append(drawn(r))
     return by_task
