@@ -36,30 +36,36 @@ SWEEPS = ("lambda", "k", "ratio", "sharing", "warm-start", "dropout")
 # ------------------------------------------------------------------------------ the texts
 
 
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield line.strip()
+
+
 def _labelled_lines(path: Path) -> Iterator[Sequence[str]]:
     """SST-2: a label, a space and a sentence on each line."""
-    for line in path.read_text().splitlines():
+    for line in _lines(path):
         label, _, text = line.partition(" ")
         yield label, text
 
 
 def _cola(path: Path) -> Iterator[Sequence[str]]:
     """CoLA: source, label, the author's mark and a sentence, separated by tabs."""
-    for line in path.read_text().splitlines():
+    for line in _lines(path):
         _, label, _, text = line.split("\t")
         yield label, text
 
 
 def _ratings(path: Path) -> Iterator[Sequence[str]]:
     """VADER's film reviews: number, mean rating from -4 to 4 and text, separated by tabs."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _lines(path):
         _, rating, text = line.split("\t")
         yield rating, text
 
 
 def _references(path: Path) -> Iterator[Sequence[str]]:
     """E2E: a meaning representation and a text that says it."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         next(rows)
         yield from rows

@@ -135,7 +135,6 @@ def _run(args: argparse.Namespace, output: Path, todo: list[Case], until: float 
         tuned = run_these(tuning_cases(todo, args.tune_lr, args.tune_share or TUNE_SHARE))
         todo = final_cases(todo, best_rates(outcomes(tuned, metric), metric))
     ran = run_these(todo)
-    ordered = [record for run in ran.values() for record in run.records]
     more: list[dict] = []
     if metric is not None:
         mark(tuned, outcomes(tuned, metric), metric)
@@ -143,6 +142,7 @@ def _run(args: argparse.Namespace, output: Path, todo: list[Case], until: float 
         mark(ran, ended, metric)
         more = [record for run in tuned.values() for record in run.records]
         more += differences(ran, ended, metric)
+    ordered = [record for run in ran.values() for record in run.records]
     place = output / f"compare-{slug(name)}-{slug(ordered[0]['gpu'])}"
     paths = report.write(place, ordered + more, [(case, run.result) for case, run in ran.items()])
     print("\n" + report.text(ordered + more))

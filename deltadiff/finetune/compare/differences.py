@@ -58,9 +58,9 @@ def differences(runs: Mapping[Case, Run], found: Mapping[Case, Outcome], name: s
     ended = {arm: [found[case] for case in mine] for arm, mine in whole.items()}
     examples = len(next(iter(ended.values()))[0].answers)
     resamples = Resamples(len(seeds), examples)
-    values = {
-        arm: resamples.values(metric, [run.answers for run in mine]) for arm, mine in ended.items()
-    }
+    values = resamples.values(
+        metric, {arm: [run.answers for run in mine] for arm, mine in ended.items()}
+    )
     sides = {arm: _side([runs[case] for case in whole[arm]], ended[arm]) for arm in whole}
     about = {"op": "compare_difference", "metric": name, "level": LEVEL}
     about |= {"seeds": len(seeds), "examples": examples, "resamples": resamples.count}

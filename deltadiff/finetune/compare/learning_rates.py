@@ -109,14 +109,17 @@ def outcomes(runs: Mapping[Case, Run], name: str) -> dict[Case, Outcome]:
 def mark(runs: Mapping[Case, Run], found: Mapping[Case, Outcome], name: str) -> None:
     """Say in the records of runs which metric they are compared by, and which of them diverged.
 
-    A run whose loss was not finite gets the value that it counts with.
+    A run that has no such metric, as its loss was not finite or its answers were all the same, gets
+    a record with the value that it counts with.
     """
     for case, run in runs.items():
         ended = found.get(case)
+        if ended is not None and all(r["metric"] != name for r in run.records):
+            known = [r for r in run.records if r["metric"] is not None]
+            counted = run.records[0] | {"metric": name, "value": ended.value, "before": None}
+            run.records[:] = [*known, counted]
         for record in run.records:
             record |= {"by": name, "diverged": None if ended is None else ended.diverged}
-            if ended is not None and record["metric"] is None:
-                record |= {"metric": name, "value": ended.value}
 
 
 def best_rates(found: Mapping[Case, Outcome], name: str) -> dict[Arm, float]:

@@ -13,7 +13,8 @@ seeds alone varied, in 96 % where the examples alone did, and in more than 97 % 
 fails on examples of its own, as trained models mostly do.
 """
 
-from functools import cached_property
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy import ndarray
@@ -22,43 +23,43 @@ from ..paired_metrics import PairedMetric
 
 LEVEL = 0.95  # of the intervals
 COUNT = 4000  # resamples
-_AT_ONCE = 500  # of which the counts are in memory at a time
+_AT_ONCE = 2**22  # counts of examples that are in memory at a time
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Resamples:
-    """The same draws of seeds and of examples for all runs of a comparison."""
+    """The same draws of seeds and of examples for all that is compared."""
 
     def __init__(self, seeds: int, examples: int, count: int = COUNT) -> None:
-        self.seeds, self.examples, self.count = seeds, examples, count
-        generator = np.random.default_rng(0)
+        self.examples, self.count = examples, count
+        self._generator = np.random.default_rng(0)
         drawn = max(1, seeds - 1)
-        self._seeds = generator.multinomial(drawn, [1 / seeds] * seeds, size=count) / drawn
-        self._start = generator.integers(2**31)
+        self._seeds = self._generator.multinomial(drawn, [1 / seeds] * seeds, size=count) / drawn
 
-    @cached_property
-    def _counts(self) -> list[ndarray]:
-        """How often each resample has each example, in blocks of (resamples, examples) int16."""
-        generator = np.random.default_rng(self._start)
-        blocks = []
-        for start in range(0, self.count, _AT_ONCE):
-            rows = min(_AT_ONCE, self.count - start)
-            drawn = generator.integers(self.examples, size=(rows, self.examples))
+    def _counts(self) -> Iterator[ndarray]:
+        """How often each resample has each example, in blocks of (resamples, examples)."""
+        rows = max(1, _AT_ONCE // self.examples)
+        for start in range(0, self.count, rows):
+            rows = min(rows, self.count - start)
+            drawn = self._generator.integers(self.examples, size=(rows, self.examples))
             drawn += np.arange(rows)[:, None] * self.examples
             counts = np.bincount(drawn.ravel(), minlength=rows * self.examples)
-            blocks.append(counts.reshape(rows, self.examples).astype(np.int16))
-        return blocks
+            yield counts.reshape(rows, self.examples).astype(np.float64)
 
-    def values(self, metric: PairedMetric, answers: list[ndarray]) -> ndarray:
-        """The metric of each seed in each resample of the examples: (resamples, seeds).
+    def values(
+        self, metric: PairedMetric, answers: Mapping[Name, Sequence[ndarray]]
+    ) -> dict[Name, ndarray]:
+        """The metric of each seed in each resample of the examples: (resamples, seeds) by name.
 
-        ``answers`` has those of each seed, (examples, columns).
+        ``answers`` has those of each seed, (examples, columns), by the same names.
         """
-        terms = [metric.terms(rows) for rows in answers]
-        columns = []
-        for mine in terms:
-            sums = [block.astype(np.float64) @ mine for block in self._counts]
-            columns.append(metric.value(np.concatenate(sums)))
-        return np.stack(columns, axis=1)
+        terms = {name: [metric.terms(rows) for rows in found] for name, found in answers.items()}
+        blocks: dict[Name, list[ndarray]] = {name: [] for name in answers}
+        for counts in self._counts():
+            for name, found in terms.items():
+                seeds = [metric.value(counts @ mine) for mine in found]
+                blocks[name].append(np.stack(seeds, axis=1))
+        return {name: np.concatenate(found) for name, found in blocks.items()}
 
     def interval(self, gains: ndarray) -> tuple[float, float]:
         """The interval of the mean over the seeds of gains, (resamples, seeds)."""

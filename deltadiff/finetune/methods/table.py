@@ -23,8 +23,7 @@ class Method:
         adapter_formats: the formats in which its result can be written, the default first; none
             for a method that trains parameters of the model itself.
         updates_weights: whether it is Delta-LoRA, which writes into W in place.
-        control: the method that differs from it in nothing but its idea, by which `compare` judges
-            it.
+        control: the method that `compare` judges it by.
     """
 
     text: str

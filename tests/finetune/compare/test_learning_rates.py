@@ -10,7 +10,7 @@ from deltadiff.__main__ import main
 from deltadiff.errors import Interrupted
 from deltadiff.finetune.compare import runs
 from deltadiff.finetune.compare.cases import Arm, cases
-from deltadiff.finetune.compare.learning_rates import best_rates, outcomes, tuning_cases
+from deltadiff.finetune.compare.learning_rates import best_rates, mark, outcomes, tuning_cases
 from deltadiff.finetune.compare.runs import Run
 from deltadiff.finetune.inputs import load_inputs
 
@@ -160,6 +160,23 @@ def test_what_counts_as_diverged(tmp_path):
     assert best_rates(found, "accuracy") == {Arm("lora"): 1e-4}
     equal = {case: found[tuning[0]] for case in reversed(tuning)}
     assert best_rates(equal, "accuracy") == {Arm("lora"): 1e-4}  # the smaller rate
+
+
+def test_a_run_without_the_metric_has_a_record_of_what_it_counts_with(tmp_path):
+    given = {"model": "m", "data": "d", "heldout": "h", "regression": True, "label_column": "label"}
+    (case, other) = cases(given, tmp_path, ["lora", "adalora"], 1)
+    record = {"metric": "mse", "value": 1.0, "note": None}
+    same, told = [[0.0, 0.5], [1.0, 0.5]], [[0.0, 0.1], [1.0, 0.8]]
+    before = {"mse": 2.0}  # whose answers were all the same, too
+    ran = {
+        case: Run([dict(record)], result(case.settings, 1) | {"answers": same, "before": before}),
+        other: Run([dict(record)], result(other.settings, 1) | {"answers": told, "before": before}),
+    }
+    found = outcomes(ran, "pearson")
+    assert [found[c].diverged for c in (case, other)] == [True, False]
+    mark(ran, found, "pearson")
+    counted = [[(r["metric"], r["value"]) for r in ran[c].records] for c in (case, other)]
+    assert counted == [[("mse", 1.0), ("pearson", 0.0)], [("mse", 1.0), ("pearson", 1.0)]]
 
 
 def test_a_method_that_cannot_run_has_no_rate(tmp_path):

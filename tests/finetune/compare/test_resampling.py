@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from deltadiff.finetune.compare import resampling
 from deltadiff.finetune.compare.resampling import COUNT, LEVEL, Resamples
 from deltadiff.finetune.paired_metrics import PAIRED_METRICS
 
@@ -12,10 +13,10 @@ MEAN = PAIRED_METRICS["nll_per_token"]  # of columns sum and count
 
 def _interval(metric, mine, control):
     resamples = Resamples(len(mine), len(mine[0]))
-    pair = [
-        resamples.values(metric, [np.array(a, dtype=float) for a in x]) for x in (mine, control)
-    ]
-    return resamples.interval(metric.gain(*pair))
+    answers = {"mine": mine, "control": control}
+    answers = {k: [np.array(a, dtype=float) for a in found] for k, found in answers.items()}
+    values = resamples.values(metric, answers)
+    return resamples.interval(metric.gain(values["mine"], values["control"]))
 
 
 def _answers(right):
@@ -59,6 +60,14 @@ def test_an_example_that_is_hard_for_both_cancels():
     assert alone[1] - alone[0] > 0.15
 
 
+def test_many_examples_are_drawn_in_blocks(monkeypatch):
+    mine, control = [_answers([1] * 30 + [0] * 70)], [_answers([0] * 100)]
+    monkeypatch.setattr(resampling, "_AT_ONCE", 100 * 7)  # 7 resamples at a time
+    low, high = _interval(ACCURACY, mine, control)
+    monkeypatch.undo()
+    assert [low, high] == pytest.approx(_interval(ACCURACY, mine, control), abs=0.011)
+
+
 def test_the_same_draws_each_time():
     mine = [_answers([1, 0, 1, 1, 0, 1])] * 3
     control = [_answers([0, 0, 1, 0, 1, 1])] * 3
@@ -78,7 +87,7 @@ def test_how_often_the_interval_holds_the_truth(seed, example, both, least):
         gains = generator.normal(0, seed, (5, 1)) + generator.normal(0, example, (1, 200))
         gains = gains + generator.normal(0, both, (5, 200))
         resamples = Resamples(5, 200, 500)
-        values = resamples.values(MEAN, [np.stack([g, np.ones(200)], axis=1) for g in gains])
-        low, high = resamples.interval(values)
+        answers = [np.stack([g, np.ones(200)], axis=1) for g in gains]
+        low, high = resamples.interval(resamples.values(MEAN, {0: answers})[0])
         held += low <= 0 <= high
     assert held / 300 >= least
