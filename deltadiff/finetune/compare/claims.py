@@ -123,7 +123,8 @@ def sentence(claim: Claim, found: Sequence[dict]) -> str:
         if places:
             words.append(f"**{kind.capitalize()}** on {listed(places)}.")
     if claim.with_fewer:
-        fewer = [r["trainable"] < r["control_trainable"] for r in found]
+        counts = [(r["trainable"], r["control_trainable"]) for r in found]
+        fewer = [None not in pair and pair[0] < pair[1] for pair in counts]
         many = "all" if all(fewer) else "none" if not any(fewer) else "some"
         words.append(f"Fewer parameters were trained on {many} of these.")
     return " ".join(words)
@@ -163,7 +164,8 @@ def claim_text(paper: str, claim: Claim, records: Iterable[dict]) -> str:
             f"{r['low']:+.4f} to {r['high']:+.4f}",
         ])  # fmt: skip
         if claim.with_fewer:
-            rows[-1].append(f"{r['trainable']:,.0f}, {r['control_trainable']:,.0f}")
+            counts = (r["trainable"], r["control_trainable"])
+            rows[-1].append(", ".join("" if n is None else f"{n:,.0f}" for n in counts))
     if claim.with_fewer:
         header.append("trained parameters")
     return "\n\n".join([*parts, markdown_table(header, *rows)] if rows else parts)

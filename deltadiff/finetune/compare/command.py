@@ -147,7 +147,8 @@ def _run(args: argparse.Namespace, output: Path, todo: list[Case], until: float 
     paths = report.write(place, ordered + more, [(case, run.result) for case, run in ran.items()])
     print("\n" + report.text(ordered + more))
     print("\n".join(f"written: {path}" for path in paths))
-    return int(any(_counts_as_failed(r) for r in ordered))
+    runs = [*tuned.values(), *ran.values()]
+    return int(any(_counts_as_failed(record) for run in runs for record in run.records))
 
 
 def _counts_as_failed(record: dict) -> bool:
@@ -216,8 +217,8 @@ def _metric(name: str | None, task: Task) -> str:
     """
     known = task.paired_metrics
     if not known:
-        given = f"a comparison by {name or 'any metric'} of {task.name}"
-        raise ArgumentError("tune_lr", given, "labels, numbers or text, for --tune-lr")
+        given = f"text of the kind {task.name!r}, whose answers are not compared one by one"
+        raise ArgumentError("tune_lr", given, "text with labels or numbers, or text alone")
     if name is not None and name not in known:
         raise ArgumentError("metric", repr(name), f"{' or '.join(known)}, for this text")
     return name or next(iter(known))

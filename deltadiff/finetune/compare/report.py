@@ -146,9 +146,13 @@ def _arm(r: dict) -> tuple:
 
 
 def notes(records: Sequence[dict]) -> list[str]:
-    """Why runs are not in the table, one line for each."""
-    records = [r for r in reported(records) if r["note"]]
-    found = {(METHODS[r["method"]].text, r["note"]): None for r in records}
+    """Why runs are not in a table, or diverged, one line for each.
+
+    Those of the choice of a rate that diverged are in its table.
+    """
+    runs = [r for r in records if r["op"] == "compare" and r["note"]]
+    shown = [r for r in runs if r.get("stage") != "tuning" or r["value"] is None]
+    found = {(METHODS[r["method"]].text, r["note"]): None for r in shown}
     return [f"{name}: {note}" for name, note in found]
 
 

@@ -7,12 +7,13 @@ from comparisons import FIXED, load
 from tuned_comparisons import SKILLS, Finetune, result
 
 from deltadiff.__main__ import main
-from deltadiff.errors import Interrupted
-from deltadiff.finetune.compare import runs
+from deltadiff.errors import ArgumentError, Interrupted
+from deltadiff.finetune.compare import command, report, runs
 from deltadiff.finetune.compare.cases import Arm, cases
 from deltadiff.finetune.compare.learning_rates import best_rates, mark, outcomes, tuning_cases
 from deltadiff.finetune.compare.runs import Run
 from deltadiff.finetune.inputs import load_inputs
+from deltadiff.finetune.tasks.spans import SpanTask
 
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
@@ -46,8 +47,14 @@ def finetune(monkeypatch):
     """Runs that are made up, so that they take no time."""
     made_up = Finetune()
     monkeypatch.setattr(runs, "finetune", made_up)
-    monkeypatch.setattr(runs, "free_memory", lambda device: None)
+    for module in (runs, command):
+        monkeypatch.setattr(module, "free_memory", lambda device: None)
     return made_up
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(report, "plots", lambda *args: [])
 
 
 def test_each_method_is_reported_at_its_own_best_rate(bert, texts, tmp_path, finetune):
@@ -75,7 +82,9 @@ def test_each_method_is_reported_at_its_own_best_rate(bert, texts, tmp_path, fin
     assert list((tmp_path / "out").glob("*-differences.png"))
 
 
-def test_it_goes_on_and_runs_nothing_twice(bert, texts, tmp_path, finetune, monkeypatch):
+def test_it_goes_on_and_runs_nothing_twice(
+    bert, texts, tmp_path, finetune, no_figures, monkeypatch
+):
     ran = []
 
     def stopping(settings, **more):
@@ -96,7 +105,7 @@ def test_it_goes_on_and_runs_nothing_twice(bert, texts, tmp_path, finetune, monk
     assert [r for r in load(tmp_path / "out") if r["lr"] != 0.02] == done
 
 
-def test_the_time_is_up(bert, texts, tmp_path, finetune, monkeypatch, capsys):
+def test_the_time_is_up(bert, texts, tmp_path, finetune, no_figures, monkeypatch, capsys):
     clock = iter(range(1000))
     with monkeypatch.context() as patch:
         patch.setattr("time.monotonic", lambda: 60.0 * next(clock))
@@ -177,6 +186,31 @@ def test_a_run_without_the_metric_has_a_record_of_what_it_counts_with(tmp_path):
     mark(ran, found, "pearson")
     counted = [[(r["metric"], r["value"]) for r in ran[c].records] for c in (case, other)]
     assert counted == [[("mse", 1.0), ("pearson", 0.0)], [("mse", 1.0), ("pearson", 1.0)]]
+
+
+def test_a_rate_that_could_not_be_tried_is_said(
+    bert, texts, tmp_path, finetune, no_figures, monkeypatch
+):
+    def failing(settings, **more):
+        if settings.lr == 0.01 and settings.heldout == "0.2":
+            raise RuntimeError("no memory")
+        return finetune(settings, **more)
+
+    words = ["0.003", "0.01", "--methods", "lora", "--seeds", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "finetune", failing)
+        assert tuned(bert, texts, tmp_path / "out", *words) == 1
+    assert (
+        "LoRA: failed: RuntimeError: no memory"
+        in next((tmp_path / "out").glob("*.txt")).read_text()
+    )
+    assert tuned(bert, texts, tmp_path / "out", *words) == 0  # it is tried again, and chosen
+    assert {r["lr"] for r in load(tmp_path / "out") if r.get("stage") == "final"} == {0.01}
+
+
+def test_answers_that_are_not_compared_one_by_one():
+    with pytest.raises(ArgumentError, match="tune_lr: got text of the kind 'spans'"):
+        command._metric(None, SpanTask(64))
 
 
 def test_a_method_that_cannot_run_has_no_rate(tmp_path):
