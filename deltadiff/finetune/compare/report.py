@@ -90,18 +90,21 @@ def rates_table(records: Sequence[dict]) -> list[list[str]]:
     """A line for each method, a column for each learning rate: how its run of the choice ended.
 
     "*" marks the rate that was chosen, "diverged" a run that is no better than none. A method
-    without a run at a rate has an empty cell.
+    without a run at a rate has an empty cell. The last column says where the chosen rate is the
+    smallest or the largest that was tried, so that others might be better.
     """
     tuning = [r for r in records if r.get("stage") == "tuning" and r["metric"] == r["by"]]
     chosen = {_arm(r): r["lr"] for r in reported(records)}
     rates = sorted({r["lr"] for r in tuning})
-    rows = [["method", *(f"{lr:g}" for lr in rates)]]
+    rows = [["method", *(f"{lr:g}" for lr in rates), "chosen at the edge"]]
     for (method, sweep, x), found in grouped(tuning, "method", "sweep", "x").items():
         cells = {}
         for r in found:
             mark = "*" if chosen.get(_arm(r)) == r["lr"] else ""
             cells[r["lr"]] = f"{r['value']:.3f}{mark}{' diverged' if r['diverged'] else ''}"
-        rows.append([arm_text(method, sweep, x), *(cells.get(lr, "") for lr in rates)])
+        lr = chosen.get((method, sweep, x))
+        edge = {min(cells): "smallest", max(cells): "largest"}.get(lr, "")
+        rows.append([arm_text(method, sweep, x), *(cells.get(lr, "") for lr in rates), edge])
     return rows
 
 

@@ -81,6 +81,10 @@ def test_each_claim_is_tested_by_a_difference_that_compare_makes():
     assert not any(r["sweep"] for found in claims.pictured(records).values() for r in found)
 
 
+def test_the_control_of_each_method_is_a_method():
+    assert {method.control for method in METHODS.values()} <= set(METHODS)
+
+
 def test_pairs_are_compared_once_and_with_their_control():
     found = list(pairs([Arm(m) for m in ("lora", "lora-alpha-control", "delta-lora", "diffora")]))
     assert (Arm("delta-lora"), Arm("lora-alpha-control")) in found

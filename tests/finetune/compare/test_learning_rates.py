@@ -79,6 +79,8 @@ def test_each_method_is_reported_at_its_own_best_rate(bert, texts, tmp_path, fin
     assert r["gain"] == pytest.approx(0.25) and 0 < r["low"] < 0.25 < r["high"]
     told = next((tmp_path / "out").glob("*.txt")).read_text()
     assert "0.950*" in told and "0.500 diverged" in told and "+0.2500" in told
+    header, *rows = report.rates_table(records)
+    assert [row[header.index("chosen at the edge")] for row in rows] == ["", "smallest"]
     assert list((tmp_path / "out").glob("*-differences.png"))
 
 
