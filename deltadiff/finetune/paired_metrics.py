@@ -22,12 +22,14 @@ class PairedMetric:
         constant: makes of answers, and of the metric of the model before training, the answers of
             the best that needs no training: the same answer to every example.
         higher_is_better: whether more is better.
+        kept_in: the entry of result.json that has the answers.
     """
 
     terms: Callable[[ndarray], ndarray]
     value: Callable[[ndarray], ndarray]
     constant: Callable[[ndarray, float | None], ndarray]
     higher_is_better: bool = True
+    kept_in: str = "answers"
 
     def of(self, answers: ndarray) -> float:
         """The metric of all answers of a run."""
@@ -133,4 +135,33 @@ TEXT_METRICS = {
     ),
 }  # fmt: skip
 
-PAIRED_METRICS = CLASS_METRICS | NUMBER_METRICS | TEXT_METRICS
+# -------------------- completions: columns of `metrics.bleu_counts`; where text was generated
+
+
+def _bleu(sums: ndarray) -> ndarray:
+    """BLEU in percent, as sacrebleu has it.
+
+    The first order of n-grams without a match counts as half a match, the next as a quarter.
+    Without any match, or any n-gram of some order, BLEU is 0.
+    """
+    length, reference = sums[..., 0], sums[..., 1]
+    right, there = sums[..., 2:6], sums[..., 6:10]
+    halvings = np.cumsum(right == 0, axis=-1)
+    precisions = np.where(right == 0, 0.5**halvings, right) / np.maximum(there, 1)
+    brevity = np.minimum(0, 1 - reference / np.maximum(length, 1))
+    found = 100 * np.exp(brevity + np.log(precisions).mean(-1))
+    return np.where((right[..., 0] == 0) | (there == 0).any(-1), 0.0, found)
+
+
+def _nothing(answers: ndarray, before: float | None) -> ndarray:
+    """Completions without a word."""
+    return answers * (np.arange(answers.shape[1]) == 1)
+
+
+COMPLETION_METRICS = {
+    "bleu": PairedMetric(lambda answers: answers, _bleu, _nothing, kept_in="completion_counts"),
+}
+
+# By which a learning rate can be chosen, and all by which runs are compared.
+CHOICE_METRICS = CLASS_METRICS | NUMBER_METRICS | TEXT_METRICS
+PAIRED_METRICS = CHOICE_METRICS | COMPLETION_METRICS

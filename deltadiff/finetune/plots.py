@@ -82,16 +82,16 @@ def plot_differences(
     title: str,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """One panel for each task, a line for each pair: by how much the first is better.
+    """A line for each pair, by how much the first is better; a panel for each key.
 
     ``differences`` are records with the entries pair, gain, low, high, metric and diverged, by
-    task. ``metadata`` is what the file holds beside the picture.
+    the title of their panel. ``metadata`` is what the file holds beside the picture.
     """
     pairs = list(dict.fromkeys(r["pair"] for found in differences.values() for r in found))
     size = (4 + 3.4 * len(differences), 2 + 0.34 * len(pairs))
     figure, panels = _panels(len(differences), size, sharey=True)
     blue, orange, _, _ = _colours(4)
-    for axes, (task, found) in zip(panels, differences.items(), strict=True):
+    for axes, (name, found) in zip(panels, differences.items(), strict=True):
         for r in found:
             place, decided = pairs.index(r["pair"]), r["low"] > 0 or r["high"] < 0
             colour = (blue if r["gain"] > 0 else orange) if decided else "0.5"
@@ -99,7 +99,7 @@ def plot_differences(
             marker = "X" if r["diverged"] else "o"
             axes.plot([r["gain"]], [place], marker, color=colour, markersize=8)
         axes.axvline(0, color="black", linewidth=1)
-        axes.set_title(task, fontsize="medium")
+        axes.set_title(name, fontsize="medium")
         axes.set_xlabel(
             f"\N{LEFTWARDS ARROW} worse   {found[0]['metric']}   better \N{RIGHTWARDS ARROW}"
         )

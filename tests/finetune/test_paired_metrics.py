@@ -6,7 +6,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from deltadiff.finetune.batches import EncodedExamples
-from deltadiff.finetune.paired_metrics import PAIRED_METRICS
+from deltadiff.finetune.metrics import bleu_counts, score_text
+from deltadiff.finetune.paired_metrics import CHOICE_METRICS, PAIRED_METRICS
 from deltadiff.finetune.tasks.choose import METRIC_TITLES, TASKS
 from deltadiff.finetune.tasks.classes import ClassTask
 from deltadiff.finetune.tasks.numbers import NumberTask
@@ -39,7 +40,27 @@ def test_they_are_those_of_the_task(randn):
         for name, metric in task.paired_metrics.items():
             assert metric.of(answers) == pytest.approx(scores[name], rel=1e-5), (task, name)
             seen.add(name)
-    assert seen == set(PAIRED_METRICS) <= set(METRIC_TITLES)
+    assert seen == set(CHOICE_METRICS) and set(PAIRED_METRICS) <= set(METRIC_TITLES)
+
+
+def test_bleu_is_that_of_sacrebleu():
+    pytest.importorskip("sacrebleu")
+    references = [
+        ["A fine old pub by the river .", "The pub by the river is old ."], ["It is cheap ."],
+        ["A coffee shop in the city centre called Blue Spice ."],
+    ]  # fmt: skip
+    for found in (
+        ["The old pub by the river is fine .", "it is cheap .", "A coffee shop called Blue Spice"],
+        ["The pub", "cheap", "Spice shop"],  # too short, and of some lengths there is no match
+        ["x y z v", "w", "u"],
+        ["The x river y old z", "it", "A x centre y Blue"],  # words match, longer n-grams do not
+        ["", "", ""],
+    ):
+        counts = np.array(bleu_counts(found, references), dtype=float)
+        score = score_text(found, references)[0]["bleu"]
+        assert PAIRED_METRICS["bleu"].of(counts) == pytest.approx(score, abs=1e-9), found
+    constant = PAIRED_METRICS["bleu"].constant(counts, None)
+    assert PAIRED_METRICS["bleu"].of(constant) == 0
 
 
 def test_a_resample_is_the_metric_of_the_examples_that_it_repeats(randn):

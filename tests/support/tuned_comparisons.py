@@ -24,7 +24,8 @@ def result(settings, share: float) -> dict:
     answers = [[y, y if r else 1 - y, 0.1] for y, r in zip(labels, right, strict=True)]
     return {
         "settings": dataclasses.asdict(settings), "after": {"accuracy": float(right.mean())},
-        "before": {"accuracy": 0.5}, "answers": answers, "metrics_left_out": {}, "failed": {},
+        "before": {"accuracy": 0.5}, "answers": answers, "completion_counts": [],
+        "metrics_left_out": {}, "failed": {},
         "trainable_parameters": 10, "seconds": 1.0, "seconds_per_step": 0.1,
         "peak_memory_mib": None, "weight_update": None, "similarity": {}, "loss_curve": [1.0],
     }  # fmt: skip

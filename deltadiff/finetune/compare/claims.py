@@ -131,11 +131,12 @@ def sentence(claim: Claim, found: Sequence[dict]) -> str:
 
 
 def where(r: dict) -> str:
-    """The task, and in a sweep the value."""
+    """The task, the metric, and in a sweep the value."""
+    place = f"{_title(r)} ({METRIC_TITLES[r['metric']]})"
     if r["sweep"] is None:
-        return _title(r)
+        return place
     method = " with alpha (1 + lambda)" if r["method"] == "lora-alpha-control" else ""
-    return f"{_title(r)} at {r['sweep']} {r['x']:g}{method}"
+    return f"{place} at {r['sweep']} {r['x']:g}{method}"
 
 
 def _title(r: dict) -> str:
@@ -203,10 +204,13 @@ def summary(records: Sequence[dict]) -> str:
 
 
 def pictured(records: Iterable[dict]) -> dict[str, list[dict]]:
-    """The differences of the picture, by task: those that test a claim, outside of sweeps."""
+    """The differences of the picture, by task and metric: those that test a claim.
+
+    Those of sweeps are left out.
+    """
     claims = [claim for found in CLAIMS.values() for claim in found]
-    by_task: dict[str, list[dict]] = {}
+    panels: dict[str, list[dict]] = {}
     for r in differences_of(records):
         if r["sweep"] is None and any(claim.tested_by(r) for claim in claims):
-            by_task.setdefault(_title(r), []).append(drawn(r))
-    return by_task
+            panels.setdefault(where(r), []).append(drawn(r))
+    return panels

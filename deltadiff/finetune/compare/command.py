@@ -18,7 +18,7 @@ from ..inputs import device_of, load_inputs
 from ..methods.table import METHODS
 from ..options import add_settings, given_settings, parse_value, require_model_and_data
 from ..packages import check_packages
-from ..paired_metrics import PAIRED_METRICS
+from ..paired_metrics import CHOICE_METRICS, COMPLETION_METRICS
 from ..run_inputs import INPUTS_FILE, note_or_check_files
 from ..settings import Settings
 from ..tasks.base import Task
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric", metavar="NAME",
         help="with --tune-lr: what rates are chosen and methods compared by, one of "
-        f"{', '.join(PAIRED_METRICS)} (default: the first that the task has)",
+        f"{', '.join(CHOICE_METRICS)} (default: the first that the task has)",
     )  # fmt: skip
     parser.add_argument(
         "--time-limit", type=float, metavar="MINUTES",
@@ -142,6 +142,8 @@ def _run(args: argparse.Namespace, output: Path, todo: list[Case], until: float 
         mark(ran, ended, metric)
         more = [record for run in tuned.values() for record in run.records]
         more += differences(ran, ended, metric)
+        for name_of_text in COMPLETION_METRICS:  # of runs that generated none, there are none
+            more += differences(ran, outcomes(ran, name_of_text), name_of_text)
     ordered = [record for run in ran.values() for record in run.records]
     place = output / f"compare-{slug(name)}-{slug(ordered[0]['gpu'])}"
     paths = report.write(place, ordered + more, [(case, run.result) for case, run in ran.items()])
@@ -201,8 +203,8 @@ def _check_tuning(args: argparse.Namespace) -> None:
                 raise ArgumentError(name, getattr(args, name), "none without --tune-lr")
     elif len(set(args.tune_lr)) < len(args.tune_lr) or len(args.tune_lr) == 1:
         raise ArgumentError("tune_lr", args.tune_lr, "two different learning rates or more")
-    if args.metric is not None and args.metric not in PAIRED_METRICS:
-        raise ArgumentError("metric", repr(args.metric), " or ".join(PAIRED_METRICS))
+    if args.metric is not None and args.metric not in CHOICE_METRICS:
+        raise ArgumentError("metric", repr(args.metric), " or ".join(CHOICE_METRICS))
     if args.tune_share is not None and not 0 < args.tune_share < 1:
         raise ArgumentError("tune_share", args.tune_share, "a share above 0 and below 1")
     if args.time_limit is not None and not 0 < args.time_limit < math.inf:

@@ -80,9 +80,9 @@ def outcomes(runs: Mapping[Case, Run], name: str) -> dict[Case, Outcome]:
     """
     metric = PAIRED_METRICS[name]
     answered = {
-        case: np.array(run.result["answers"], dtype=float)
+        case: np.array(run.result[metric.kept_in], dtype=float)
         for case, run in runs.items()
-        if run.result and run.result["answers"]
+        if run.result and run.result.get(metric.kept_in)  # older runs have none
     }
     starts = {
         case: run.result["before"].get(name) for case, run in runs.items() if case in answered

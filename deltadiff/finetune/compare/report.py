@@ -228,9 +228,10 @@ def plots(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[P
     for (sweep,), found in grouped((r for r in ran if r["sweep"]), "sweep").items():
         by_x = {m: _values(mine, "x") for (m,), mine in grouped(found, "method").items()}
         plot_sweep(target(f"sweep-{sweep}"), sweep, by_x, title)
-    main = [r for r in differences_of(records) if r["sweep"] is None]
+    main = [drawn(r) for r in differences_of(records) if r["sweep"] is None]
     if main:
-        plot_differences(target("differences"), {main[0]["task"]: list(map(drawn, main))}, title)
+        panels = {metric: found for (metric,), found in grouped(main, "metric").items()}
+        plot_differences(target("differences"), panels, title)
     return paths
 
 

@@ -40,11 +40,14 @@ def test_a_verdict_is_where_the_interval_lies(low, high, above, below):
 def test_a_sentence_names_the_tasks_of_each_verdict():
     found = [
         difference(0.1, 0.2), difference(-0.1, 0.2, task="cola"),
-        difference(0.1, 0.3, task="e2e", sweep="ratio", x=0.2, control_x=0.5),
+        difference(0.1, 0.3, task="e2e", metric="bleu", sweep="ratio", x=0.2, control_x=0.5),
     ]  # fmt: skip
     told = claims.sentence(ABOVE, found)
-    assert told == "**Holds** on SST-2 and E2E at ratio 0.2. **Not decided** on CoLA."
-    assert claims.sentence(BELOW, found[:1]) == "**The opposite holds** on SST-2."
+    assert told == (
+        "**Holds** on SST-2 (accuracy) and E2E (BLEU) at ratio 0.2. "
+        "**Not decided** on CoLA (accuracy)."
+    )
+    assert claims.sentence(BELOW, found[:1]) == "**The opposite holds** on SST-2 (accuracy)."
     assert claims.sentence(ABOVE, []) == "**Not measured.**"
 
 

@@ -292,6 +292,42 @@ def test_the_heldout_labels_do_not_change_the_choice(bert, texts, tmp_path):
 
 
 @pytest.mark.long
+def test_text_is_compared_by_its_loss_and_by_what_is_generated(llama, tmp_path):
+    pytest.importorskip("sacrebleu")
+    for name in ("train", "heldout"):
+        lines = [
+            f"{p} {w},the {w} film is {p}" for p in ("great", "dull") for w in ("story", "plot")
+        ]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["prompt,text", *lines * 10]) + "\n")
+    words = [
+        "compare",
+        llama,
+        str(tmp_path / "train.csv"),
+        "--heldout",
+        str(tmp_path / "heldout.csv"),
+    ]
+    words += ["--prompt-column", "prompt", "--device", "cpu", "--steps", "20", "--generate", "4"]
+    words += ["--tune-lr", "0.003", "0.03", "--methods", "lora", "delta-lora", "--seeds", "2"]
+    words += ["--batch-size", "8", "--max-new-tokens", "6", "--start-step", "1"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    records = load(tmp_path / "out")
+    found = {r["metric"]: r for r in records if r["op"] == "compare_difference"}
+    assert set(found) == {"nll_per_token", "bleu"}
+    assert (found["nll_per_token"]["examples"], found["bleu"]["examples"]) == (40, 4)
+    for metric, r in found.items():
+        values = {
+            method: [
+                x["value"] for x in records
+                if (x.get("stage"), x["metric"], x["method"]) == ("final", metric, method)
+            ]
+            for method in ("lora", "delta-lora")
+        }  # fmt: skip
+        means = [sum(mine) / 2 for mine in values.values()]
+        assert [r["control_mean"], r["mean"]] == pytest.approx(means, rel=1e-4)
+    assert not [r for r in records if r.get("stage") == "tuning" and r["metric"] == "bleu"]
+
+
+@pytest.mark.long
 def test_several_jobs_are_stopped_by_the_time_and_go_on(bert, texts, tmp_path):
     words = ["0.01", "0.03", "--methods", "lora", "bitfit", "--seeds", "2", "--jobs", "2"]
     assert tuned(bert, texts, tmp_path / "out", *words, "--time-limit", "0.0001") == 3
