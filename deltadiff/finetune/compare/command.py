@@ -34,7 +34,7 @@ from .learning_rates import (
     outcomes,
     tuning_cases,
 )
-from .runs import DIVERGED, Run, TimeIsUp, read_run, run_all
+from .runs import DIVERGED, Run, Runner, TimeIsUp, read_run
 
 TUNE_SHARE = 0.2
 TIME_IS_UP = 3  # exit code
@@ -123,18 +123,14 @@ def _run(args: argparse.Namespace, output: Path, todo: list[Case], until: float 
     note_or_check_files(runs, settings)
     name = args.task or Path(settings.data).name.partition(".")[0].replace("package:", "")
 
-    def run_these(cases: list[Case]) -> dict[Case, Run]:
-        found: dict[Case, list[dict]] = {}
-        for case, mine in run_all(cases, name, args.jobs, until):
-            found[case] = mine
-            print(f"{len(found)}/{len(cases)} {case}: {report.line(mine)}", flush=True)
-        return {case: read_run(case, found[case]) for case in cases}
-
     tuned: dict[Case, Run] = {}
-    if metric is not None:
-        tuned = run_these(tuning_cases(todo, args.tune_lr, args.tune_share or TUNE_SHARE))
-        todo = final_cases(todo, best_rates(outcomes(tuned, metric), metric))
-    ran = run_these(todo)
+    with Runner(name, args.jobs, until) as runner:
+        if metric is not None:
+            tuned = _run_all(
+                runner, tuning_cases(todo, args.tune_lr, args.tune_share or TUNE_SHARE)
+            )
+            todo = final_cases(todo, best_rates(outcomes(tuned, metric), metric))
+        ran = _run_all(runner, todo)
     more: list[dict] = []
     if metric is not None:
         mark(tuned, outcomes(tuned, metric), metric)
@@ -151,6 +147,15 @@ def _run(args: argparse.Namespace, output: Path, todo: list[Case], until: float 
     print("\n".join(f"written: {path}" for path in paths))
     runs = [*tuned.values(), *ran.values()]
     return int(any(_counts_as_failed(record) for run in runs for record in run.records))
+
+
+def _run_all(runner: Runner, todo: list[Case]) -> dict[Case, Run]:
+    """All runs, in the order of ``todo``; each is told when it is done."""
+    found: dict[Case, list[dict]] = {}
+    for case, mine in runner.run(todo):
+        found[case] = mine
+        print(f"{len(found)}/{len(todo)} {case}: {report.line(mine)}", flush=True)
+    return {case: read_run(case, found[case]) for case in todo}
 
 
 def _counts_as_failed(record: dict) -> bool:

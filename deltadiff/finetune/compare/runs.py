@@ -176,50 +176,77 @@ class TimeIsUp(Exception):
     """The time limit was reached: the runs at work were finished, and no more were begun."""
 
 
-def run_all(
-    todo: Sequence[Case], task: str, jobs: int, until: float | None = None
-) -> Iterator[tuple[Case, list[dict]]]:
-    """Each case with its records, in the order in which they are done.
+class Runner:
+    """Runs cases, and gives each with its records, in the order in which they are done.
 
     ``jobs`` processes work at a time, each with its share of the cores and, if several GPUs are
-    visible, on the next GPU. They run one case after the other, and end with this process, however
-    it ends.
-
-    Raises:
-        TimeIsUp: `time.monotonic` passed ``until`` while there was something left to begin.
+    visible, on the next GPU. They are started when there is something to run, run one case after
+    the other, and end with the block, or with this process, however it ends.
     """
-    if jobs == 1:
+
+    def __init__(self, task: str, jobs: int = 1, until: float | None = None) -> None:
+        """``until``: no run is begun after `time.monotonic` has passed it."""
+        self.task, self.jobs, self.until = task, jobs, until
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if self._pool is None:
+            return
+        if kind is not None and issubclass(kind, (Interrupted, KeyboardInterrupt)):
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # it saves what it has
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, todo: Sequence[Case]) -> Iterator[tuple[Case, list[dict]]]:
+        """Each case with its records. Cases that have them from earlier come first.
+
+        Raises:
+            TimeIsUp: the time was up while there was something left to begin.
+        """
+        left = []
         for case in todo:
-            if until is not None and time.monotonic() > until:
+            if (case.folder / RECORDS_FILE).exists():
+                yield case, run_case(case, self.task, alone=False)
+            else:
+                left.append(case)
+        yield from self._run_here(left) if self.jobs == 1 else self._run_beside(left)
+
+    def _time_is_up(self) -> bool:
+        return self.until is not None and time.monotonic() > self.until
+
+    def _run_here(self, todo: Sequence[Case]) -> Iterator[tuple[Case, list[dict]]]:
+        for case in todo:
+            if self._time_is_up():
                 raise TimeIsUp
-            yield case, run_case(case, task, alone=True)
-        return
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    places = context.Queue()
-    for i in range(jobs):
-        places.put(i if todo[0].settings.device == "auto" else None)
-    threads = max(1, torch.get_num_threads() // jobs)
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_begin_worker, initargs=(places, threads)
-    )
-    try:
+            yield case, run_case(case, self.task, alone=True)
+
+    def _run_beside(self, todo: Sequence[Case]) -> Iterator[tuple[Case, list[dict]]]:
         waiting, running = list(reversed(todo)), {}
         while waiting or running:
-            up = until is not None and time.monotonic() > until
-            while waiting and not up and len(running) < jobs:
+            while waiting and len(running) < self.jobs and not self._time_is_up():
                 case = waiting.pop()
-                running[pool.submit(run_case, case, task, False)] = case
+                future = self._workers(case).submit(run_case, case, self.task, alone=False)
+                running[future] = case
             if not running:
                 raise TimeIsUp
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), future.result()
-    except (Interrupted, KeyboardInterrupt):
-        for worker in multiprocessing.active_children():
-            worker.terminate()  # it saves what it has
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def _workers(self, case: Case) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+            places = context.Queue()
+            for i in range(self.jobs):
+                places.put(i if case.settings.device == "auto" else None)
+            threads = max(1, torch.get_num_threads() // self.jobs)
+            self._pool = ProcessPoolExecutor(
+                self.jobs, context, initializer=_begin_worker, initargs=(places, threads)
+            )
+        return self._pool
 
 
 def _begin_worker(places: multiprocessing.Queue, threads: int) -> None:

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import torch
 from comparisons import FIXED, load
 from tuned_comparisons import SKILLS, Finetune, result
 
@@ -335,3 +336,13 @@ def test_several_jobs_are_stopped_by_the_time_and_go_on(bert, texts, tmp_path):
     assert tuned(bert, texts, tmp_path / "out", *words) == 0
     records = load(tmp_path / "out")
     assert {r["seconds"] for r in records if r.get("stage") == "final"} == {None}
+
+
+@pytest.mark.gpu
+@pytest.mark.long
+def test_several_jobs_on_the_gpus(bert, texts, tmp_path):
+    words = ["0.01", "0.03", "--methods", "lora", "delta-lora", "--seeds", "2", "--start-step", "1"]
+    assert tuned(bert, texts, tmp_path / "out", *words, "--jobs", "2", "--device", "auto") == 0
+    records = load(tmp_path / "out")
+    assert {r["gpu"] for r in records} == {torch.cuda.get_device_name(0)}
+    assert [r for r in records if r["op"] == "compare_difference"]
