@@ -14,18 +14,22 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from deltadiff.bench.plots import plots, stale_plots, write_plots
+from deltadiff.bench.plots import DIGEST, digest, plots, stale_plots, write_plots
 from deltadiff.bench.report import VARIANT_NAMES, case_text, shape_text
 from deltadiff.files import slug, write_text
-from deltadiff.finetune.compare.report import caption, grouped, markdown
+from deltadiff.finetune.compare import claims
+from deltadiff.finetune.compare.report import caption, grouped, markdown, rates_table, table
+from deltadiff.finetune.plots import plot_differences
 from deltadiff.text import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FRONT = ROOT / "README.md"
 ALL = ROOT / "benchmarks" / "README.md"
+METHODS = ROOT / "benchmarks" / "methods.md"
+DIFFERENCES = RESULTS / "methods-differences.png"
 FLOORS = ("frozen", "copy")
-OURS = ("deltadiff", "deltadiff-4bit")
+OURS = ("deltadiff", "deltadiff-4bit", "deltadiff-fp8")
 STEP = ("delta_update", "adamw_step", "step")
 
 Records = Sequence[dict]
@@ -273,6 +277,44 @@ def compare_tables(records: Records) -> str:
     return "\n" + "\n\n".join(parts) + "\n"
 
 
+def tuned_tables(records: Records, write: Callable[[Records], list[list[str]]]) -> str:
+    """A table for each comparison with tuned learning rates, under its caption."""
+    parts = []
+    for found in grouped(records, "gpu", "model", "task").values():
+        parts += [f"{caption(found)}:", markdown_table(*write(found))]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def differences_picture(records: Records) -> str:
+    return "\n" + image("By how much each method is better", DIFFERENCES, METHODS) + "\n"
+
+
+def write_differences(records: Records) -> None:
+    """Draw the picture of the differences, if there are some."""
+    shown = claims.pictured(records)
+    if shown:
+        title = "By how much each method is better, each at its own best learning rate"
+        plot_differences(DIFFERENCES, shown, title, {DIGEST: _digest(shown)})
+
+
+def _digest(shown: dict[str, list[dict]]) -> str:
+    return digest([r for found in shown.values() for r in found])
+
+
+def stale_differences(records: Records) -> list[Path]:
+    """The file of that picture, if it is missing or was made of other records."""
+    from PIL import Image
+
+    shown = claims.pictured(records)
+    if not shown:
+        return []
+    if DIFFERENCES.exists():
+        with Image.open(DIFFERENCES) as picture:
+            if picture.text.get(DIGEST) == _digest(shown):
+                return []
+    return [DIFFERENCES]
+
+
 def families_table(records: Records) -> str:
     """A line for each family of models: what is adapted, and why the rest is not."""
     rows, few = [], "<0.1%"
@@ -406,6 +448,11 @@ def recorded(op: str) -> Callable[[dict], bool]:
     return lambda r: r["op"] == op and "op_suite" not in r
 
 
+def tuned(r: dict) -> bool:
+    """What a comparison with tuned learning rates left."""
+    return r["op"] == "compare_difference" or bool(r.get("stage"))
+
+
 Part = tuple[Callable[[Records], str], Callable[[dict], bool]]  # how to write it, of which records
 DOCUMENTS: dict[Path, dict[str, Part]] = {
     FRONT: {"summary": (summary, lambda r: "variant" in r and r["gpu"] == SUMMARY_GPU)},
@@ -418,6 +465,10 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
             partial(by_machine, table=speed_table),
             measured("lora_linear_4bit", "decode_4bit"),
         ),
+        "fp8": (
+            partial(by_machine, table=speed_table),
+            measured("lora_linear_fp8", "decode_fp8"),
+        ),
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),
         "model": (partial(by_machine, table=model_table), measured("model")),
         "whole step": (partial(by_machine, table=whole_step_table), measured("whole_step")),
@@ -427,7 +478,14 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
         "peft calls": (peft_calls_table, recorded("peft_call")),
         "several gpus": (several_gpus_table, recorded("several_gpus")),
         "families": (families_table, recorded("families")),
-        "compare": (compare_tables, recorded("compare")),
+        "compare": (compare_tables, lambda r: recorded("compare")(r) and not r.get("stage")),
+    },
+    METHODS: {
+        "verdicts": (claims.summary, tuned),
+        "differences": (differences_picture, recorded("compare_difference")),
+        "claims": (claims.page, tuned),
+        "tuned": (partial(tuned_tables, write=table), lambda r: bool(r.get("stage"))),
+        "rates": (partial(tuned_tables, write=rates_table), lambda r: bool(r.get("stage"))),
     },
 }
 
@@ -452,12 +510,14 @@ def main(argv: Sequence[str]) -> int:
     plotted = [r for r in records if "variant" in r]
     if list(argv) == ["--check"]:
         stale = [path for path in DOCUMENTS if old[path] != new[path]]
-        names = [str(path.relative_to(ROOT)) for path in stale + stale_plots(plotted, RESULTS)]
+        stale += stale_plots(plotted, RESULTS) + stale_differences(records)
+        names = [str(path.relative_to(ROOT)) for path in stale]
         print(f"not up to date: {', '.join(names)}; run tables.py" if names else "up to date")
         return int(bool(names))
     for path, text in new.items():
         write_text(path, text)
     write_plots(plotted, RESULTS)
+    write_differences(records)
     return 0
 
 

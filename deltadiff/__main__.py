@@ -21,6 +21,7 @@ exit codes:
   1    verify: a check failed; finetune, compare: training failed, or a part of what comes after it;
        bench: a variant failed
   2    an argument, a file or a device that cannot be used
+  3    compare: its --time-limit is over; the same command goes on
   130  interrupted by Ctrl-C; finetune and compare save first what can be saved
   143  the same, by SIGTERM"""
 

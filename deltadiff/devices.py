@@ -1,5 +1,6 @@
 """Devices: which there are, what they are, and on what else a measured figure depends."""
 
+import functools
 import gc
 import os
 import platform
@@ -67,6 +68,7 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
+@functools.cache
 def _driver() -> str | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:

@@ -19,6 +19,7 @@ from .arguments import count, shape
 from .checkpointing import OFFLOADING
 from .methods import Settings
 from .models import BASES, PRESETS
+from .own_process import PEERS, why_no_peer
 from .peers import has_peft
 from .records import failed, write
 from .report import format_table, variant_text
@@ -92,6 +93,10 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", choices=BASES, help="how the weights of linear layers are stored (default bf16)"
     )
+    parser.add_argument(
+        "--peers", nargs="+", choices=PEERS,
+        help="these libraries too, each in a process of its own",
+    )  # fmt: skip
     for name in ("steps", "batch", "sequence", "r"):
         text = f"default {getattr(Settings, name)} (on a CPU it may be less)"
         parser.add_argument(f"--{name}", type=count, metavar="N", help=text)
@@ -173,7 +178,8 @@ def _chosen_cases(args: argparse.Namespace, device: torch.device) -> list[Case]:
         return _block_cases(True, device, args.quick)
     if args.base != "dense":
         base = quantised.BASES[args.base]
-        need_package(base.package, extra=None, argument="--base")
+        if base.package is not None:
+            need_package(base.package, extra=None, argument="--base")
         if args.dtype not in (None, "bfloat16"):
             raise ArgumentError("--dtype", args.dtype, f"bfloat16 beside --base {args.base}")
         return quantised.quantised_cases(base, device, args.shapes, args.ranks, args.quick)
@@ -197,8 +203,13 @@ def _measure_model(args: argparse.Namespace, device: torch.device) -> Iterator[l
     chosen = {}
     for f in dataclasses.fields(Settings):
         value = getattr(args, f.name)
-        if value is not None:
+        if value is not None and f.name != "peers":
             chosen[f.name] = NAMED_DTYPES.get(value, value)
+    reasons = {name: why_no_peer(name) for name in args.peers or ()}
+    chosen["peers"] = tuple(name for name, reason in reasons.items() if reason is None)
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"left out: {name}, for {reason}")
     if args.quick:
         chosen["steps"] = 1
     asked = args.checkpointing or ("both" if args.offload is None else "on")

@@ -157,7 +157,8 @@ def _build(m, k, n, r, backward, dtype, names, device) -> dict[str, Variant]:
 # is callable, and the list of its A and B.
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def dense(weight: Tensor) -> nn.Linear:
+    """A frozen layer with this weight."""
     n, k = weight.shape
     layer = nn.Linear(k, n, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -165,10 +166,10 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def _frozen(weight, lora_A, lora_B, dtype):
-    return _linear(weight), []
+    return dense(weight), []
 
 
-def deltadiff_layer(weight, lora_A, lora_B, dtype, linear=_linear, backend=None):
+def deltadiff_layer(weight, lora_A, lora_B, dtype, linear=dense, backend=None):
     """``linear`` makes the base layer of the weight."""
     model = nn.Sequential(linear(weight))
     r = lora_A.shape[0]
@@ -189,12 +190,12 @@ def _eager(weight, lora_A, lora_B, dtype):
     return lambda x: lora_linear_ref(x, weight, *factors, scaling=scaling), factors
 
 
-def peft_layer(weight, lora_A, lora_B, dtype, swap=False, linear=_linear):
+def peft_layer(weight, lora_A, lora_B, dtype, swap=False, linear=dense):
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=lora_A.shape[0], lora_alpha=ALPHA, target_modules=["0"])
     model = nn.Sequential(linear(weight))
-    model.is_loaded_in_4bit = linear is not _linear  # which PEFT asks
+    model.is_loaded_in_4bit = linear is not dense  # which PEFT asks
     model = inject_adapter_in_model(config, model)
     if swap:
         swap_(model)

@@ -33,6 +33,7 @@ class Settings:
         base: a name of `models.BASES`.
         offload: a name of `checkpointing.OFFLOADING`, which keeps what checkpointing keeps in the
             host's memory; None keeps it where it is.
+        peers: names of `own_process.PEERS`, which are measured too.
         batch, sequence: texts per step, and the tokens of each.
         r: the rank of the pairs.
         dtype: of the model.
@@ -45,6 +46,7 @@ class Settings:
     liger: bool = False
     base: str = "bf16"
     offload: str | None = None
+    peers: tuple[str, ...] = ()
     batch: int = 4
     sequence: int = 2048
     r: int = 8
@@ -64,6 +66,7 @@ class Method:
         checkpointed: whether it is also measured with gradient checkpointing, all layers adapted.
         attach: attach(model, names, batch, settings) puts it into a model: a context that yields
             its training step and leaves the model as it was, but for updates of W.
+        bases: names of `models.BASES` that it is for; None is all of them.
     """
 
     variant: str
@@ -72,6 +75,7 @@ class Method:
     checkpointed: bool
     whole: bool
     attach: Callable[[nn.Module, Names, Batch, Settings], AbstractContextManager[Step]]
+    bases: tuple[str, ...] | None = None
 
     def adapter_dtype(self, settings: Settings) -> str:
         """The name of the dtype of A and B."""
@@ -85,8 +89,8 @@ def methods() -> tuple[Method, ...]:
     def peft(**how) -> Callable:
         return functools.partial(_peft, **how)
 
-    def deltadiff(lean: bool | None = None, **options) -> Callable:
-        return functools.partial(_deltadiff, options, lean)
+    def deltadiff(lean: bool | None = None, backend: str | None = None, **options) -> Callable:
+        return functools.partial(_deltadiff, options, lean, backend)
 
     naive = peft(layer_dtype=True, naive_delta_lora=True)
     in_place = "Delta-LoRA in place"
@@ -100,9 +104,11 @@ def methods() -> tuple[Method, ...]:
         Method("peft-bf16", "naive Delta-LoRA", None, True, False, naive),
     )
     layers = deltadiff(update_ratio=0.0, lean=False)
+    in_fp8 = deltadiff(update_ratio=0.0, backend="fp8")
     ours = (
         Method("deltadiff", "LoRA", None, True, True, deltadiff(update_ratio=0.0)),
         Method("deltadiff-layers", "LoRA", None, True, True, layers),
+        Method("deltadiff-fp8", "LoRA", None, True, True, in_fp8, ("fp8",)),
         Method("deltadiff", in_place, "remainder", True, True, deltadiff(rounding="remainder")),
         Method("deltadiff", in_place, "nearest", False, False, deltadiff(rounding="nearest")),
         Method(
@@ -135,6 +141,7 @@ def _randomise(model: nn.Module) -> list[Tensor]:
 def _deltadiff(
     options: Mapping,
     lean: bool | None,
+    backend: str | None,
     model: nn.Module,
     names: Names,
     batch: Batch,
@@ -142,7 +149,7 @@ def _deltadiff(
 ) -> Iterator[Step]:
     swap_(
         model, r=settings.r, lora_alpha=ALPHA, target_modules=names,
-        adapter_dtype=settings.adapter_dtype, lean=lean,
+        adapter_dtype=settings.adapter_dtype, lean=lean, backend=backend,
     )  # fmt: skip
     try:
         _randomise(model)
@@ -181,6 +188,9 @@ def _peft(
     config = LoraConfig(r=settings.r, lora_alpha=ALPHA, target_modules=names)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not layer_dtype)
     try:
+        if layer_dtype:  # which PEFT takes from a quantised base, or leaves at float32 there
+            for p in wrapped.parameters():
+                p.data = p.data.to(settings.dtype) if p.requires_grad else p.data
         params = _randomise(wrapped)
         if update_ratio is None:
             optimizer = torch.optim.AdamW(params, lr=LR, fused=True)

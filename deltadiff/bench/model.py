@@ -18,6 +18,7 @@ from torch import nn
 from ..checks import dtype_name
 from ..devices import free_memory
 from ..errors import ArgumentError
+from ..ops.backends import why_unavailable
 from .checkpointing import check_offload, checkpointing_of, within
 from .clocks import time_steps
 from .methods import Method, Names, Settings, forward_backward, methods
@@ -32,9 +33,12 @@ from .models import (
     shape_of_file,
     use_liger_,
 )
+from .own_process import peer_timings
 from .records import Timing, failure, record
 
-VARIANTS = ("frozen", "deltadiff", "deltadiff-layers", "peft-swapped", "peft", "peft-bf16")
+VARIANTS = (
+    "frozen", "deltadiff", "deltadiff-fp8", "deltadiff-layers", "peft-swapped", "peft", "peft-bf16",
+)  # fmt: skip
 # The values of --targets. A model has one of the sets of names; None is all linear layers.
 TARGETS = {"q,v": (("q_proj", "v_proj"), ("query", "value")), "all": None}
 
@@ -72,7 +76,8 @@ def model_records(
     if settings.config is not None:
         shape = shape_of_file(settings.config)
     extra = settings.liger or settings.base != "bf16" or settings.offload is not None
-    whole = settings.preset is not None or extra
+    whole = settings.preset is not None or extra or bool(settings.peers)
+    timings = list(peer_timings(shape, settings, tuple(checkpointing), device))
     model = build_model(shape, settings.dtype, device)
     BASES[settings.base](model, settings.dtype)
     if settings.liger:
@@ -85,8 +90,11 @@ def model_records(
     chosen = [m for m in methods() if m.whole or not whole]
     if not whole:
         chosen = [m for m in chosen if m.variant != "deltadiff-layers"]
+    if why_unavailable("fp8", device, settings.dtype):
+        chosen = [m for m in chosen if m.variant != "deltadiff-fp8"]
     if settings.base != "bf16":  # nothing writes into such a weight
         chosen = [m for m in chosen if m.rounding is None]
+    chosen = [m for m in chosen if m.bases is None or settings.base in m.bases]
     chosen = [m for m in chosen if wanted is None or m.variant in wanted]
     for checkpoint in checkpointing:
         fields = {
@@ -114,6 +122,11 @@ def model_records(
                     own["adapter_dtype"] = method.adapter_dtype(settings)
                     yield record({**fields, **own}, method.variant, timing, before + after)
                     before = after
+            for name, on, timing in timings:
+                if on == checkpoint:
+                    own = {"targets": "all", "method": "LoRA", "rounding": None}
+                    own["adapter_dtype"] = None  # what the peer takes by itself
+                    yield record({**fields, **own}, name, timing, frozen)
             own = dict.fromkeys(("targets", "method", "rounding", "adapter_dtype"))
             timing = Timing(frozen, peak_mib=peak)
             yield record({**fields, **own}, "frozen", timing, frozen)

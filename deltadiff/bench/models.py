@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from ..layers.quantise import quantise_
 
 _LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
@@ -158,11 +159,17 @@ def to_nf4_(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(parent, name, packed.train(layer.training))
 
 
+def to_fp8_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store the linear layers but the head in FP8, one scale for each, in place."""
+    quantise_(model, "fp8", granularity="tensor")
+
+
 # How the weights of the linear layers are stored, and what stores them so, in place, for a model
 # and its dtype.
 BASES: dict[str, Callable[[nn.Module, torch.dtype], object]] = {
     "bf16": lambda model, dtype: model,
     "nf4": to_nf4_,
+    "fp8": to_fp8_,
 }
 
 

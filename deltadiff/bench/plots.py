@@ -13,9 +13,9 @@ from .report import VARIANT_NAMES
 # Colour-blind readers can tell those of one plot apart too.
 COLOURS = {
     "frozen": "#555555", "copy": "#555555", "deltadiff": "#0072b2", "deltadiff-fp32": "#56b4e9",
-    "deltadiff-layers": "#56b4e9",
+    "deltadiff-layers": "#56b4e9", "deltadiff-fp8": "#009e73",
     "eager": "#cc79a7", "peft-swapped": "#009e73", "peft": "#d55e00", "peft-bf16": "#e69f00",
-    "peft-compiled": "#f0e442",
+    "peft-compiled": "#f0e442", "peft-alone": "#d55e00", "unsloth": "#cc79a7",
     "naive": "#d55e00", "addmm": "#e69f00", "torch-fused": "#009e73", "torch-foreach": "#cc79a7",
 }  # fmt: skip
 LEAST_POINTS = 3  # of a curve; a table shows fewer just as well

@@ -8,7 +8,8 @@ tasks/, chat, batches       what kind of answer a model gives: encoding, loss, s
 models, quantised, token_checks    loading a model, and whether it can take the text
 methods/, training_setup    what `--method` names: how a model is prepared and what trains it
 inputs, runner, training    the loop, with checkpoints and memory
-metrics, generation, weight_change, report, plots, task_file    what is measured and written
+metrics, paired_metrics, generation, weight_change    what is measured
+report, plots, task_file    what is written
 
 The commands may be imported from outside, and of the rest `models` with `tasks`, to load a model.
 """

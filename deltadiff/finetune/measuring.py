@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +18,7 @@ from torch import nn
 from ..files import write_csv
 from .generation import complete, write_completions
 from .inputs import RunInputs
-from .metrics import score_text
+from .metrics import bleu_counts, score_text
 from .models import load_model
 from .runner import ModelRunner
 from .settings import Settings
@@ -30,6 +31,8 @@ class Measured:
 
     after: dict[str, float] = field(default_factory=dict)
     metrics_left_out: dict[str, str] = field(default_factory=dict)
+    answers: list[list[float]] = field(default_factory=list)  # see `Task.answers`; [] if not finite
+    completion_counts: list[list[int]] = field(default_factory=list)  # see `bleu_counts`
     weight_update: dict | None = None
     similarity: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -86,6 +89,11 @@ def measure_answers(
     with measured.part("metrics"):
         rows = runner.predict(data, settings.measured_at_once)
         measured.add(*task.score(rows, data))
+        answers = task.answers(rows, data)
+        if all(map(math.isfinite, chain.from_iterable(answers))):  # JSON has nothing else
+            measured.answers = answers
+        else:
+            measured.metrics_left_out["answers"] = "some are inf or NaN"
     if rows is not None:
         with measured.part("predictions.csv"):
             write_csv(output / "predictions.csv", task.predictions(rows, data))
@@ -95,3 +103,4 @@ def measure_answers(
             write_completions(output / "completions.csv", completions)
             texts, references = [c.text for c in completions], [c.references for c in completions]
             measured.add(*score_text(texts, references))
+            measured.completion_counts = bleu_counts(texts, references)

@@ -60,6 +60,23 @@ def _bleu(found: list[str], references: list[list[str]]) -> float:
     return sacrebleu.corpus_bleu(found, columns, lowercase=True).score
 
 
+def bleu_counts(found: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Of each completion the numbers whose sums BLEU is a function of.
+
+    They are its length, that of the nearest reference, how many of its n-grams are in a reference
+    for n from 1 to 4, and how many it has. Empty without sacrebleu.
+    """
+    try:
+        import sacrebleu
+    except ImportError:
+        return []
+    rows = []
+    for text, right in zip(found, references, strict=True):
+        score = sacrebleu.sentence_bleu(text, list(right), lowercase=True)
+        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
+    return rows
+
+
 def _nist(found: list[str], references: list[list[str]]) -> float:
     from nltk.translate.nist_score import corpus_nist
 

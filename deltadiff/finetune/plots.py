@@ -2,7 +2,7 @@
 
 import io
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import write_bytes
@@ -74,6 +74,43 @@ def plot_metrics(path: Path, values: Mapping[str, Mapping[str, list[float]]], ti
     panels[0].set_yticks(range(len(methods)), methods)
     panels[0].invert_yaxis()
     _save(figure, path, f"{title}\ngrey: each seed; blue: mean and standard deviation")
+
+
+def plot_differences(
+    path: Path,
+    differences: Mapping[str, Sequence[Mapping]],
+    title: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """A line for each pair, by how much the first is better; a panel for each key.
+
+    ``differences`` are records with the entries pair, gain, low, high, metric and diverged, by
+    the title of their panel. ``metadata`` is what the file holds beside the picture.
+    """
+    pairs = list(dict.fromkeys(r["pair"] for found in differences.values() for r in found))
+    size = (4 + 3.4 * len(differences), 2 + 0.34 * len(pairs))
+    figure, panels = _panels(len(differences), size, sharey=True)
+    blue, orange, _, _ = _colours(4)
+    for axes, (name, found) in zip(panels, differences.items(), strict=True):
+        for r in found:
+            place, decided = pairs.index(r["pair"]), r["low"] > 0 or r["high"] < 0
+            colour = (blue if r["gain"] > 0 else orange) if decided else "0.5"
+            axes.plot([r["low"], r["high"]], [place, place], color=colour, linewidth=2)
+            marker = "X" if r["diverged"] else "o"
+            axes.plot([r["gain"]], [place], marker, color=colour, markersize=8)
+        axes.axvline(0, color="black", linewidth=1)
+        axes.set_title(name, fontsize="medium")
+        axes.set_xlabel(
+            f"\N{LEFTWARDS ARROW} worse   {found[0]['metric']}   better \N{RIGHTWARDS ARROW}"
+        )
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(pairs)), pairs)
+    panels[0].set_ylim(len(pairs) - 0.5, -0.5)
+    legend = (
+        "dot: mean difference; line: 95 % interval; blue: better, orange: worse; "
+        "grey: not decided; cross: some runs diverged"
+    )
+    _save(figure, path, f"{title}\n{legend}", metadata)
 
 
 def plot_sweep(
@@ -161,13 +198,13 @@ def _finish(
     _save(figure, path, title)
 
 
-def _save(figure, path: Path, title: str) -> None:
+def _save(figure, path: Path, title: str, metadata: Mapping[str, str] | None = None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     title = title.replace("$", r"\$")  # a name of a file, and no formula
     figure.suptitle(title, fontsize="medium", wrap=True)
     image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
+    FigureCanvasAgg(figure).print_png(image, metadata=metadata)
     write_bytes(path, image.getvalue())
 
 

@@ -26,7 +26,7 @@ from .quantised_format import QuantisedFormat, why_called
 _LAYERS = ("Linear4bit", "LinearNF4", "LinearFP4")
 
 
-def is_four_bit(weight: Tensor) -> bool:
+def is_four_bit(weight: object) -> bool:
     """Whether this is the weight of a 4-bit layer of bitsandbytes."""
     kind = type(weight)
     return kind.__name__ == "Params4bit" and kind.__module__.startswith("bitsandbytes.")

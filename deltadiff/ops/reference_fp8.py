@@ -82,17 +82,17 @@ def lora_linear_fp8_ref(
 ) -> Tensor:
     """`lora_linear_ref` with x in FP8 where W multiplies it: y = x' W^T + bias + s g (x A^T) B^T.
 
-    x' is `activations_fp8_ref` of x (M, K). All products are of float32, or of float64 where x is.
+    x' is `activations_fp8_ref` of x (M, K). Its product is of float32, or of float64 where x is.
     In the same way, dx is dy' W + s g (dy B) A. Where each row of W has a scale f, dx has (dy f)'
     data instead of dy' W. The gradients of A, B and the gate are those of `lora_linear_ref`.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    wide = x.to(dtype)
-    y = _ProductFp8.apply(wide, data, scale, block)
-    s = wide @ lora_A.to(dtype).T
+    dtype = x.dtype
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    y = _ProductFp8.apply(wide, data, scale, block).to(dtype)
+    s = x @ lora_A.to(dtype).T
     s = s if gate is None else s * gate.to(dtype)
     y = y + scaling * (s @ lora_B.to(dtype).T)
-    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+    return y if bias is None else y + bias.to(dtype)
 
 
 class _ProductFp8(torch.autograd.Function):

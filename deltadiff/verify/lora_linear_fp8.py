@@ -23,7 +23,8 @@ def check_lora_linear_fp8(bench: Bench) -> Iterator[Row]:
         gpu=[
             (1000, 5200, 464, 24, 0, 128, 128), (512, 1536, 2064, 128, 0, 0, 0),
             (8192, 4096, 4096, 16, 16, 128, 128), (8192, 4096, 11008, 16, 0, 0, 0),
-            (8192, 11008, 4096, 16, 0, 1, 0), (777, 2048, 1024, 200, 200, 128, 128),
+            (8192, 11008, 4096, 16, 0, 1, 0), (257, 144, 80, 130, 130, 128, 128),
+            (777, 2048, 1024, 200, 200, 128, 128),
         ],
         quick_gpu=[(640, 528, 784, 16, 16, 128, 128), (640, 2064, 1152, 16, 0, 0, 0)],
     )  # fmt: skip
@@ -60,5 +61,8 @@ def fp8_rows(case, tokens, k, n, r, gates, block, dtype, adapter) -> Iterator[Ro
     eager, truth = (lora_linear_outputs(reference, *given) for given in (call, wide))
     for output, expected in truth.items():
         factor = FORWARD if output == "y" else GRADIENT
-        yield case.close(output, [ours[output]], [eager[output]], [expected], factor=factor)
+        # The tensor cores of sm_90 keep 14 bits of a sum of FP8 products, which shows in float16.
+        floor = max(torch.finfo(dtype).eps / 2, 2**-10) if output in ("y", "dx") else None
+        columns = [ours[output]], [eager[output]], [expected]
+        yield case.close(output, *columns, factor=factor, floor=floor)
     yield case.equal("run to run", list(ours.values()), list(again.values()))

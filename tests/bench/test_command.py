@@ -2,12 +2,18 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 from tiny_bench import KEYS, SEARCHED
 
 from deltadiff.__main__ import main
+from deltadiff.bench import command
 from deltadiff.bench import search as bench_search
+from deltadiff.bench.methods import Settings
+from deltadiff.bench.models import shape_of_file
+from deltadiff.bench.own_process import peer_timings, why_no_peer
 from deltadiff.bench.plots import stale_plots
 
 for package in ("transformers", "matplotlib"):
@@ -59,6 +65,33 @@ def test_offloaded_checkpointing(library, llama_config, tmp_path, capsys):
     records = json.loads(path.read_text())
     assert {(r["checkpointing"], r["offload"]) for r in records} == {(True, library)}
     assert f"offloaded by {library}" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_peers_in_processes_of_their_own(llama_config, tmp_path, capsys, monkeypatch):
+    argv = ["bench", "model", "--device", "cpu", "--config", str(llama_config), "--steps", "1"]
+    argv += ["--batch", "1", "--sequence", "8", "--r", "4", "--variants", "deltadiff", "--peers"]
+    argv += ["peft-alone", "unsloth", "--checkpointing", "on"]
+    monkeypatch.setattr(
+        command, "why_no_peer", lambda name: "it is missing" if name == "unsloth" else None
+    )
+    assert main([*argv, "--output", str(tmp_path)]) == 0, capsys.readouterr().err
+    (path,) = tmp_path.glob("whole_step-*.json")
+    records = {r["variant"]: r for r in json.loads(path.read_text())}
+    assert records.keys() == {"frozen", "deltadiff", "peft-alone"}
+    assert records["peft-alone"]["over_floor"] > 0 and records["peft-alone"]["targets"] == "all"
+    assert "left out: unsloth, for it is missing" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.skipif(why_no_peer("unsloth") is None, reason="it is installed, and may not fail")
+def test_a_peer_that_fails_has_a_note(llama_config):
+    shape = shape_of_file(llama_config)
+    settings = Settings(batch=1, sequence=8, r=4, dtype=torch.float32, steps=1)
+    settings = replace(settings, peers=("unsloth",))
+    found = list(peer_timings(shape, settings, [False], torch.device("cpu")))
+    ((name, on, timing),) = found
+    assert (name, on) == ("unsloth", False) and not timing.seconds and "Error" in timing.note
 
 
 def test_search(tmp_path, capsys, monkeypatch):

@@ -61,12 +61,12 @@ def test_checks_of_a_tool_are_no_records_of_it(tables):
 
 def test_every_plot_and_figure_is_linked_and_there(tables):
     for document in tables.DOCUMENTS:
+        text = document.read_text()
         links = [
-            line[line.index("](") + 2 : -1]
-            for line in document.read_text().splitlines()
-            if line.startswith("![")
+            line[line.index("](") + 2 : -1] for line in text.splitlines() if line.startswith("![")
         ]
-        assert links and all((document.parent / link).is_file() for link in links)
+        assert links or "not measured yet" in text
+        assert all((document.parent / link).is_file() for link in links)
 
 
 def test_the_table_of_the_front_page_is_short_and_of_one_machine(tables, records):

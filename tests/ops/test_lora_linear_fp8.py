@@ -18,6 +18,8 @@ from deltadiff.ops.reference_fp8 import (
     activations_fp8_ref,
     lora_linear_fp8_ref,
 )
+from deltadiff.verify.run import run
+from deltadiff.verify.tolerance import format_table
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -157,10 +159,11 @@ def test_quantised_activations(columns, by_rows, interpreted, randn):
     v8, scales, s, u = launch.quantised(v, p, 1.7, gate, factors, columns // 128)
     rows = scales.T.repeat_interleave(columns, 1)[:, :c]
     expected = activations_fp8_ref(v if factors is None else v * factors, columns)
-    # Where a number rounds up to a power of two, Triton's interpreter (of 3.6 and 3.7) halves it.
+    # Triton's interpreter (of 3.6 and 3.7) halves what rounds up to a power of two, and cuts off
+    # subnormal numbers. A GPU does not.
     data = (expected / rows).to(E4M3).float().abs()
-    is_power = torch.frexp(data).mantissa == 0.5
-    assert torch.equal((v8.float() * rows)[~is_power], expected[~is_power])
+    right = (torch.frexp(data).mantissa != 0.5) & (data >= 2**-6)
+    assert torch.equal((v8.float() * rows)[right], expected[right]) and right.float().mean() > 0.8
     torch.testing.assert_close(s, v @ p.T, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(u[:, :r], 1.7 * gate * s, rtol=1e-6, atol=1e-6)
     assert u.shape == (m, 8) and not u[:, r:].any()
@@ -184,22 +187,11 @@ def hopper(gpu_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-@pytest.mark.parametrize("shape", [(300, 768, 1008, 8), (1000, 2064, 464, 24), (257, 144, 80, 130)])
-def test_output_and_gradients(shape, block, dtype, hopper, randn, assert_close):
-    given = inputs(randn, *shape, dtype, hopper, F32, (shape[3],), True)
-    x, w, *rest = given
-    weight = float8(w, block, hopper)
-    ours = outputs(lora_linear, x, weight, *rest, backend="fp8")
-    eager = outputs(spec, x, weight, *rest)
-    x64, *rest64 = doubles([x, *rest])
-    truth = outputs(spec, x64, weight, *rest64)
-    for name, expected in truth.items():
-        assert_close(ours[name], eager[name], expected, 2 if name == "y" else 3,
-                     dtype if name == "gate" else None)  # fmt: skip
-    again = outputs(lora_linear, x, weight, *rest, backend="fp8")
-    assert all(torch.equal(ours[name], again[name]) for name in ours)
+def test_output_and_gradients(hopper):
+    """What `deltadiff verify` says of all shapes, formats of scales and dtypes."""
+    rows, ok = run("cuda", ["lora_linear_fp8"], seed=5)
+    assert ok, format_table([row for row in rows if not row.ok])
+    assert {row.path for row in rows} == {"fp8"}
 
 
 @pytest.mark.gpu

@@ -20,12 +20,14 @@ class Sweep:
         field: the field of `Settings` that takes the values.
         methods: the methods that are run with each value.
         values: a function from the settings of a run to the values.
+        reference: the value that the others are compared with.
     """
 
     table: str
     field: str
     methods: tuple[str, ...]
     values: Callable[[Settings], Sequence[float]]
+    reference: float = 0.0
 
 
 def _start_steps(settings: Settings) -> list[int]:
@@ -42,30 +44,59 @@ SWEEPS = {
     "k": Sweep("Delta-LoRA, table 9", "start_step", ("delta-lora",), _start_steps),
     "ratio": Sweep(
         "DiffoRA, table 4", "ratio", ("diffora", "diffora-random"),
-        lambda settings: (0.2, 0.4, 0.5, 0.7, 0.9),
+        lambda settings: (0.2, 0.4, 0.5, 0.7, 0.9), reference=0.5,
     ),
     "sharing": Sweep(
         "DiffoRA, table 5 (0: no sharing)", "share_r", ("diffora",),
         lambda settings: (0, settings.share_r),
     ),
+    "warm-start": Sweep(
+        "DiffoRA, algorithm 1 starts anew (0); 1 keeps the pairs of the search", "warm_start",
+        ("diffora",), lambda settings: (0, 1),
+    ),
+    "dropout": Sweep(
+        "LoRA with the dropout that Delta-LoRA removes (0: none)", "lora_dropout",
+        ("lora", "lora-alpha-control"), lambda settings: (0.0, 0.1),
+    ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
+class Arm:
+    """What is compared: a method, in a sweep with one value of it; else ``sweep`` is None."""
+
+    method: str
+    sweep: str | None = None
+    x: float | None = None
+
+    def __str__(self) -> str:
+        return self.method + ("" if self.sweep is None else f" {self.sweep} {self.x:g}")
+
+
+@dataclass(frozen=True)
 class Case:
-    """One run. In a sweep, ``sweep`` is its name and ``x`` the value of its field; else None."""
+    """One run. In a sweep, ``sweep`` is its name and ``x`` the value of its field; else None.
+
+    ``stage`` is None, "tuning" for a run that a learning rate is chosen by, or "final" for one
+    with the chosen rate, see `learning_rates`.
+    """
 
     settings: Settings
     sweep: str | None = None
     x: float | None = None
+    stage: str | None = None
 
     @property
     def folder(self) -> Path:
         return Path(self.settings.output)
 
+    @property
+    def arm(self) -> Arm:
+        return Arm(self.settings.method, self.sweep, self.x)
+
     def __str__(self) -> str:
-        value = "" if self.sweep is None else f" {self.sweep} {self.x:g}"
-        return f"{self.settings.method}{value} seed {self.settings.seed}"
+        rate = f" lr {self.settings.lr:g}" if self.stage else ""
+        return f"{self.arm}{rate} seed {self.settings.seed}"
 
 
 def cases(

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...files import write_records, write_text
 from ...text import align_columns, markdown_table
 from ..methods.table import METHODS
-from ..plots import plot_curves, plot_metrics, plot_sweep
+from ..plots import plot_curves, plot_differences, plot_metrics, plot_sweep
 from ..tasks.choose import METRIC_TITLES
 
 
@@ -39,11 +39,13 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def table(records: Sequence[dict]) -> list[list[str]]:
-    """A header, and one line for each method (and each value of a sweep).
+    """A header, and one line for each method (and each value of a sweep), of the runs reported.
 
     "update in W" is the share of Delta-LoRA's wanted update that W holds. "seconds" is the time of
     all steps, those of a search too, with compilation; "ms a step" is the median of a run.
+    "diverged" counts runs, see `learning_rates`; a mean holds them too.
     """
+    records = reported(records)
     there = {r["metric"] for r in records}
     metrics = [name for name in METRIC_TITLES if name in there]
     sweeps = any(r["sweep"] for r in records)
@@ -52,9 +54,11 @@ def table(records: Sequence[dict]) -> list[list[str]]:
     header += [METRIC_TITLES[m] for m in metrics]
     shares = any(r["share"] is not None for r in records)
     header += ["update in W"] if shares else []
+    diverged = any(r.get("diverged") for r in records)
+    header += ["diverged"] if diverged else []
     rows = [[*header, "trained", "seconds", "ms a step", "peak MiB"]]
     for (method, sweep, x), found in grouped(records, "method", "sweep", "x").items():
-        ran = [r for r in found if r["note"] is None]
+        ran = [r for r in found if r["value"] is not None]
         runs = {r["seed"]: r for r in ran}.values()
         cells = [METHODS[method].text]
         cells += [f"{sweep} {x:g}" if sweep else ""] if sweeps else []
@@ -66,7 +70,9 @@ def table(records: Sequence[dict]) -> list[list[str]]:
         if shares:
             values = [r["share"] for r in runs if r["share"] is not None]
             cells.append(spread(values) if values else "")
-        trained = sorted({r["trainable"] for r in runs})
+        if diverged:
+            cells.append(str(sum(bool(r["diverged"]) for r in runs) or ""))
+        trained = sorted({r["trainable"] for r in runs if r["trainable"] is not None})
         cells.append(" to ".join(f"{n:,}" for n in trained[:: max(1, len(trained) - 1)]))
         for name in ("seconds", "step_ms", "peak_mib"):
             values = [r[name] for r in runs if r.get(name) is not None]
@@ -75,24 +81,105 @@ def table(records: Sequence[dict]) -> list[list[str]]:
     return rows
 
 
+def reported(records: Iterable[dict]) -> list[dict]:
+    """The records of runs that are reported: not those by which a learning rate was chosen."""
+    return [r for r in records if r["op"] == "compare" and r.get("stage") != "tuning"]
+
+
+def rates_table(records: Sequence[dict]) -> list[list[str]]:
+    """A line for each method, a column for each learning rate: how its run of the choice ended.
+
+    "*" marks the rate that was chosen, "diverged" a run that is no better than none. A method
+    without a run at a rate has an empty cell. The last column says where the chosen rate is the
+    smallest or the largest that was tried, so that others might be better.
+    """
+    tuning = [r for r in records if r.get("stage") == "tuning" and r["metric"] == r["by"]]
+    chosen = {_arm(r): r["lr"] for r in reported(records)}
+    rates = sorted({r["lr"] for r in tuning})
+    rows = [["method", *(f"{lr:g}" for lr in rates), "chosen at the edge"]]
+    for (method, sweep, x), found in grouped(tuning, "method", "sweep", "x").items():
+        cells = {}
+        for r in found:
+            mark = "*" if chosen.get(_arm(r)) == r["lr"] else ""
+            cells[r["lr"]] = f"{r['value']:.3f}{mark}{' diverged' if r['diverged'] else ''}"
+        lr = chosen.get((method, sweep, x))
+        edge = {min(cells): "smallest", max(cells): "largest"}.get(lr, "")
+        rows.append([arm_text(method, sweep, x), *(cells.get(lr, "") for lr in rates), edge])
+    return rows
+
+
+def difference_table(records: Sequence[dict]) -> list[list[str]]:
+    """A line for each paired difference: above 0 the method is better than what it is beside."""
+    rows = [["method", "beside", "metric", "better by", "interval", "diverged"]]
+    for r in differences_of(records):
+        one, other = pair_text(r)
+        diverged = f"{r['diverged']} / {r['control_diverged']}"
+        rows.append([
+            one, other, METRIC_TITLES[r["metric"]],
+            f"{r['gain']:+.4f}", f"{r['low']:+.4f} to {r['high']:+.4f}",
+            diverged if diverged != "0 / 0" else "",
+        ])  # fmt: skip
+    return rows
+
+
+def differences_of(records: Iterable[dict]) -> list[dict]:
+    return [r for r in records if r["op"] == "compare_difference"]
+
+
+def pair_text(r: dict) -> tuple[str, str]:
+    """What a difference is between, in words."""
+    beside = None if r["control_x"] is None else r["sweep"]
+    return arm_text(*_arm(r)), arm_text(r["control"], beside, r["control_x"])
+
+
+def drawn(r: dict) -> dict:
+    """A difference as `plot_differences` takes it."""
+    one, other = pair_text(r)
+    counted = r["diverged"] + r["control_diverged"]
+    metric = METRIC_TITLES[r["metric"]]
+    return r | {"pair": f"{one} against {other}", "metric": metric, "diverged": counted}
+
+
+def arm_text(method: str, sweep: str | None, x: float | None) -> str:
+    return METHODS[method].text + ("" if sweep is None else f", {sweep} {x:g}")
+
+
+def _arm(r: dict) -> tuple:
+    return r["method"], r["sweep"], r["x"]
+
+
 def notes(records: Sequence[dict]) -> list[str]:
-    """Why runs are not in the table, one line for each."""
-    found = {(METHODS[r["method"]].text, r["note"]): None for r in records if r["note"]}
+    """Why runs are not in a table, or diverged, one line for each.
+
+    Those of the choice of a rate that diverged are in its table.
+    """
+    runs = [r for r in records if r["op"] == "compare" and r["note"]]
+    shown = [r for r in runs if r.get("stage") != "tuning" or r["value"] is None]
+    found = {(METHODS[r["method"]].text, r["note"]): None for r in shown}
     return [f"{name}: {note}" for name, note in found]
 
 
+def _tables(records: Sequence[dict]) -> list[list[list[str]]]:
+    """The tables of a comparison: one, or with tuned learning rates three."""
+    tuned = any(r.get("stage") for r in records)
+    more = [rates_table(records), difference_table(records)] if tuned else []
+    return [table(records), *(rows for rows in more if len(rows) > 1)]
+
+
 def text(records: Sequence[dict]) -> str:
-    """Table and notes for a terminal."""
-    return "\n".join([align_columns(table(records)), *notes(records)])
+    """Tables and notes for a terminal."""
+    return "\n".join(["\n\n".join(map(align_columns, _tables(records))), *notes(records)])
 
 
 def markdown(records: Sequence[dict]) -> str:
-    """Table and notes as Markdown."""
-    return "\n".join([markdown_table(*table(records)), *(f"\n{note}" for note in notes(records))])
+    """Tables and notes as Markdown."""
+    tables = "\n\n".join(markdown_table(*rows) for rows in _tables(records))
+    return "\n".join([tables, *(f"\n{note}" for note in notes(records))])
 
 
 def caption(records: Sequence[dict]) -> str:
     """Model, text, budget, settings that all records have in common, and where the runs were."""
+    records = reported(records)
     r = records[0]
     words = [f"{r['model']}, {r['task']}: {r['steps']} steps of {r['batch_size']}", r["dtype"]]
     names = {"r": "r", "lr": "lr", "update_ratio": "lambda", "start_step": "K"}
@@ -127,7 +214,7 @@ def plots(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[P
         return paths[-1]
 
     title = caption(records)
-    ran = [r for r in records if r["note"] is None]
+    ran = [r for r in reported(records) if r["value"] is not None]
     if by_method := _values([r for r in ran if not r["sweep"]], "method"):
         plot_metrics(target("metrics"), by_method, title)
     plain = [(case, result) for case, result in runs if result and case.sweep is None]
@@ -141,6 +228,10 @@ def plots(place: Path, records: Sequence[dict], runs: Sequence[tuple]) -> list[P
     for (sweep,), found in grouped((r for r in ran if r["sweep"]), "sweep").items():
         by_x = {m: _values(mine, "x") for (m,), mine in grouped(found, "method").items()}
         plot_sweep(target(f"sweep-{sweep}"), sweep, by_x, title)
+    main = [drawn(r) for r in differences_of(records) if r["sweep"] is None]
+    if main:
+        panels = {metric: found for (metric,), found in grouped(main, "metric").items()}
+        plot_differences(target("differences"), panels, title)
     return paths
 
 

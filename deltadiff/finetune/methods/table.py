@@ -23,6 +23,7 @@ class Method:
         adapter_formats: the formats in which its result can be written, the default first; none
             for a method that trains parameters of the model itself.
         updates_weights: whether it is Delta-LoRA, which writes into W in place.
+        control: the method that `compare` judges it by.
     """
 
     text: str
@@ -30,17 +31,26 @@ class Method:
     fixes: Mapping[str, object] = field(default_factory=dict)
     adapter_formats: tuple[str, ...] = ()
     updates_weights: bool = False
+    control: str = "lora"
 
 
 ADAPTER_FORMATS = ("deltadiff", "peft")
 
 
-def _adapter(text: str, prepare: Callable, fixes: Mapping[str, object] | None = None) -> Method:
-    return Method(text, prepare, fixes or {}, ADAPTER_FORMATS)
+def _adapter(
+    text: str, prepare: Callable, fixes: Mapping[str, object] | None = None, **more
+) -> Method:
+    """``more`` are other fields of `Method`."""
+    return Method(text, prepare, fixes or {}, ADAPTER_FORMATS, **more)
 
 
-def _delta(text: str, prepare: Callable, fixes: Mapping[str, object] | None = None) -> Method:
-    return Method(text, prepare, fixes or {}, ADAPTER_FORMATS, updates_weights=True)
+def _delta(
+    text: str,
+    prepare: Callable,
+    fixes: Mapping[str, object] | None = None,
+    control: str = "lora-alpha-control",
+) -> Method:
+    return _adapter(text, prepare, fixes, updates_weights=True, control=control)
 
 
 METHODS: dict[str, Method] = {
@@ -65,10 +75,12 @@ METHODS: dict[str, Method] = {
     "delta-lora-factored": _delta(
         "Delta-LoRA factored", fused.delta_lora, {"w_update": "factored"}
     ),
-    "diffora": _adapter("DiffoRA", diffora.search_and_train),
+    "diffora": _adapter("DiffoRA", diffora.search_and_train, control="diffora-random"),
     "diffora-no-sharing": _adapter(
-        "DiffoRA without sharing", diffora.search_and_train, {"share_r": 0}
+        "DiffoRA without sharing", diffora.search_and_train, {"share_r": 0}, control="diffora"
     ),
     "diffora-random": _adapter("DiffoRA's control: modules at random", diffora.random_modules),
-    "diffora-delta-lora": _delta("DiffoRA + Delta-LoRA", diffora.search_and_train_weights),
+    "diffora-delta-lora": _delta(
+        "DiffoRA + Delta-LoRA", diffora.search_and_train_weights, control="diffora"
+    ),
 }

@@ -10,6 +10,7 @@ from ...errors import ArgumentError
 from ..batches import EncodedExamples
 from ..data.examples import Example
 from ..metrics import Scores
+from ..paired_metrics import PairedMetric
 
 if TYPE_CHECKING:
     from ..settings import Settings
@@ -28,6 +29,8 @@ class Task(ABC):
         loss_axis: the unit of the loss, for the axis of a figure.
         metric_titles: the metrics, by their names in result.json, with their titles in tables.
         headline: what the first metric, by which runs are told apart, is called in a sentence.
+        paired_metrics: by which runs are compared example by example, the default first; none if
+            the task keeps no answers.
     """
 
     name: ClassVar[str]
@@ -38,6 +41,7 @@ class Task(ABC):
     loss_axis: ClassVar[str] = "cross-entropy, nats"
     metric_titles: ClassVar[Mapping[str, str]]
     headline: ClassVar[str]
+    paired_metrics: ClassVar[Mapping[str, PairedMetric]] = {}
 
     @classmethod
     @abstractmethod
@@ -100,6 +104,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, rows: Tensor, data: EncodedExamples) -> Scores:
         """The metrics of predictions on held-out examples, the headline first."""
+
+    def answers(self, rows: Tensor, data: EncodedExamples) -> list[list[float]]:
+        """What ``paired_metrics`` need of each example, as few numbers as will do."""
+        return []
 
     @abstractmethod
     def predictions(self, rows: Tensor, data: EncodedExamples) -> list[list[object]]:

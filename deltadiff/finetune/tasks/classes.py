@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from ...errors import ArgumentError
 from ..data.examples import Example
 from ..metrics import Scores, add_metrics
+from ..paired_metrics import CLASS_METRICS
 from .base import Task
 from .labelled import encode_labelled
 
@@ -28,6 +29,7 @@ class ClassTask(Task):
         "accuracy": "accuracy", "loss": "loss", "matthews": "Matthews", "f1": "F1",
     }  # fmt: skip
     headline = "accuracy"
+    paired_metrics = CLASS_METRICS
 
     @classmethod
     def found_in(cls, examples, settings):
@@ -71,6 +73,12 @@ class ClassTask(Task):
         binary = rows.shape[1] == 2
         more = {"matthews": _matthews, "f1": lambda p, y: _f1(p, y, binary)}
         return add_metrics(found, more, predicted.tolist(), data.labels)
+
+    def answers(self, rows, data):
+        """The places of the label and of the predicted class, and the cross entropy."""
+        losses = cross_entropy(rows, tensor(data.labels), reduction="none").tolist()
+        places = zip(data.labels, rows.argmax(1).tolist(), losses, strict=True)
+        return [[label, predicted, round(loss, 6)] for label, predicted, loss in places]
 
     def predictions(self, rows, data):
         table = [["text", "label", "predicted", *(f"logit {name}" for name in self.labels)]]

@@ -9,6 +9,7 @@ from torch.nn.functional import mse_loss
 from ...errors import ArgumentError
 from ..data.examples import Example
 from ..metrics import Scores, add_metrics
+from ..paired_metrics import NUMBER_METRICS
 from .base import Task
 from .labelled import encode_labelled
 
@@ -24,6 +25,7 @@ class NumberTask(Task):
     loss_axis = "squared error"
     metric_titles = {"mse": "MSE", "pearson": "Pearson", "spearman": "Spearman"}
     headline = "squared error"
+    paired_metrics = NUMBER_METRICS
 
     @classmethod
     def found_in(cls, examples, settings):
@@ -54,6 +56,10 @@ class NumberTask(Task):
         found = {"mse": mse_loss(numbers, torch.tensor(data.labels)).item()}
         more = {"pearson": _pearson, "spearman": _spearman}
         return add_metrics(found, more, numbers.double().tolist(), data.labels)
+
+    def answers(self, rows, data):
+        """The label and the prediction."""
+        return [[y, round(row[0], 6)] for y, row in zip(data.labels, rows.tolist(), strict=True)]
 
     def predictions(self, rows, data):
         table = [["text", "label", "predicted"]]

@@ -14,6 +14,7 @@ from ..chat import Row, encode_chats, prompt_ids
 from ..data.examples import Example
 from ..data.skipped import Skipped
 from ..metrics import TEXT_METRIC_TITLES, Scores
+from ..paired_metrics import TEXT_METRICS
 from .base import Task
 
 
@@ -52,6 +53,7 @@ class TextTask(Task):
         "nll_per_token": "NLL a token", "perplexity": "perplexity", **TEXT_METRIC_TITLES,
     }  # fmt: skip
     headline = "loss a token"
+    paired_metrics = TEXT_METRICS
 
     @classmethod
     def found_in(cls, examples, settings):
@@ -104,6 +106,10 @@ class TextTask(Task):
         """The negative log-likelihood of a token, and the perplexity."""
         nll = (rows[:, 0].double().sum() / rows[:, 1].sum()).item()
         return {"nll_per_token": nll, "perplexity": math.exp(min(nll, 700))}, {}
+
+    def answers(self, rows, data):
+        """The negative log-likelihood and the number of tokens."""
+        return [[round(nll, 5), tokens] for nll, tokens in rows.tolist()]
 
     def predictions(self, rows, data):
         table = [["text", "nll", "tokens"]]

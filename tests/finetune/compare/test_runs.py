@@ -109,7 +109,7 @@ def test_a_run_that_fails_is_a_note_and_exit_code_1(bert, reviews, tmp_path, mon
     words = ["--methods", "lora", "bitfit", "--seeds", 1]
     assert compare(bert, reviews, tmp_path / "out", *words) == 1
     notes = {r["method"]: r["note"] for r in load(tmp_path / "out")}
-    assert notes == {"lora": "failed: the loss is nan at step 3", "bitfit": None}
+    assert notes == {"lora": "diverged: the loss is nan at step 3", "bitfit": None}
     (failed,) = [r for r in load(tmp_path / "out") if r["method"] == "lora"]
     assert failed["metric"] is None and failed["value"] is None and failed["trainable"] is None
     assert compare(bert, reviews, tmp_path / "out", *words) == 1  # it is not run again
