@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+from deltadiff.bench import fp8_accuracy
 from deltadiff.bench.plots import DIGEST, digest, plots, stale_plots, write_plots
 from deltadiff.bench.report import VARIANT_NAMES, case_text, shape_text
 from deltadiff.files import slug, write_text
@@ -469,6 +470,10 @@ DOCUMENTS: dict[Path, dict[str, Part]] = {
             partial(by_machine, table=speed_table),
             measured("lora_linear_fp8", "decode_fp8"),
         ),
+        "fp8 accuracy": (
+            partial(by_machine, table=fp8_accuracy.tables),
+            recorded("fp8_accuracy"),
+        ),
         "step": (partial(by_machine, table=speed_table), measured(*STEP)),
         "model": (partial(by_machine, table=model_table), measured("model")),
         "whole step": (partial(by_machine, table=whole_step_table), measured("whole_step")),
@@ -507,7 +512,7 @@ def main(argv: Sequence[str]) -> int:
     records = load()
     old = {path: path.read_text() for path in DOCUMENTS}
     new = {path: fill(text, DOCUMENTS[path], records) for path, text in old.items()}
-    plotted = [r for r in records if "variant" in r]
+    plotted = [r for r in records if "variant" in r or recorded("fp8_accuracy")(r)]
     if list(argv) == ["--check"]:
         stale = [path for path in DOCUMENTS if old[path] != new[path]]
         stale += stale_plots(plotted, RESULTS) + stale_differences(records)

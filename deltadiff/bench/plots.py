@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..files import slug, write_bytes
+from .fp8_accuracy import curve_records, draw_curves
 from .report import VARIANT_NAMES
 
 # Colour-blind readers can tell those of one plot apart too.
@@ -40,10 +41,12 @@ def plots(records: Sequence[dict], folder: Path) -> dict[Path, Plot]:
         "step": (_draw_step, "The optimizer step: achieved memory bandwidth", _step_records),
         "model": (_draw_model, "Training steps of a whole model", _model_records),
         "whole-step": (_draw_whole_step, "Speed and memory of whole training steps", _whole_steps),
+        "fp8-accuracy": (draw_curves, "Fine-tuning in FP8 beside bf16", curve_records),
     }
     found = {}
     for gpu in dict.fromkeys(r["gpu"] for r in records):
-        measured = [r for r in records if r["gpu"] == gpu and r.get("p50_ms") is not None]
+        mine = [r for r in records if r["gpu"] == gpu]
+        measured = [r for r in mine if "p50_ms" not in r or r["p50_ms"] is not None]
         for kind, (draw, title, select) in kinds.items():
             shown = select(measured)
             if shown:

@@ -52,19 +52,20 @@ def activation_columns(block: tuple[int, int]) -> int:
     return 128 if block == (128, 128) else 1024
 
 
-def activations_fp8_ref(v: Tensor, columns: int) -> Tensor:
+def activations_fp8_ref(v: Tensor, columns: int, dtype: torch.dtype = E4M3) -> Tensor:
     """What activations (M, C) become in FP8, in float32.
 
         scale = max |v| of ``columns`` columns of a row / 448        of 1e-30 at least
-        v'    = scale * (v / scale rounded to float8_e4m3fn)
+        v'    = scale * (v / scale rounded to ``dtype``)
 
-    v / scale is computed as v * (448 / max |v|), which does not overflow the rounding.
+    v / scale is computed as v * (448 / max |v|), which does not overflow the rounding. 448 is the
+    largest number of float8_e4m3fn; another ``dtype`` has its own in this place.
     """
     m, c = v.shape
     missing = -c % columns
     whole = torch.nn.functional.pad(v.to(torch.float32), (0, missing)).view(m, -1, columns)
-    most, largest = torch.finfo(E4M3).max, whole.abs().amax(2, keepdim=True).clamp(min=1e-30)
-    data = (whole * (most / largest)).to(E4M3).to(torch.float32)
+    most, largest = torch.finfo(dtype).max, whole.abs().amax(2, keepdim=True).clamp(min=1e-30)
+    data = (whole * (most / largest)).to(dtype).to(torch.float32)
     return (data * (largest / most)).view(m, -1)[:, :c]
 
 
@@ -80,18 +81,20 @@ def lora_linear_fp8_ref(
     gate: Tensor | None = None,
     bias: Tensor | None = None,
     columns: int | None = None,
+    dy_dtype: torch.dtype = E4M3,
 ) -> Tensor:
     """`lora_linear_ref` with x in FP8 where W multiplies it: y = x' W^T + bias + s g (x A^T) B^T.
 
     x' is `activations_fp8_ref` of x (M, K). Its product is of float32, or of float64 where x is.
     In the same way, dx is dy' W + s g (dy B) A. Where each row of W has a scale f, dx has (dy f)'
     data instead of dy' W. ``columns`` of a row share a scale, None is `activation_columns`. The
-    gradients of A, B and the gate are those of `lora_linear_ref`.
+    gradients of A, B and the gate are those of `lora_linear_ref`. The kernels have dy in
+    float8_e4m3fn; with another ``dy_dtype`` one can measure what that would do.
     """
     dtype = x.dtype
     wide = x.to(torch.promote_types(dtype, torch.float32))
     columns = activation_columns(block) if columns is None else columns
-    y = _ProductFp8.apply(wide, data, scale, block, columns).to(dtype)
+    y = _ProductFp8.apply(wide, data, scale, block, columns, dy_dtype).to(dtype)
     s = x @ lora_A.to(dtype).T
     s = s if gate is None else s * gate.to(dtype)
     y = y + scaling * (s @ lora_B.to(dtype).T)
@@ -103,16 +106,23 @@ class _ProductFp8(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, data: Tensor, scale: Tensor, block: tuple[int, int], columns: int
+        ctx: Any,
+        x: Tensor,
+        data: Tensor,
+        scale: Tensor,
+        block: tuple[int, int],
+        columns: int,
+        dy_dtype: torch.dtype,
     ) -> Tensor:
-        ctx.weight = data, scale, block, columns
+        ctx.weight = data, scale, block, columns, dy_dtype
         w = decode_fp8_ref(data, scale, block, x.dtype)
         return activations_fp8_ref(x, columns).to(x.dtype) @ w.T
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        data, scale, block, columns = ctx.weight
+        data, scale, block, columns, dy_dtype = ctx.weight
         w = decode_fp8_ref(data, scale, block, dy.dtype)
         if block[0] == 1 and block[1] >= data.shape[1]:
             dy, w = dy * scale.view(-1), data.to(dy.dtype)
-        return activations_fp8_ref(dy, columns).to(dy.dtype) @ w, None, None, None, None
+        dx = activations_fp8_ref(dy, columns, dy_dtype).to(dy.dtype) @ w
+        return dx, *[None] * (len(ctx.needs_input_grad) - 1)

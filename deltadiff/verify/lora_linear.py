@@ -72,14 +72,14 @@ def lora_linear_rows(case, tokens, k, n, r, gates, p, dtype, adapter) -> Iterato
 
 
 def lora_linear_outputs(
-    function, x, weight, lora_A, lora_B, gate, bias, dy, **options
+    function, x, weight, lora_A, lora_B, gate, bias, dy, scaling=1.7, **options
 ) -> dict[str, Tensor]:
     """y, and the gradients of all that has one, by name."""
     leaves = {"dx": x, "dA": lora_A, "dB": lora_B, "dgate": gate, "dbias": bias}
     leaves = {k: t.detach().requires_grad_() for k, t in leaves.items() if t is not None}
     with torch.enable_grad():
         y = function(
-            leaves["dx"], weight, leaves["dA"], leaves["dB"], scaling=1.7,
+            leaves["dx"], weight, leaves["dA"], leaves["dB"], scaling=scaling,
             gate=leaves.get("dgate"), bias=leaves.get("dbias"), **options,
         )  # fmt: skip
         gradients = torch.autograd.grad(y, list(leaves.values()), dy)
