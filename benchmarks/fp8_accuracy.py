@@ -164,7 +164,7 @@ def specified(layer: nn.Module, args: tuple[Tensor], _: Tensor) -> Tensor:
     x = args[0].to(autocast_dtype(args[0]) or args[0].dtype)
     with torch.autocast(x.device.type, enabled=False):
         y = lora_linear_fp8_ref(
-            x.flatten(0, -2), *Float8.of(layer), layer.lora_A, layer.lora_B,
+            x.flatten(0, -2), *Float8.of(layer.base_layer), layer.lora_A, layer.lora_B,
             scaling=layer.scaling, bias=layer.bias,
         )  # fmt: skip
     return y.view(*x.shape[:-1], -1)

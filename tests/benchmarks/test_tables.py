@@ -54,7 +54,7 @@ def test_checks_are_listed_with_what_failed(tables):
 
 def test_checks_of_a_tool_are_no_records_of_it(tables):
     for name, (_, belongs) in tables.DOCUMENTS[tables.ALL].items():
-        for op in ("compare", "scaling", "peft_call", "several_gpus", "families"):
+        for op in ("compare", "scaling", "peft_call", "several_gpus", "families", "fp8_accuracy"):
             row = tally.row("kills", op, 20) | {"gpu": "a CPU"}
             assert belongs(row) == (name == "checks"), (name, op)
 
