@@ -152,7 +152,8 @@ def keeping_fp8(module: Any, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor
         if not any(t is one for one in kept):
             return fn(t)
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()]
-        return fn(t.view(integers)).view(t.dtype)
+        moved = fn(t.view(integers))
+        return moved.view(t.dtype) if moved.dtype == integers else t  # `type` casts these, too
 
     return apply
 

@@ -1,8 +1,9 @@
 """The backends: the ways of running an operation, and whether one is there.
 
-``triton`` (`deltadiff.kernels`), ``cpp`` (`csrc`) and ``reference`` run every operation; ``hopper``
-and ``fp8`` (`deltadiff.kernels` too) are for `lora_linear` alone, and ``fp8`` only for weights in
-FP8: it takes the activations of the big products in FP8 too, so it runs only if it is asked for.
+``triton`` (`deltadiff.kernels`), ``cpp`` (`csrc`) and ``reference`` run every operation. Others, of
+`deltadiff.kernels` too, are for `lora_linear` alone: ``hopper``, and for weights in FP8 ``fp8`` and
+``scaled_mm``. These two take the activations of the big products in FP8 as well, so they run only
+if they are asked for: ``fp8`` is a kernel for sm_90, ``scaled_mm`` calls torch._scaled_mm.
 `why_unavailable` looks at what is installed, the device, its compute capability and the dtype.
 `dispatch` decides which of them runs a call.
 """
@@ -15,13 +16,13 @@ import torch
 from ..checks import HALF_DTYPES, dtype_name
 from ..errors import ArgumentError, ArgumentTypeError
 
-BACKENDS = ("hopper", "fp8", "triton", "cpp", "reference")
+BACKENDS = ("hopper", "fp8", "scaled_mm", "triton", "cpp", "reference")
 
 HALF_NAMES = " and ".join(map(dtype_name, HALF_DTYPES))
 
 # The modules that launch the kernels of lora_linear from Python, by the name of the kernel. Each
-# has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments. "fp8"
-# takes a weight in FP8 instead of a matrix.
+# has `lora_linear_fwd` and `lora_linear_bwd`; those of `portable` describe the arguments. "fp8" and
+# "scaled_mm" take a weight in FP8 instead of a matrix.
 LAUNCHERS: dict[str, ModuleType] = {}
 
 try:
@@ -34,8 +35,9 @@ try:
     import triton
 
     from ..kernels.lora_linear import few_tokens, portable
+    from ..kernels.lora_linear_fp8 import scaled_mm
 
-    LAUNCHERS |= {"few_tokens": few_tokens, "portable": portable}
+    LAUNCHERS |= {"few_tokens": few_tokens, "portable": portable, "scaled_mm": scaled_mm}
     _TRITON_MISSING = None
 except ImportError as error:
     _TRITON_MISSING = f"Triton cannot be imported ({error})"
@@ -69,7 +71,8 @@ def why_unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> s
         if device.type != "cpu":
             return f"the C++ kernels run on the CPU, not on {device.type}"
         return CPP_MISSING
-    return (_why_no_triton if backend == "triton" else _why_no_hopper)(device, dtype)
+    reasons = {"triton": _why_no_triton, "scaled_mm": _why_no_scaled_mm}
+    return reasons.get(backend, _why_no_hopper)(device, dtype)
 
 
 def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -84,6 +87,16 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the Triton kernels need sm_80 or newer; {device} is sm_{major}{minor}"
+    return None
+
+
+def _why_no_scaled_mm(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in HALF_DTYPES:
+        return f"products in FP8 are for {HALF_NAMES}"
+    if reason := _why_no_triton(device, dtype):
+        return reason
+    if device.type == "cpu" or torch.cuda.get_device_capability(device) < (8, 9):
+        return f"products in FP8 need sm_89 or newer, unlike {device}"
     return None
 
 

@@ -93,17 +93,29 @@ def _why_hopper_only_if_asked(layer: Layer) -> str | None:
 
 
 def _why_not_fp8(layer: Layer) -> str | None:
+    if layer.fp8_block == (128, 128):
+        return _why_no_fp8_product(layer)
+    reason = _why_not_scaled_mm(layer)
+    return reason and reason.replace("those of rows,", "those of 128 x 128, of rows,")
+
+
+def _why_not_scaled_mm(layer: Layer) -> str | None:
+    if layer.fp8_block is not None:
+        rows, columns = layer.fp8_block
+        if columns < layer.k or 1 < rows < layer.n:
+            return f"scales of {rows} x {columns}: it takes those of rows, or one for W"
+    return _why_no_fp8_product(layer)
+
+
+def _why_no_fp8_product(layer: Layer) -> str | None:
     if layer.fp8_block is None:
         return "W is not in float8_e4m3fn; see `quantise_`"
-    rows, columns = layer.fp8_block
-    if layer.fp8_block != (128, 128) and (columns < layer.k or 1 < rows < layer.n):
-        return f"scales of {rows} x {columns}: it takes those of 128 x 128, of rows, or one for W"
     if layer.dropout:
-        return "the FP8 kernel has no dropout"
+        return "products in FP8 have no dropout"
     if layer.r > 256:
         return f"rank {layer.r} > 256"
     if layer.n % 16 or layer.k % 16:
-        return f"{layer.n} x {layer.k}: TMA needs rows of a multiple of 16 bytes"
+        return f"{layer.n} x {layer.k}: products in FP8 need multiples of 16"
     return None
 
 
@@ -128,6 +140,7 @@ KERNELS = (
         tokens=range(256, 128 * 0x7FFF + 1),
     ),
     Kernel("fp8", "fp8", _why_not_fp8, tokens=range(256, 128 * 0x7FFF + 1)),
+    Kernel("scaled_mm", "scaled_mm", _why_not_scaled_mm, tokens=range(256, sys.maxsize)),
     Kernel("few_tokens", "triton", _why_not_few_tokens, tokens=range(512)),
     Kernel("portable", "triton"),
     Kernel("cpp", "cpp", gate_reads_x=True),
@@ -137,7 +150,10 @@ KERNELS = (
 
 # The backend whose kernels run the calls that none of a backend's own takes. Every other backend
 # has a kernel that takes all calls.
-FALLBACKS = {"hopper": "triton", "fp8": "triton"}
+FALLBACKS = {"hopper": "triton", "fp8": "triton", "scaled_mm": "triton"}
+
+
+FP8_PRODUCTS = ("fp8", "scaled_mm")  # whose kernels multiply by a weight in FP8, the faster first
 
 
 class Run(NamedTuple):
@@ -315,12 +331,14 @@ def choose_fp8_path(
 ) -> Dispatch:
     """`choose_path` for a layer over a weight in FP8, which computes in ``dtype``."""
     path = choose_path(device, dtype, backend, layer, dropout, fp8_block=fp8_block)
-    if path.backend == "fp8":
+    if path.backend in FP8_PRODUCTS:
         return replace(path, reason=f"{path.reason}; products in FP8")
     reason = f"{path.reason}; FP8 weight: decoded in each pass"
     call = Layer(*layer, dtype, dropout, fp8_block=fp8_block)
-    if not (why_unavailable("fp8", device, dtype) or _why_not_fp8(call)):
-        reason += " (backend='fp8' multiplies in FP8)"
+    for name in FP8_PRODUCTS:
+        if not (why_unavailable(name, device, dtype) or _why_not_taken(name, call)):
+            reason += f" (backend={name!r} multiplies in FP8)"
+            break
     return replace(path, reason=reason)
 
 

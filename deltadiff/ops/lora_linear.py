@@ -152,7 +152,7 @@ def lora_linear(
         weight: (N, K), the dtype of x (under autocast both are cast to the autocast dtype). Or a
             `FourBit` or `Float8` of this shape, which is decoded in the dtype of x in each pass;
             nothing of the size of W is kept for the backward pass, except by the reference.
-            backend="fp8" multiplies by a `Float8` itself, with x and dy in FP8
+            Backends "fp8" and "scaled_mm" multiply by a `Float8` itself, with x and dy in FP8
             (`reference_fp8.lora_linear_fp8_ref`).
         lora_A: (r, K), the dtype of x or float32 (the usual mixed case; its gradient is then
             float32).

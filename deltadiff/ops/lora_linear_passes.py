@@ -2,9 +2,9 @@
 
 `csrc/lora_linear_autograd.cpp` is `LoraLinearFunction` in C++, for matrices of ordinary numbers. A
 weight of few bits (`Quantised`) is decoded in each pass and forgotten after it, or for the backward
-pass of backend "fp8" transposed: nothing of the size of W is kept. The memory comes from PyTorch's
-allocator, which gives the layers that run one after another on a stream the same block again: one
-workspace for each stream, and in each CUDA graph, that nobody has to look after.
+pass of products in FP8 transposed: nothing of the size of W is kept. The memory comes from
+PyTorch's allocator, which gives the layers that run one after another on a stream the same block
+again: one workspace for each stream, and in each CUDA graph, that nobody has to look after.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from ..errors import BackendUnavailableError
 from . import reference
 from .backends import CPP_MISSING, LAUNCHERS
 from .decode_fp8 import Float8
-from .dispatch import Kernel, keeps_x, kernel_at, runs_of
+from .dispatch import FP8_PRODUCTS, Kernel, keeps_x, kernel_at, runs_of
 from .quantised import Quantised, decoded, is_quantised, operation
 from .reference_fp8 import activation_columns
 from .remade import Remade, made_of, sources_of
@@ -177,8 +177,8 @@ def fwd_over(
     """`run_fwd` over a weight of few bits, behind the boundary of an operation of PyTorch."""
     product = lora_A, lora_B, scaling, gate, bias
     if takes_fp8(weight, x.shape[0], lora_A.shape[0], x.dtype, seed is not None, backend):
-        columns = activation_columns(weight.block)
-        return LAUNCHERS["fp8"].lora_linear_fwd(x, weight, columns, *product)
+        columns = columns_of_scale(weight, backend)
+        return LAUNCHERS[backend].lora_linear_fwd(x, weight, columns, *product)
     return run_fwd(x, decoded(weight, x.dtype, backend), *product, dropout, seed, backend)
 
 
@@ -188,7 +188,12 @@ def takes_fp8(
     """Whether the kernel that runs such a call multiplies by a weight in FP8 itself."""
     if not isinstance(weight, Float8):
         return False
-    return kernel_of(tokens, weight, r, dtype, dropout, backend).name == "fp8"
+    return kernel_of(tokens, weight, r, dtype, dropout, backend).name in FP8_PRODUCTS
+
+
+def columns_of_scale(weight: Float8, backend: str) -> int:
+    """How many columns of activations share a scale in the products of ``backend``."""
+    return activation_columns(weight.block) if backend == "fp8" else max(weight.shape)
 
 
 def bwd_over(
@@ -208,8 +213,8 @@ def bwd_over(
     """`run_bwd` over a weight of few bits, see `fwd_over`."""
     product = lora_A, lora_B, kept, scaling, gate, needs
     if takes_fp8(weight, dy.shape[0], lora_A.shape[0], dy.dtype, seed is not None, backend):
-        columns = activation_columns(weight.block)
-        return LAUNCHERS["fp8"].lora_linear_bwd(dy, x, weight, columns, *product)
+        columns = columns_of_scale(weight, backend)
+        return LAUNCHERS[backend].lora_linear_bwd(dy, x, weight, columns, *product)
     return run_bwd(dy, x, decoded(weight, dy.dtype, backend), *product, dropout, seed, backend)
 
 
@@ -226,13 +231,13 @@ def bwd_before_da(
 ) -> Sequence[Tensor | None]:
     """(dx, V, dB, dgate) of a backward pass: V (M, r or more) = s g dY B, and dA = V^T x of any x.
 
-    All are None, and nothing was computed, where other kernels than those of sm_90 run the call.
+    All are None, and nothing was computed, where no kernel runs the call that can do so.
     """
     m, r = dy.shape[0], lora_A.shape[0]
     rest = lora_A, lora_B, kept, scaling, gate, (needs[0], False, *needs[2:])
     if takes_fp8(weight, m, r, dy.dtype, False, backend):
-        columns = activation_columns(weight.block)
-        return LAUNCHERS["fp8"].bwd_before_da(dy, weight, columns, *rest)
+        columns = columns_of_scale(weight, backend)
+        return LAUNCHERS[backend].bwd_before_da(dy, weight, columns, *rest)
     if kernel_of(m, weight, r, dy.dtype, False, backend).name != "hopper":
         return [None] * 4
     return hopper_launch.bwd_before_da(dy, decoded(weight, dy.dtype, backend), *rest)

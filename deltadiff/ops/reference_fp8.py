@@ -79,16 +79,19 @@ def lora_linear_fp8_ref(
     scaling: float,
     gate: Tensor | None = None,
     bias: Tensor | None = None,
+    columns: int | None = None,
 ) -> Tensor:
     """`lora_linear_ref` with x in FP8 where W multiplies it: y = x' W^T + bias + s g (x A^T) B^T.
 
     x' is `activations_fp8_ref` of x (M, K). Its product is of float32, or of float64 where x is.
     In the same way, dx is dy' W + s g (dy B) A. Where each row of W has a scale f, dx has (dy f)'
-    data instead of dy' W. The gradients of A, B and the gate are those of `lora_linear_ref`.
+    data instead of dy' W. ``columns`` of a row share a scale, None is `activation_columns`. The
+    gradients of A, B and the gate are those of `lora_linear_ref`.
     """
     dtype = x.dtype
     wide = x.to(torch.promote_types(dtype, torch.float32))
-    y = _ProductFp8.apply(wide, data, scale, block).to(dtype)
+    columns = activation_columns(block) if columns is None else columns
+    y = _ProductFp8.apply(wide, data, scale, block, columns).to(dtype)
     s = x @ lora_A.to(dtype).T
     s = s if gate is None else s * gate.to(dtype)
     y = y + scaling * (s @ lora_B.to(dtype).T)
@@ -99,15 +102,17 @@ class _ProductFp8(torch.autograd.Function):
     """x' W^T, whose gradient is dy' W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, data: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-        ctx.weight = data, scale, block
+    def forward(
+        ctx: Any, x: Tensor, data: Tensor, scale: Tensor, block: tuple[int, int], columns: int
+    ) -> Tensor:
+        ctx.weight = data, scale, block, columns
         w = decode_fp8_ref(data, scale, block, x.dtype)
-        return activations_fp8_ref(x, activation_columns(block)).to(x.dtype) @ w.T
+        return activations_fp8_ref(x, columns).to(x.dtype) @ w.T
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        data, scale, block = ctx.weight
-        columns, w = activation_columns(block), decode_fp8_ref(data, scale, block, dy.dtype)
+        data, scale, block, columns = ctx.weight
+        w = decode_fp8_ref(data, scale, block, dy.dtype)
         if block[0] == 1 and block[1] >= data.shape[1]:
             dy, w = dy * scale.view(-1), data.to(dy.dtype)
-        return activations_fp8_ref(dy, columns).to(dy.dtype) @ w, None, None, None
+        return activations_fp8_ref(dy, columns).to(dy.dtype) @ w, None, None, None, None

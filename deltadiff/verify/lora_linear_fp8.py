@@ -1,4 +1,4 @@
-"""The cases of `lora_linear` by backend "fp8" in `deltadiff verify`."""
+"""The cases of `lora_linear` by backends "fp8" and "scaled_mm" in `deltadiff verify`."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import torch
 
 from ..checks import HALF_DTYPES
 from ..ops.lora_linear import lora_linear
+from ..ops.lora_linear_passes import columns_of_scale
 from ..ops.reference_fp8 import lora_linear_fp8_ref
 from .decode_fp8 import draw_fp8
 from .lora_linear import lora_linear_outputs
@@ -51,7 +52,8 @@ def fp8_rows(case, tokens, k, n, r, gates, block, dtype, adapter) -> Iterator[Ro
     ]
 
     def reference(x, _, lora_A, lora_B, **options):
-        return lora_linear_fp8_ref(x, *weight, lora_A, lora_B, **options)
+        columns = columns_of_scale(weight, case.backend)
+        return lora_linear_fp8_ref(x, *weight, lora_A, lora_B, columns=columns, **options)
 
     call = x, weight, *factors, dy
     wide = [t if t is None or t is weight else t.double() for t in call]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..checks import DTYPES, HALF_DTYPES, dtype_name
 from ..errors import BackendUnavailableError
-from ..ops.dispatch import choose_path
+from ..ops.dispatch import FP8_PRODUCTS, choose_path
 from ..text import align_columns
 
 FORWARD, GRADIENT = 2, 3  # the accepted multiples of eager PyTorch's error
@@ -112,14 +112,14 @@ class Bench:
             dtypes: of the large tensors, and of those that go with them.
             layer, dropout: as `choose_path` takes them.
             tokens: of a call of `lora_linear`, which may run on another backend's kernel.
-            fp8_block: of a weight whose case is about backend "fp8".
+            fp8_block: of a weight whose case is about products in FP8.
         """
         # Only the reference takes float64, so no other backend is asked for it.
         asked = None if dtypes[0] == torch.float64 else self.backend
         label = "/".join(dict.fromkeys(dtype_name(dtype) for dtype in dtypes))
         if fp8_block is not None:
-            asked = "fp8"
-            if self.backend not in (None, asked):
+            asked = self.backend or "fp8"
+            if asked not in FP8_PRODUCTS:
                 why = f"{self.backend!r} was asked for"
                 return Case(op, label, shape, asked, self.device, self.seed, why_not=why)
         try:

@@ -5,6 +5,11 @@ import triton
 from ..runtime.tuned import LaunchConfig
 
 
+def pitch_of(r: int) -> int:
+    """From one row of a matrix of 16 bits with R columns to the next, as TMA needs it."""
+    return triton.cdiv(r, 8) * 8
+
+
 def rows_of_item(block_n: int, rank: int) -> int:
     """Blocks of rows of a rank item: what the kernel calls ROWS."""
     return 2 if block_n == 256 and rank <= 128 else 1

@@ -11,12 +11,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..runtime.cached_launch import launch_cached
 from ..runtime.dtypes import triton_dtype
 from ..runtime.gpu import current_stream, is_capturing, on_device
+from ..runtime.tuned import padded_rank
 from .hopper import (
     COLUMN_ITEMS_RANK,
     NUM_WARPS,
     _lora_linear_hopper_kernel,
 )
-from .hopper_config import HOPPER, rows_of_item
+from .hopper_config import HOPPER, pitch_of, rows_of_item
 from .pack_kernel import _pack_kernel
 from .portable import gate_gradient
 from .schedule import FLAGS
@@ -110,14 +111,6 @@ def _product(p, q, dtype):
 
 
 _DENSE = torch.contiguous_format
-
-
-def padded_rank(r: int) -> int:
-    return max(16, triton.next_power_of_2(r))
-
-
-def pitch_of(r: int) -> int:
-    return triton.cdiv(r, 8) * 8
 
 
 def _kept_views(kept, r, dtype):

@@ -6,6 +6,7 @@ import torch
 
 from ..runtime.plan import Place, Workspace, write_down
 from .hopper import COLUMN_ITEMS_RANK
+from .hopper_config import pitch_of
 from .hopper_launch import (
     Work,
     fits_tma,
@@ -14,7 +15,6 @@ from .hopper_launch import (
     needs_no_packing,
     pack_call,
     packed_shapes,
-    pitch_of,
     set_zeros_aside,
 )
 

@@ -5,21 +5,15 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..lora_linear.hopper_launch import (
-    descriptor,
-    multiprocessors,
-    packed,
-    padded_rank,
-    pitch_of,
-)
+from ..lora_linear.hopper_launch import descriptor, multiprocessors, packed
 from ..lora_linear.portable import adapter_gradients
 from ..runtime.cached_launch import launch_cached, specialisation
 from ..runtime.gpu import on_device
-from .product import COLUMNS, GROUPS, ROWS, STEP, fp8_product_kernel
-from .quantise import finish_kernel, quantise_kernel
-from .transpose import transpose_kernel
+from ..runtime.tuned import padded_rank
+from .product import COLUMNS, GROUPS, ROWS, fp8_product_kernel
+from .quantise import STEP, quantised
+from .transpose import transposed
 
-E4M3 = torch.float8_e4m3fn
 STAGES = 4  # of shared memory, which they fill
 GROUP_SIZE_M = 8
 RANKS = 64  # of a step of the low-rank term
@@ -92,64 +86,6 @@ def _bwd_of_input(dy, weight, columns, lora_A, lora_B, scaling, gate, need_x):
         dy8, dy_scales, transposed(data), q_scales, None, v, a, None, scales.steps, True
     )  # fmt: skip
     return dx, v, t
-
-
-def quantised(v, p, scaling, gate, factors, steps_per_scale):
-    """(V8, sv, S, U): V f = V8 sv, S = V P^T (M, r) float32, U = s g S (M, r rounded up to 8).
-
-    V (M, C), P (r, C); f (C,) are factors of the columns of V; sv (C / columns of a scale, M).
-    """
-    (m, c), r = v.shape, p.shape[0]
-    v = v if v.stride(1) == 1 else v.contiguous()
-    # Measured on an H200, with rank 16.
-    block_m, warps = (64, 4) if steps_per_scale == 1 else (64, 8)
-    steps = max(4, steps_per_scale)
-    parts, rank, pitch = triton.cdiv(c, STEP * steps), padded_rank(r), pitch_of(r)
-    v8 = v.new_empty((m, c), dtype=E4M3)
-    scales = v.new_empty((triton.cdiv(c, STEP * steps_per_scale), m), dtype=torch.float32)
-    part = v.new_empty((parts, m, r), dtype=torch.float32)
-    s, u = v.new_empty((m, r), dtype=torch.float32), v.new_empty((m, pitch))
-    strides = v.stride(0), p.stride(1), p.stride(0)
-    even = c % STEP == 0
-    key = (
-        *specialisation(v, p, c, *strides), factors is None, even, steps, steps_per_scale, rank,
-    )  # fmt: skip
-    launch_cached(
-        quantise_kernel, (triton.cdiv(m, block_m), parts), key,
-        v, p, factors, v8, scales, part, m, c, r, *strides, m,
-        even, steps, steps_per_scale, block_m, STEP, rank, num_warps=warps,
-    )  # fmt: skip
-    padded_parts = triton.next_power_of_2(parts)
-    rows = max(1, 2048 // (rank * padded_parts))
-    stride_gate = gate.stride(0) if gate is not None and gate.numel() > 1 else 0
-    gate_key = () if gate is None else specialisation(gate, stride_gate)
-    launch_cached(
-        finish_kernel, (triton.cdiv(m, rows),), (u.dtype, gate_key, rank, padded_parts),
-        part, gate, s, u, float(scaling), m, r, parts, stride_gate, pitch,
-        rows, rank, padded_parts, num_warps=4,
-    )  # fmt: skip
-    return v8, scales, s, u
-
-
-def transposed(data):
-    """W^T (K, N) of the bytes of W (N, K).
-
-    Raises:
-        torch.OutOfMemoryError: there is no room for it, as the message says.
-    """
-    n, k = data.shape
-    try:
-        out = data.new_empty((k, n))
-    except torch.OutOfMemoryError as error:
-        needed = f"the backward pass of backend 'fp8' needs {n * k:,} bytes for W^T in FP8"
-        raise torch.OutOfMemoryError(f"{needed}. {error}") from error
-    block = 32, 32
-    grid = tuple(triton.cdiv(size // 4, side) for size, side in zip((n, k), block, strict=True))
-    ints = data.view(torch.int32), out.view(torch.int32), n // 4, k // 4
-    launch_cached(
-        transpose_kernel, grid, specialisation(*ints[:2]), *ints, *block, num_warps=4
-    )  # fmt: skip
-    return out
 
 
 def product(v8, v_scales, q8, q_scales, row_scales, u, e, bias, steps_per_scale, transposed_e):

@@ -27,7 +27,6 @@ from ..runtime.gluon_compat import aggregate, reinterpret, tma_load, tma_store
 GROUPS = 3  # of 4 warps that multiply
 ROWS = 64  # of a tile that such a group multiplies
 COLUMNS = 128  # of a tile
-STEP = 128  # columns of V and Q that a stage of shared memory holds
 
 # Arguments that may be None, which is a constexpr in a kernel.
 optional = gl.tensor | gl.constexpr

@@ -1,7 +1,10 @@
 """W^T of a weight of one byte an element."""
 
+import torch
 import triton
 import triton.language as tl
+
+from ..runtime.cached_launch import launch_cached, specialisation
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -28,3 +31,24 @@ def transpose_kernel(
             | (((c >> 8 * i) & 255) << 16) | (((d >> 8 * i) & 255) << 24)
         )  # fmt: skip
         tl.store(out_ptrs + i * N, tl.trans(column), mask=out_mask)
+
+
+def transposed(data):
+    """W^T (K, N) of the bytes of W (N, K).
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for it, as the message says.
+    """
+    n, k = data.shape
+    try:
+        out = data.new_empty((k, n))
+    except torch.OutOfMemoryError as error:
+        needed = f"the backward pass of backend 'fp8' needs {n * k:,} bytes for W^T in FP8"
+        raise torch.OutOfMemoryError(f"{needed}. {error}") from error
+    block = 32, 32
+    grid = tuple(triton.cdiv(size // 4, side) for size, side in zip((n, k), block, strict=True))
+    ints = data.view(torch.int32), out.view(torch.int32), n // 4, k // 4
+    launch_cached(
+        transpose_kernel, grid, specialisation(*ints[:2]), *ints, *block, num_warps=4
+    )  # fmt: skip
+    return out

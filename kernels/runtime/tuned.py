@@ -67,7 +67,7 @@ def combinations(**values: Iterable[int]) -> list[dict[str, int]]:
 
 
 def padded_rank(r: int) -> int:
-    """The rank in the key of a row."""
+    """The rank in the key of a row, and the ranks of a block of a low-rank factor."""
     return max(16, triton.next_power_of_2(r))
 
 

@@ -15,6 +15,7 @@ from deltadiff import (
     quantise_,
     save_adapter,
     swap_,
+    unswap_,
 )  # fmt: skip
 from deltadiff.errors import ArgumentTypeError
 from deltadiff.optim.adalora import AdaLoRA, swap_adalora_
@@ -92,17 +93,33 @@ def test_the_other_methods_train_over_FP8(method):
     assert all(torch.equal(after[n].float(), t.float()) for n, t in before.items())
 
 
-def test_weights_of_torchao(randn):
+def of_torchao():
     pytest.importorskip("torchao")
     from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, N, dtype=BF16), nn.Linear(N, K, dtype=BF16))
     quantize_(model, Float8WeightOnlyConfig())
-    x = randn(4, K, dtype=BF16)
+    return model
+
+
+def test_weights_of_torchao(randn):
+    model, x = of_torchao(), randn(4, K, dtype=BF16)
     y = model(x)
     report = swap_(model, r=2)
     assert {row.path for row in report.rows} == {"cpp"}
     assert relative_error(model(x), y.double()) < 0.01
     with pytest.raises(ArgumentTypeError, match="quantised"):
         merge_(model)
+
+
+def test_layers_of_peft_on_torchao(randn):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    model, x = peft.get_peft_model(of_torchao(), config), randn(4, K, dtype=BF16)
+    y = model(x)
+    report = swap_(model)
+    assert {row.path for row in report.rows} == {"cpp"}
+    assert relative_error(model(x), y.double()) < 0.01
+    unswap_(model)
+    assert torch.equal(model(x), y)

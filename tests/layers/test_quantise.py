@@ -180,6 +180,21 @@ def test_wrong_arguments_change_nothing():
         quantise_(model, "fp8")
 
 
+class Wrapped(nn.parallel.DistributedDataParallel):
+    """As it is with the processes of a group, which this test does without."""
+
+    def __init__(self, module):
+        nn.Module.__init__(self)
+        self.module = module
+
+
+def test_a_model_in_ddp_is_refused():
+    model = Wrapped(nn.Sequential(nn.Linear(8, 6)))
+    with pytest.raises(SwapError, match="DistributedDataParallel; accepted: `quantise_` before"):
+        quantise_(model, "fp8")
+    assert type(model.module[0]) is nn.Linear
+
+
 def test_models_of_peft_are_refused():
     peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Linear(8, 6))

@@ -1,5 +1,6 @@
 """`Fused`: a layer of PEFT with `lora_linear` as its forward pass; `FusedLinear`: PEFT's Linear."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -145,17 +146,21 @@ class Fused(HoldsPairs, lora.LoraLayer):
         return found
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        base = self.get_base_layer()
-        if base.weight.dtype in DATA_DTYPES:
-            given = "a weight in FP8, to which PEFT cannot add"
-            accepted = "`deltadiff.export_peft`, and the base in 16 bits to merge into"
-            raise SwapError("merge", given, accepted)
+        self.check_mergeable(active_adapters(self) if adapter_names is None else adapter_names)
         before = None
         if not self.merged and any(delta.in_weight for delta in self.deltas.values()):
-            before = base.weight.detach().clone()
+            before = self.get_base_layer().weight.detach().clone()
         super().merge(safe_merge, adapter_names)
         if before is not None and self.merged:
             self.unmerged = before
+
+    def check_mergeable(self, adapter_names: Collection[str]) -> None:
+        """Raise SwapError where W cannot hold the adapters of these names that the layer has."""
+        weight, held = self.get_base_layer().weight, set(adapter_names) & self.lora_A.keys()
+        if held and weight.dtype in DATA_DTYPES:
+            given = "a weight in FP8, to which PEFT cannot add"
+            accepted = "`deltadiff.export_peft`, and the base in 16 bits to merge into"
+            raise SwapError("merge", given, accepted)
 
     def unmerge(self) -> None:
         """PEFT's; a W that Delta-LoRA writes gets its very bits back, which PEFT would round."""

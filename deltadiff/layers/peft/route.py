@@ -58,7 +58,7 @@ class Route:
             (m._parameters, key) for m in modules if m not in self.units for key in m._parameters
         ]
         self._places = [(owner, key, owner[key]) for owner, key in owners]
-        called = modules if self.format is None else modules[1:]  # else `weight_of` asks it
+        called = modules if self.format is None else modules[1:]  # `weight_of` asks such a base
         self._hooks = [
             (found, len(found)) for m in called for found in (getattr(m, h) for h in HOOKS)
         ]

@@ -46,6 +46,12 @@ class _AsksFirst(BaseTuner):
         self._check_kept("delete_adapter", self.peft_config.keys() - set(_names(adapter_name)))
         super().delete_adapter(adapter_name)
 
+    def _check_merge_allowed(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, Fused):
+                layer.check_mergeable(layer.active_adapters)
+        super()._check_merge_allowed()
+
     def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         self._check_kept("unload", ())
         return super().unload(*args, **kwargs)

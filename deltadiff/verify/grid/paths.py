@@ -8,13 +8,15 @@ import torch
 
 from ...checks import DTYPES, HALF_DTYPES
 from ...ops.backends import LAUNCHERS, why_unavailable
-from ...ops.dispatch import KERNELS
+from ...ops.dispatch import FP8_PRODUCTS, KERNELS
 
 # Beside the kernels themselves: calls of the sm_90 kernel whose factors are packed for it first.
 PACKED = "hopper packed"
 BACKENDS = ("reference", "cpp", "triton")
 # Activations in FP8 are compared with those of the reference, by `lora_linear_fp8` without --full.
-KERNEL_LABELS = tuple(kernel.label for kernel in reversed(KERNELS) if kernel.backend != "fp8")
+KERNEL_LABELS = tuple(
+    kernel.label for kernel in reversed(KERNELS) if kernel.backend not in FP8_PRODUCTS
+)
 WITH_PACKED = (*KERNEL_LABELS, PACKED)
 PATHS = {
     "lora_linear": WITH_PACKED,

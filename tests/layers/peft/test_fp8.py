@@ -129,6 +129,21 @@ def test_what_cannot_be():
         model(x.to(BF16))
 
 
+def test_merging_changes_no_other_layer_first():
+    first, second = nn.Linear(64, 130), fp8_linear(64, 130)
+    model = adapted(Two(first, second))
+    swap_(model)
+    before = first.weight.detach().clone()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(SwapError, match="FP8"):
+            merge()
+        assert torch.equal(first.weight, before) and not model.get_submodule(NAME).merged
+    model.add_adapter("dense", peft.LoraConfig(r=2, target_modules=["first"]))
+    model.set_adapter("dense")
+    model.merge_adapter()
+    assert model.get_submodule(NAME).merged
+
+
 def test_an_exported_adapter(tmp_path):
     model, x = adapted(ours()), input_of()
     swap_(model)
