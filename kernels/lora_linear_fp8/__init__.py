@@ -6,6 +6,6 @@
 One pass over X (dY) quantises it and makes U (V), for which it takes the activations as they are
 (`quantise.py`). The product takes the low-rank term as one more step (`product.py`). The tensor
 cores of sm_90 read FP8 along the summed dimension only, so the backward pass transposes W, byte by
-byte (`transpose.py`). dA and dB are products of 16 bits. `scaled_mm.py` has the same passes for other
-GPUs, by PyTorch's own product.
+byte (`transpose.py`). dA and dB are products of 16 bits. `scaled_mm.py` has the same passes for
+other GPUs, by PyTorch's own product.
 """
