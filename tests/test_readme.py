@@ -98,7 +98,7 @@ def test_diffora(run, bert, tmp_path):
 def test_adalora_and_dylora(run, llama):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     (batch,) = batches(1)
-    names = run("AdaLoRA and DyLoRA", llama, model=model, batch=batch)
+    names = run("AdaLoRA, DyLoRA and FLoRA", llama, model=model, batch=batch)
     names["optimizer"].step()
     other = transformers.AutoModelForCausalLM.from_pretrained(llama)
     deltadiff.swap_(other, r=8)

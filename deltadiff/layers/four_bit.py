@@ -18,7 +18,7 @@ from ..errors import ArgumentError, SwapError
 from ..kernels.runtime.dtypes import DTYPES as KERNEL_DTYPES
 from ..ops.decode_4bit import FourBit
 from ..ops.dispatch import Dispatch, choose_4bit_path
-from ..ranks import is_sharded, local
+from ..ranks import is_partitioned, is_sharded, local
 from .fused_branch import fused_branch
 from .linear import linear_shape
 from .quantised_format import QuantisedFormat, why_called
@@ -131,7 +131,8 @@ def _weight_of(base: Any) -> FourBit | str:
     if base.compute_dtype not in (None, *KERNEL_DTYPES):
         return f"it computes in {base.compute_dtype}"
     stored, state = base.weight, state_of(base)
-    if state is not None and not is_sharded(stored):
+    in_parts = is_sharded(stored) or is_partitioned(stored)
+    if state is not None and not is_four_bit(stored) and not in_parts:
         packed = -(-math.prod(state.shape) // 2)
         if stored.nbytes != packed:
             given = f"{stored.nbytes} bytes of {stored.dtype} in the place of {packed}"

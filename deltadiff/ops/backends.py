@@ -16,7 +16,8 @@ import torch
 from ..checks import HALF_DTYPES, dtype_name
 from ..errors import ArgumentError, ArgumentTypeError
 
-BACKENDS = ("hopper", "fp8", "scaled_mm", "triton", "cpp", "reference")
+TRITON_BACKENDS = ("hopper", "fp8", "scaled_mm", "triton")  # of `deltadiff.kernels`
+BACKENDS = (*TRITON_BACKENDS, "cpp", "reference")
 
 HALF_NAMES = " and ".join(map(dtype_name, HALF_DTYPES))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checks import check_int, check_plain, check_tensor
 from ..errors import ArgumentError, ArgumentTypeError
+from .backends import TRITON_BACKENDS
 from .dispatch import choose_decoder
 from .reference_4bit import absmax_ref, decode_4bit_ref
 
@@ -170,7 +171,7 @@ def decoded_4bit(weight: FourBit, dtype: torch.dtype, backend: str) -> Tensor:
 
     There is one kernel, which serves all backends that run on a GPU.
     """
-    if backend in ("hopper", "triton"):
+    if backend in TRITON_BACKENDS:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         kernel.decode_4bit(weight, out)
         return out

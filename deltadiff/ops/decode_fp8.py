@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..checks import check_int, check_plain, check_tensor
 from ..errors import ArgumentError, ArgumentTypeError
+from .backends import TRITON_BACKENDS
 from .dispatch import choose_decoder
 from .reference_fp8 import decode_fp8_ref
 
@@ -155,7 +156,7 @@ def decoded_fp8(weight: Float8, dtype: torch.dtype, backend: str) -> Tensor:
 
     There is one kernel, which serves all backends that run on a GPU.
     """
-    if backend not in ("cpp", "reference"):
+    if backend in TRITON_BACKENDS:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         kernel.decode_fp8(*weight, out)
         return out

@@ -95,16 +95,21 @@ def _why_hopper_only_if_asked(layer: Layer) -> str | None:
 def _why_not_fp8(layer: Layer) -> str | None:
     if layer.fp8_block == (128, 128):
         return _why_no_fp8_product(layer)
-    reason = _why_not_scaled_mm(layer)
-    return reason and reason.replace("those of rows,", "those of 128 x 128, of rows,")
+    return _why_no_scales(layer, "128 x 128, of rows") or _why_no_fp8_product(layer)
 
 
 def _why_not_scaled_mm(layer: Layer) -> str | None:
+    if layer.dtype != torch.bfloat16:
+        return "torch._scaled_mm gives bfloat16 only"
+    return _why_no_scales(layer, "rows") or _why_no_fp8_product(layer)
+
+
+def _why_no_scales(layer: Layer, accepted: str) -> str | None:
     if layer.fp8_block is not None:
         rows, columns = layer.fp8_block
         if columns < layer.k or 1 < rows < layer.n:
-            return f"scales of {rows} x {columns}: it takes those of rows, or one for W"
-    return _why_no_fp8_product(layer)
+            return f"scales of {rows} x {columns}: it takes those of {accepted}, or one for W"
+    return None
 
 
 def _why_no_fp8_product(layer: Layer) -> str | None:

@@ -43,7 +43,7 @@ def transposed(data):
     try:
         out = data.new_empty((k, n))
     except torch.OutOfMemoryError as error:
-        needed = f"the backward pass of backend 'fp8' needs {n * k:,} bytes for W^T in FP8"
+        needed = f"the backward pass of products in FP8 needs {n * k:,} bytes for W^T"
         raise torch.OutOfMemoryError(f"{needed}. {error}") from error
     block = 32, 32
     grid = tuple(triton.cdiv(size // 4, side) for size, side in zip((n, k), block, strict=True))

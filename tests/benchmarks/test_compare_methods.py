@@ -96,7 +96,7 @@ def test_the_commands(script, tmp_path, monkeypatch):
 
 
 def test_what_it_names_is_there(script):
-    assert set(script.METHODS) <= set(METHODS) | {"flora"}
+    assert set(script.METHODS) <= set(METHODS)
     assert set(script.SWEEPS) == set(SWEEPS) and set(script.COMPARISONS) == set(TASK_TITLES)
     for task in script.TASKS.values():
         named = [word for word in task.words if word in PAIRED_METRICS]

@@ -1,4 +1,4 @@
-"""`lora_linear` by backend "fp8": the specification, its kernels, and what is refused."""
+"""`lora_linear` by backends "fp8" and "scaled_mm": specification, kernels, what is refused."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import deltadiff
 from deltadiff import lora_linear, quantise_, swap_
 from deltadiff.errors import BackendUnavailableError
 from deltadiff.ops.decode_fp8 import decode_fp8
-from deltadiff.ops.dispatch import choose_fp8_path, choose_path, runs_of
+from deltadiff.ops.dispatch import FP8_PRODUCTS, choose_fp8_path, choose_path, runs_of
 from deltadiff.ops.reference import lora_linear_ref
 from deltadiff.ops.reference_fp8 import (
     E4M3,
@@ -22,6 +22,7 @@ from deltadiff.verify.run import run
 from deltadiff.verify.tolerance import format_table
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+LAYER = 4096, 4096, 16
 
 
 def spec(x, weight, lora_A, lora_B, **options):
@@ -82,19 +83,28 @@ def test_error_of_the_specification_is_that_of_e4m3(block, randn):
 
 
 @pytest.fixture
-def sm_90(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+def capability(monkeypatch):
+    """Pretend that cuda:0 is a GPU of this compute capability."""
+
+    def pretend(*numbers):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: numbers)
+        choose_path.cache_clear()
+        return torch.device("cuda:0")
+
+    yield pretend
     choose_path.cache_clear()
-    yield torch.device("cuda:0")
-    choose_path.cache_clear()
+
+
+@pytest.fixture
+def sm_90(capability):
+    return capability(9, 0)
 
 
 def test_it_runs_only_if_it_is_asked_for(sm_90):
     pytest.importorskip("triton")
-    layer = 4096, 4096, 16
-    by_itself = choose_fp8_path(sm_90, BF16, None, layer, False, (128, 128))
+    by_itself = choose_fp8_path(sm_90, BF16, None, LAYER, False, (128, 128))
     assert by_itself.backend == "hopper" and "(backend='fp8' multiplies in FP8)" in by_itself.reason
-    asked = choose_fp8_path(sm_90, BF16, "fp8", layer, False, (128, 128))
+    asked = choose_fp8_path(sm_90, BF16, "fp8", LAYER, False, (128, 128))
     assert asked.backend == "fp8" and "decoded" not in asked.reason
     kernels = {m: asked.at(m).label for m in (1, 255, 256, 8192)}
     assert kernels == {1: "triton few_tokens", 255: "triton few_tokens", 256: "fp8", 8192: "fp8"}
@@ -105,9 +115,9 @@ def test_it_runs_only_if_it_is_asked_for(sm_90):
     [
         ((4096, 4096, 16), None, False, "W is not in float8_e4m3fn; see `quantise_`"),
         ((4096, 4096, 16), (64, 64), False, "scales of 64 x 64: it takes those of 128 x 128"),
-        ((4096, 4096, 16), (128, 128), True, "no dropout"),
+        ((4096, 4096, 16), (128, 128), True, "products in FP8 have no dropout"),
         ((4096, 4096, 257), (128, 128), False, "rank 257 > 256"),
-        ((4096, 4088, 16), (1, 4088), False, "4096 x 4088: TMA needs rows of a multiple of 16"),
+        ((4096, 4088, 16), (1, 4088), False, "4096 x 4088: products in FP8 need multiples of 16"),
     ],
 )
 def test_what_it_does_not_take(layer, block, dropout, reason, sm_90):
@@ -120,7 +130,37 @@ def test_what_it_does_not_take(layer, block, dropout, reason, sm_90):
 
 def test_blocks_that_it_takes():
     for block in ((128, 128), (1, 4096), (1, 9999), (4096, 4096), (10**6, 10**6)):
-        assert runs_of("fp8", (4096, 4096, 16, BF16, False, False, block))[-2].kernel.name == "fp8"
+        for name in ("fp8", "scaled_mm"):
+            kernels = {
+                run.kernel.name for run in runs_of(name, (*LAYER, BF16, False, False, block))
+            }
+            assert (name in kernels) == (name == "fp8" or block != (128, 128))
+
+
+@pytest.mark.parametrize("numbers", [(8, 9), (10, 0), (12, 0)])
+def test_other_gpus_ask_pytorch(numbers, capability):
+    pytest.importorskip("triton")
+    device = capability(*numbers)
+    rows = device, BF16, None, LAYER, False, (1, 4096)
+    assert choose_fp8_path(*rows).reason.endswith("(backend='scaled_mm' multiplies in FP8)")
+    assert choose_fp8_path(*rows[:2], "scaled_mm", *rows[3:]).at(8192).name == "scaled_mm"
+    with pytest.raises(BackendUnavailableError, match="need sm_90"):
+        choose_fp8_path(*rows[:2], "fp8", *rows[3:])
+    with pytest.raises(BackendUnavailableError, match="128 x 128: it takes those of rows, or one"):
+        choose_fp8_path(*rows[:2], "scaled_mm", *rows[3:-1], (128, 128))
+    with pytest.raises(BackendUnavailableError, match="gives bfloat16 only"):
+        choose_fp8_path(device, F16, "scaled_mm", *rows[3:])
+
+
+def test_older_gpus_decode(capability):
+    pytest.importorskip("triton")
+    device = capability(8, 6)
+    assert (
+        "multiplies in FP8"
+        not in choose_fp8_path(device, BF16, None, LAYER, False, (1, 4096)).reason
+    )
+    with pytest.raises(BackendUnavailableError, match="need sm_89 or newer"):
+        choose_fp8_path(device, BF16, "scaled_mm", LAYER, False, (1, 4096))
 
 
 def test_elsewhere_it_is_refused_before_anything_changes(randn):
@@ -176,6 +216,29 @@ def test_transposed_bytes(interpreted):
     assert torch.equal(launch.transposed(data.view(E4M3)).view(torch.uint8), data.T)
 
 
+@pytest.mark.parametrize("block", BLOCKS[1:], ids=str)
+def test_scaled_mm(block, interpreted, randn):
+    """PyTorch has its product on the CPU, too. What FP8 loses hides small differences here."""
+    from deltadiff.kernels.lora_linear_fp8 import scaled_mm
+
+    x, w, a, b, gate, bias, dy = given = inputs(
+        randn, 40, 144, 80, 3, F16, "cpu", F32, gate=(3,), bias=True
+    )
+    weight, needs = float8(w, block), [True] * 4
+    y, s = scaled_mm.lora_linear_fwd(x, weight, 144, a, b, 0.7, gate, bias)
+    grads = scaled_mm.lora_linear_bwd(dy, x, weight, 144, a, b, s, 0.7, gate, needs)
+    found = dict(zip(("y", "x", "lora_A", "lora_B", "gate"), (y, *grads), strict=True))
+    truth = outputs(lora_linear_ref, *doubles(given))
+    for name, ours in found.items():
+        error = (ours - truth[name]).norm() / truth[name].norm()
+        assert error < (0.06 if name in ("y", "x") else 2e-3), (name, error)
+    before = scaled_mm.bwd_before_da(
+        dy, weight, 144, a, b, s, 0.7, gate, needs[:1] + [False, True, True]
+    )
+    assert torch.equal(before[0], grads[0]) and torch.equal(before[2], grads[2])
+    torch.testing.assert_close((before[1][:, :3].T @ x).float(), grads[1], rtol=5e-3, atol=5e-2)
+
+
 # ------------------------------------------------------------------------------- on a GPU
 
 
@@ -187,11 +250,12 @@ def hopper(gpu_path):
 
 
 @pytest.mark.gpu
-def test_output_and_gradients(hopper):
+@pytest.mark.parametrize("backend", FP8_PRODUCTS)
+def test_output_and_gradients(backend, hopper):
     """What `deltadiff verify` says of all shapes, formats of scales and dtypes."""
-    rows, ok = run("cuda", ["lora_linear_fp8"], seed=5)
-    assert ok, format_table([row for row in rows if not row.ok])
-    assert {row.path for row in rows} == {"fp8"}
+    rows, ok = run("cuda", ["lora_linear_fp8"], backend, seed=5)
+    assert ok, format_table([row for row in rows if row.ok is False])
+    assert {row.path for row in rows} == {backend}
 
 
 @pytest.mark.gpu

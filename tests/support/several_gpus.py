@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate_runs import make_accelerator
 from fsdp_runs import F32, STEPS, make_base, make_model, parts_of, shard, train, values
+from fsdp_runs import quantise_ as to_nf4_
 from ranks import run_ranks
 from tensor_parallel_runs import split_up
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -66,6 +67,20 @@ def swap_pairs(model):
     swap_(model, r=8, lora_alpha=16, seed=1)
 
 
+def swap_lean(model):
+    swap_(model.train(), r=8, lora_alpha=16, seed=1, lean=True)
+
+
+def swap_over_nf4(model):
+    """The bytes as bfloat16, for FSDP's mixed precision does not take others."""
+    swap_pairs(to_nf4_(model, torch.bfloat16))
+
+
+def pairs_of(model, folder, device):
+    """What is trained. The bytes of a quantised weight are no numbers."""
+    return [whole(p).flatten().tolist() for p in model.parameters() if p.requires_grad]
+
+
 def logits(model, device):
     with torch.no_grad():
         return [model(input_ids=torch.arange(12, device=device)[None]).logits.flatten().tolist()]
@@ -106,6 +121,8 @@ FLORA = functools.partial(FusedAdamW, lr=5e-3)
 FACTORED = delta(w_update="factored")
 METHODS = [
     Method("LoRA", swap_pairs, delta(update_ratio=0.0)),
+    Method("LoRA, lean blocks", swap_lean, delta(update_ratio=0.0)),
+    Method("LoRA over NF4", swap_over_nf4, delta(update_ratio=0.0), pairs_of),
     Method("Delta-LoRA in place, float32", swap_pairs, delta()),
     *(
         Method(f"Delta-LoRA in place, {how}", swap_pairs, delta(rounding=how), dtype=torch.bfloat16)

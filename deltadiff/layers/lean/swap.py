@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ...ops.backends import TRITON_BACKENDS
 from ..lora_layers import HoldsPairs, lora_layers
 from .gated_mlp import LeanGatedMlp, looks_gated, why_not_lean
 from .known_forwards import rms_norm_form
@@ -44,7 +45,7 @@ def make_lean_(model: nn.Module, lean: bool | None) -> None:
 def _costs_no_time(model: nn.Module) -> bool:
     """Whether the layers run by Triton; their blocks then have kernels of their own."""
     layers = lora_layers(model).values()
-    return any(layer.dispatch.backend in ("hopper", "triton") for layer in layers if layer.active)
+    return any(layer.dispatch.backend in TRITON_BACKENDS for layer in layers if layer.active)
 
 
 def undo_lean_(model: nn.Module) -> None:
