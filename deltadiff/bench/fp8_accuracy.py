@@ -157,23 +157,21 @@ def draw_curves(figure, records: Sequence[dict]) -> None:
             _line(losses, base, list(mine.values()), band=True)
             if base != PLAIN:
                 common = [(mine[seed], plain[seed]) for seed in mine if seed in plain]
-                _line(
-                    differences,
-                    base,
-                    [[a - b for a, b in zip(*pair, strict=False)] for pair in common],
-                )
+                lost = [[a - b for a, b in zip(*pair, strict=False)] for pair in common]
+                _line(differences, base, lost)
         if len(plain) > 1:
             spread = [statistics.stdev(step) for step in zip(*plain.values(), strict=False)]
-            label = "deviation of bf16 over its seeds"
+            label = "standard deviation of bf16 over its seeds"
             _band(differences, [-s for s in spread], spread, color="0.5", label=label)
         losses.set_ylabel(f"training loss, mean of {EVERY} steps")
-        losses.set_title(f"line: mean of {len(plain)} seeds; band: their deviation", fontsize=9)
+        what, _, how = title.partition(", products")
+        words = f"line: mean of {len(plain)} seeds; band: their standard deviation"
+        losses.set_title(f"{what}\nproducts{how}\n{words}", fontsize=9)
         differences.axhline(0, color=COLOURS[PLAIN], linewidth=1)
-        differences.set_ylabel("training loss minus that of bf16, same seed")
+        differences.set_ylabel("mean over seeds of: loss minus that of bf16, same seed")
         differences.set_title("inside the grey band: no more than another seed does", fontsize=9)
         for axes in (losses, differences):
-            axes.set_xlabel(f"optimizer step\n{title}" if axes is losses else "optimizer step")
-            axes.xaxis.label.set_fontsize(8)
+            axes.set_xlabel("optimizer step")
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
 
