@@ -10,7 +10,7 @@ weight before it was quantised.
 
 Products in FP8 are backend "fp8", for sm_90. With --simulate their specification,
 `lora_linear_fp8_ref`, computes them anywhere. The records, which say which it was, go to
-FOLDER/fp8_accuracy-<model>-<gpu>.json after each run.
+FOLDER/fp8_accuracy-<model>[-simulated]-<gpu>.json after each run.
 """
 
 import argparse
@@ -103,13 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = why_unavailable("fp8", inputs.device, inputs.dtype)
     if reason is not None and not simulate:
         parser.error(f'backend "fp8" is not available: {reason}; --simulate computes in its place')
-    model, records = Path(settings.model).name, []
+    stem = f"fp8_accuracy-{slug(Path(settings.model).name)}{'-simulated' * simulate}"
+    records: list[dict] = []
     for r in measure(inputs, settings, seeds, simulate):
         records.append(r)
         if r["part"] == "run":  # after every one: an interrupted measurement keeps what it has
-            (path,) = write(records, folder, inputs.device, f"fp8_accuracy-{slug(model)}")
+            write(records, folder, inputs.device, stem)
             print(in_words(r), flush=True)
-    (path,) = write(records, folder, inputs.device, f"fp8_accuracy-{slug(model)}")
+    (path,) = write(records, folder, inputs.device, stem)
     print(f"{len(records)} records in {path}")
     return 0
 
