@@ -1,6 +1,6 @@
 """Tables as text: aligned columns for a terminal, and Markdown."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
@@ -25,3 +25,11 @@ def markdown_table(header: Sequence[str], *rows: Sequence[str]) -> str:
     """Write a header and rows as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grouped(records: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
+    """The records by their values of these entries, in the order in which those appear."""
+    groups: dict[tuple, list[dict]] = {}
+    for r in records:
+        groups.setdefault(tuple(r.get(name) for name in names), []).append(r)
+    return groups

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ...files import write_records, write_text
-from ...text import align_columns, markdown_table
+from ...text import align_columns, grouped, markdown_table
 from ..methods.table import METHODS
 from ..plots import plot_curves, plot_differences, plot_metrics, plot_sweep
 from ..tasks.choose import METRIC_TITLES
@@ -19,14 +19,6 @@ def line(records: Sequence[dict]) -> str:
     if records[0]["note"]:
         return records[0]["note"]
     return ", ".join(f"{r['metric']} {r['value']:.4g}" for r in records)
-
-
-def grouped(records: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
-    """The records by their values of these entries, in the order in which those appear."""
-    groups: dict[tuple, list[dict]] = {}
-    for r in records:
-        groups.setdefault(tuple(r.get(name) for name in names), []).append(r)
-    return groups
 
 
 # ----------------------------------------------------------------------------- tables
