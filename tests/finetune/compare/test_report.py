@@ -63,6 +63,7 @@ def test_options_of_some_methods_alone(bert, reviews, tmp_path):
     assert [row[header.index("lr")] for row in rows] == ["0.0002", "0.0002", "0.01"]
 
 
+@pytest.mark.long
 def test_a_sweep(bert, reviews, tmp_path):
     words = ["--methods", "lora", "--sweep", "lambda", "--values", 0, 2, "--seeds", 2]
     assert compare(bert, reviews, tmp_path / "out", *words, "--start-step", 1) == 0

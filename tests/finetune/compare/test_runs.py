@@ -158,6 +158,7 @@ def test_epochs_become_steps_in_the_records(bert, reviews, tmp_path):
         assert {r["steps"] for r in load(tmp_path / "out")} == {3}  # 360 / 5 texts in steps of 32
 
 
+@pytest.mark.long
 def test_several_jobs_leave_the_times_out(bert, reviews, tmp_path):
     words = ["--methods", "lora", "bitfit", "--seeds", 1, "--jobs", 2]
     assert compare(bert, reviews, tmp_path / "out", *words) == 0
