@@ -154,7 +154,8 @@ def quantised(v, p, scaling, gate, factors, steps_per_scale):
     strides = v.stride(0), p.stride(1), p.stride(0)
     even = c % STEP == 0
     key = (
-        *specialisation(v, p, c, *strides), factors is None, even, steps, steps_per_scale, rank,
+        *specialisation(v, p, c, *strides), factors is not None and specialisation(factors),
+        even, steps, steps_per_scale, rank,
     )  # fmt: skip
     launch_cached(
         quantise_kernel, (triton.cdiv(m, block_m), parts), key,
