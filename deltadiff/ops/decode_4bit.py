@@ -87,6 +87,16 @@ class FourBit(NamedTuple):
         *tensors, blocksize, scale_blocksize = parts
         return cls._make((*tensors, shape, blocksize, scale_blocksize))
 
+    def first_rows(self, count: int) -> "FourBit":
+        """The first rows of W, at most ``count``, in the same memory."""
+        rows, k = min(count, self.shape[0]), self.shape[1]
+        blocks = -(-rows * k // self.blocksize)
+        scale = None if self.scale is None else self.scale[: -(-blocks // self.scale_blocksize)]
+        packed = self.packed[: -(-rows * k // 2)]
+        return self._replace(
+            packed=packed, absmax=self.absmax[:blocks], scale=scale, shape=(rows, k)
+        )
+
     @property
     def parts(self) -> tuple[Any, ...]:
         """What operations of PyTorch take in the place of the weight."""

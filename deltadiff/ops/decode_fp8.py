@@ -78,6 +78,11 @@ class Float8(NamedTuple):
         """What operations of PyTorch take in the place of the weight."""
         return self.data, self.scale, *self.block
 
+    def first_rows(self, count: int) -> "Float8":
+        """The first rows of W, at most ``count``, in the same memory."""
+        scale = self.scale[: -(-count // self.block[0])]
+        return self._replace(data=self.data[:count], scale=scale)
+
     @property
     def e4m3_block(self) -> tuple[int, int] | None:
         """The block, where data is float8_e4m3fn: what the choice of a kernel depends on."""

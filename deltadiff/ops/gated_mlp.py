@@ -25,7 +25,7 @@ from .lora_linear_passes import (
     run_bwd,
     run_fwd,
 )
-from .quantised import Quantised, decoded, is_quantised
+from .quantised import Quantised, decoded, first_rows, is_quantised
 from .recomputing import is_recomputing
 from .reference_blocks import ACTIVATIONS, LowRankLinear, gated_mlp_ref
 from .remade import Remade, made_of, remade_of, sources_of
@@ -54,11 +54,13 @@ class _Layer(NamedTuple):
         """Whether the backward pass reads x, if it has to give these gradients."""
         return keeps_x(self.backend, needs[1], needs[3])
 
-    def first_outputs(self, dtype: torch.dtype) -> "_Layer":
+    def first_outputs(self) -> "_Layer":
         """The layer with its first outputs alone, which keeps the same for the backward pass."""
-        weight, few = decoded(self.weight, dtype, self.backend), slice(8)
-        bias = None if self.bias is None else self.bias[few]
-        return self._replace(weight=weight[few], lora_B=self.lora_B[few], bias=bias)
+        # What the kernels for a matrix, or for few bits, need at least; so the same one runs.
+        count = 8 if isinstance(self.weight, Tensor) else 16
+        bias = None if self.bias is None else self.bias[:count]
+        weight = first_rows(self.weight, count)
+        return self._replace(weight=weight, lora_B=self.lora_B[:count], bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y, and what the backward pass needs beside x."""
@@ -126,7 +128,7 @@ class _GatedMlp(torch.autograd.Function):
         outputs, kept = zip(*(layer.forward(rows) for layer in inner), strict=True)
         e, g = _halves(outputs)
         h = gated_product(e, g, plan.activation)
-        y, kept_outer = (outer.first_outputs(h.dtype) if plan.up_to_h else outer).forward(h)
+        y, kept_outer = (outer.first_outputs() if plan.up_to_h else outer).forward(h)
         reads_x = any(layer.reads_x(layer.trained()) for layer in inner)
         sources, ctx.again = sources_of(x, remade, reads_x)
         dense, ctx.packed = zip(*map(dense_or_packed, weights), strict=True)

@@ -33,6 +33,11 @@ def check_quantised(name: str, weight: Quantised) -> None:
         check_fp8(name, weight)
 
 
+def first_rows(weight: Tensor | Quantised, count: int) -> Tensor | Quantised:
+    """The first rows of W (N, K), at most ``count``, in its own memory and format."""
+    return weight.first_rows(count) if is_quantised(weight) else weight[:count]
+
+
 def decoded(weight: Tensor | Quantised, dtype: torch.dtype, backend: str) -> Tensor:
     """W (N, K) in ``dtype``, by the backend that runs the call; a tensor as it is."""
     if isinstance(weight, FourBit):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltadiff import lora_linear
 from deltadiff.errors import ArgumentError, ArgumentTypeError
-from deltadiff.ops.quantised import decoded, operation
+from deltadiff.ops.quantised import check_quantised, decoded, first_rows, operation
 from deltadiff.ops.reference import lora_linear_ref
 
 pytest.importorskip("bitsandbytes")
@@ -61,6 +61,19 @@ def test_output_and_gradients(path, dtype, shape, gate, bias, mixed, randn, asse
         for name, expected in truth.items():
             assert_close(ours[name], eager[name], expected, 2 if name == "y" else 3,
                          dtype if name == "gate" else None)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("n, k", [(200, 64), (37, 129), (5, 33)])
+def test_first_rows(form, n, k, randn):
+    w = randn(n, k)
+    weight = four_bit(w, *form, device="cpu") if form in FOUR_BIT else float8(w, form)
+    for count in (1, 16, 130):
+        few = first_rows(weight, count)
+        check_quantised("weight", few)
+        assert torch.equal(
+            decoded(few, F32, "reference"), decoded(weight, F32, "reference")[:count]
+        )
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
