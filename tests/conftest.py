@@ -123,6 +123,20 @@ def assert_close():
 
 
 @pytest.fixture
+def on_capability(monkeypatch):
+    """Pretend that cuda:0 is a GPU of this compute capability."""
+    from deltadiff.ops.dispatch import choose_path
+
+    def pretend(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        choose_path.cache_clear()
+        return torch.device("cuda:0")
+
+    yield pretend
+    choose_path.cache_clear()
+
+
+@pytest.fixture
 def randn():
     """Normal numbers that are the same on every device and in every run."""
     generator = torch.Generator().manual_seed(20)

@@ -81,6 +81,31 @@ def quantised_cases(
     return cases
 
 
+def _decode_case(
+    op: str,
+    bits: float,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    graph: bool,
+    variants: Callable[[Tensor], dict[str, Variant]],
+) -> Case:
+    """Decoding W (N, K), with ``bits`` an element, beside a copy; ``variants`` of W in bfloat16."""
+    moved = int(n * k * (bits / 8 + dtype.itemsize))
+    fields = {
+        "op": op, "mode": "decode", "graph": graph,
+        "shape": {"M": None, "K": k, "N": n}, "rounding": None, "dtype": dtype_name(dtype),
+        "adapter_dtype": None, "bytes": moved, "flops": n * k,
+    }  # fmt: skip
+
+    def build(device: torch.device) -> dict[str, Variant]:
+        torch.manual_seed(0)
+        w = torch.randn(n, k, device=device).to(torch.bfloat16) / k**0.5
+        return {"copy": Variant(lambda: copies(moved, device), capture=False), **variants(w)}
+
+    return Case(fields, "copy", build)
+
+
 # ------------------------------------------------------------------------- NF4
 
 # Of an element: its number, and its part of the absmax of a block and of that one's scale.
@@ -89,28 +114,20 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 def decode_nf4_case(n: int, k: int, dtype: torch.dtype, graph: bool) -> Case:
     """Decoding W (N, K) to ``dtype``. Bytes: N K (NF4_BITS / 8 + item)."""
-    moved = int(n * k * (NF4_BITS / 8 + dtype.itemsize))
-    fields = {
-        "op": "decode_4bit", "mode": "decode", "graph": graph,
-        "shape": {"M": None, "K": k, "N": n}, "rounding": None, "dtype": dtype_name(dtype),
-        "adapter_dtype": None, "bytes": moved, "flops": n * k,
-    }  # fmt: skip
 
-    def build(device: torch.device) -> dict[str, Variant]:
+    def variants(w: Tensor) -> dict[str, Variant]:
         import bitsandbytes
 
-        torch.manual_seed(0)
-        base = linear_nf4(torch.randn(n, k, device=device).to(torch.bfloat16) / k**0.5)
+        base = linear_nf4(w)
         weight, state = FourBit.of(base.weight), base.weight.quant_state
         state.dtype, packed = dtype, base.weight.data
         theirs = bitsandbytes.functional.dequantize_4bit
         return {
-            "copy": Variant(lambda: copies(moved, device), capture=False),
             "deltadiff-4bit": Variant(lambda: lambda: decode_4bit(weight, dtype)),
             "bnb-4bit": Variant(lambda: lambda: theirs(packed, state)),
         }
 
-    return Case(fields, "copy", build)
+    return _decode_case("decode_4bit", NF4_BITS, n, k, dtype, graph, variants)
 
 
 def linear_nf4(weight: Tensor) -> nn.Linear:
@@ -142,23 +159,12 @@ FP8_BITS = 8 + 32 / 128**2  # of an element: its number, and its part of the sca
 
 def decode_fp8_case(n: int, k: int, dtype: torch.dtype, graph: bool) -> Case:
     """Decoding W (N, K) to ``dtype``. Bytes: N K (FP8_BITS / 8 + item)."""
-    moved = int(n * k * (FP8_BITS / 8 + dtype.itemsize))
-    fields = {
-        "op": "decode_fp8", "mode": "decode", "graph": graph,
-        "shape": {"M": None, "K": k, "N": n}, "rounding": None, "dtype": dtype_name(dtype),
-        "adapter_dtype": None, "bytes": moved, "flops": n * k,
-    }  # fmt: skip
 
-    def build(device: torch.device) -> dict[str, Variant]:
-        torch.manual_seed(0)
-        base = linear_fp8(torch.randn(n, k, device=device).to(torch.bfloat16) / k**0.5)
-        weight = Float8.of(base)
-        return {
-            "copy": Variant(lambda: copies(moved, device), capture=False),
-            "deltadiff-fp8-decoded": Variant(lambda: lambda: decode_fp8(weight, dtype)),
-        }
+    def variants(w: Tensor) -> dict[str, Variant]:
+        weight = Float8.of(linear_fp8(w))
+        return {"deltadiff-fp8-decoded": Variant(lambda: lambda: decode_fp8(weight, dtype))}
 
-    return Case(fields, "copy", build)
+    return _decode_case("decode_fp8", FP8_BITS, n, k, dtype, graph, variants)
 
 
 def linear_fp8(weight: Tensor, granularity: str = "block") -> nn.Linear:

@@ -15,19 +15,6 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU, LAYER = torch.device("cpu"), (4096, 4096, 16)
 
 
-@pytest.fixture
-def on_capability(monkeypatch):
-    """Pretend that cuda:0 is a GPU of this compute capability."""
-
-    def pretend(*capability):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        choose_path.cache_clear()
-        return torch.device("cuda:0")
-
-    yield pretend
-    choose_path.cache_clear()
-
-
 def kernels_at(chosen: Dispatch, *tokens: int) -> list[str]:
     return [chosen.at(m).name for m in tokens]
 

@@ -11,7 +11,7 @@ import deltadiff
 from deltadiff import lora_linear, quantise_, swap_
 from deltadiff.errors import BackendUnavailableError
 from deltadiff.ops.decode_fp8 import decode_fp8
-from deltadiff.ops.dispatch import FP8_PRODUCTS, choose_fp8_path, choose_path, runs_of
+from deltadiff.ops.dispatch import FP8_PRODUCTS, choose_fp8_path, runs_of
 from deltadiff.ops.reference import lora_linear_ref
 from deltadiff.ops.reference_fp8 import (
     E4M3,
@@ -83,21 +83,8 @@ def test_error_of_the_specification_is_that_of_e4m3(block, randn):
 
 
 @pytest.fixture
-def capability(monkeypatch):
-    """Pretend that cuda:0 is a GPU of this compute capability."""
-
-    def pretend(*numbers):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: numbers)
-        choose_path.cache_clear()
-        return torch.device("cuda:0")
-
-    yield pretend
-    choose_path.cache_clear()
-
-
-@pytest.fixture
-def sm_90(capability):
-    return capability(9, 0)
+def sm_90(on_capability):
+    return on_capability(9, 0)
 
 
 def test_it_runs_only_if_it_is_asked_for(sm_90):
@@ -138,9 +125,9 @@ def test_blocks_that_it_takes():
 
 
 @pytest.mark.parametrize("numbers", [(8, 9), (10, 0), (12, 0)])
-def test_other_gpus_ask_pytorch(numbers, capability):
+def test_other_gpus_ask_pytorch(numbers, on_capability):
     pytest.importorskip("triton")
-    device = capability(*numbers)
+    device = on_capability(*numbers)
     rows = device, BF16, None, LAYER, False, (1, 4096)
     assert choose_fp8_path(*rows).reason.endswith("(backend='scaled_mm' multiplies in FP8)")
     assert choose_fp8_path(*rows[:2], "scaled_mm", *rows[3:]).at(8192).name == "scaled_mm"
@@ -152,9 +139,9 @@ def test_other_gpus_ask_pytorch(numbers, capability):
         choose_fp8_path(device, F16, "scaled_mm", *rows[3:])
 
 
-def test_older_gpus_decode(capability):
+def test_older_gpus_decode(on_capability):
     pytest.importorskip("triton")
-    device = capability(8, 6)
+    device = on_capability(8, 6)
     assert (
         "multiplies in FP8"
         not in choose_fp8_path(device, BF16, None, LAYER, False, (1, 4096)).reason
