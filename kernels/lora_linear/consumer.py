@@ -13,11 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..runtime.gluon_compat import aggregate, barrier, tma_store
+from ..runtime.gluon_compat import aggregate, barrier, optional, tma_store
 from .schedule import COLUMN_ITEM, FIRST_TILE, RANK_ITEM, async_proxy_fence
-
-# Arguments that may be None, which is a constexpr in a kernel.
-optional = gl.tensor | gl.constexpr
 
 
 @aggregate

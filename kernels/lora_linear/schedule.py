@@ -5,9 +5,9 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..runtime.gluon_compat import aggregate
+from ..runtime.stages import wait_empty, wait_ready
 
 # A work item is sent to the consumer as one number: 65536 times its place, plus its kind. The kind
 # is RANK_ITEM; or FIRST_TILE plus the column of a tile; or COLUMN_ITEM plus the column of a column
@@ -116,16 +116,12 @@ class Pipeline:
     @gluon.jit
     def wait_empty(self, it):
         """For the producer: the stage of iteration ``it``, once it may be filled."""
-        i = it % self.STAGES
-        mbarrier.wait(self.empty.index(i), ((it // self.STAGES) & 1) ^ 1)
-        return i
+        return wait_empty(self.empty, it, self.STAGES)
 
     @gluon.jit
     def wait_ready(self, it):
         """For the consumer: the stage of iteration ``it``, once it is filled."""
-        i = it % self.STAGES
-        mbarrier.wait(self.ready.index(i), (it // self.STAGES) & 1)
-        return i
+        return wait_ready(self.ready, it, self.STAGES)
 
     @gluon.jit
     def more_v(self, i):

@@ -22,14 +22,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..runtime.gluon_compat import aggregate, reinterpret, tma_load, tma_store
+from ..runtime.gluon_compat import aggregate, optional, reinterpret, tma_load, tma_store
+from ..runtime.stages import wait_empty, wait_ready
 
 GROUPS = 3  # of 4 warps that multiply
 ROWS = 64  # of a tile that such a group multiplies
 COLUMNS = 128  # of a tile
-
-# Arguments that may be None, which is a constexpr in a kernel.
-optional = gl.tensor | gl.constexpr
 
 
 @aggregate
@@ -77,16 +75,12 @@ class Pipeline:
     @gluon.jit
     def wait_empty(self, it):
         """For the producer: the stage of iteration ``it``, once it may be filled."""
-        i = it % self.STAGES
-        mbarrier.wait(self.empty.index(i), ((it // self.STAGES) & 1) ^ 1)
-        return i
+        return wait_empty(self.empty, it, self.STAGES)
 
     @gluon.jit
     def wait_ready(self, it):
         """For a consumer: the stage of iteration ``it``, once it is filled."""
-        i = it % self.STAGES
-        mbarrier.wait(self.ready.index(i), (it // self.STAGES) & 1)
-        return i
+        return wait_ready(self.ready, it, self.STAGES)
 
     @gluon.jit
     def done_before(self, it, condition):

@@ -1,9 +1,12 @@
-"""Functions of Gluon whose names differ between Triton 3.6 and later versions."""
+"""What kernels in Gluon need of it: names that differ between Triton 3.6 and later versions."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language import core
+
+# The type of a field of an aggregate that may be None, which is a constexpr in a kernel.
+optional = gl.tensor | gl.constexpr
 
 # Waits for all threads of a block.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6
