@@ -3,15 +3,16 @@
 import pytest
 import torch
 from fsdp_runs import (
+    FACTORED,
     load_checkpoint,
     make_base,
+    of_trained,
     parts_of,
     quantise_,
     save_checkpoint,
     shard,
-    shard_peft,
     train,
-    values,
+    trained_peft,
 )
 from ranks import run_ranks, short_form
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -24,7 +25,6 @@ from deltadiff.ranks import is_sharded, local
 pytest.importorskip("bitsandbytes")
 
 F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
-FACTORED = {"lr": 5e-3, "w_update": "factored"}
 # The dtype in which the bytes are stored, the backend of the layers, whether blocks are lean.
 HOW = ("cpp", True), (None, False)
 CASES = [(storage, *how) for storage in (U8, BF16, F32) for how in HOW]
@@ -38,11 +38,6 @@ def make_model(storage=U8, backend="cpp", lean=False):
 
 def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def of_trained(model):
-    """The values of the pairs; of one process, all are whole."""
-    return values(torch.nn.ParameterList(trained(model)))
 
 
 def train_sharded(rank, *case):
@@ -154,12 +149,7 @@ def make_peft_model(backend="cpp"):
 
 
 def train_peft(rank):
-    model = make_peft_model()
-    paths = [(row.path, row.reason) for row in swap_report(model).rows]
-    shard_peft(model)
-    kept = [(row.path, row.reason) for row in swap_report(model).rows] == paths
-    train(model, DeltaLoRA(model, **FACTORED), rank, steps=3)
-    return of_trained(model), kept, {path for path, _ in paths}
+    return trained_peft(rank, make_peft_model())
 
 
 @pytest.mark.long

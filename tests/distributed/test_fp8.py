@@ -3,14 +3,15 @@
 import pytest
 import torch
 from fsdp_runs import (
+    FACTORED,
     load_checkpoint,
     make_base,
+    of_trained,
     parts_of,
     save_checkpoint,
     shard,
-    shard_peft,
     train,
-    values,
+    trained_peft,
 )  # fmt: skip
 from ranks import run_ranks
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -21,7 +22,6 @@ from deltadiff.layers.lora_layers import lora_layers
 from deltadiff.ranks import is_sharded, local
 
 F32, BF16 = torch.float32, torch.bfloat16
-FACTORED = {"lr": 5e-3, "w_update": "factored"}
 CASES = [("block", False), ("block", True), ("row", False), ("tensor", True)]  # and lean
 
 
@@ -30,11 +30,6 @@ def make_model(granularity="block", lean=False, dtype=F32):
     quantise_(model, "fp8", granularity=granularity)
     swap_(model, r=8, lora_alpha=16, seed=1, lean=lean)
     return model
-
-
-def of_trained(model):
-    """The values of the pairs; of one process, all are whole."""
-    return values(torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad))
 
 
 def train_sharded(rank, *case):
@@ -136,12 +131,7 @@ def make_peft_model():
 
 
 def train_peft(rank):
-    model = make_peft_model()
-    paths = [(row.path, row.reason) for row in swap_report(model).rows]
-    shard_peft(model)
-    kept = [(row.path, row.reason) for row in swap_report(model).rows] == paths
-    train(model, DeltaLoRA(model, **FACTORED), rank, steps=3)
-    return of_trained(model), kept, {path for path, _ in paths}
+    return trained_peft(rank, make_peft_model())
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import transformers
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from deltadiff import swap_
+from deltadiff import DeltaLoRA, swap_, swap_report
 from deltadiff.ranks import whole
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -120,3 +120,22 @@ def load_checkpoint(model, optimizer, folder):
     set_state_dict(
         model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
     )
+
+
+# ------------------------------------------------------------------ bases of few bits
+
+FACTORED = {"lr": 5e-3, "w_update": "factored"}
+
+
+def of_trained(model):
+    """The values of the pairs; of one process, all are whole."""
+    return values(torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad))
+
+
+def trained_peft(rank, model):
+    """Shard and train a model of PEFT: its pairs, whether its report stayed, and its paths."""
+    paths = [(row.path, row.reason) for row in swap_report(model).rows]
+    shard_peft(model)
+    kept = [(row.path, row.reason) for row in swap_report(model).rows] == paths
+    train(model, DeltaLoRA(model, **FACTORED), rank, steps=3)
+    return of_trained(model), kept, {path for path, _ in paths}

@@ -105,3 +105,18 @@ def layers_named(model: nn.Module, report: SwapReport) -> dict[str, str]:
     others = [name for name, m in layers.items() if not isinstance(m, Fused)]
     assert left_out == len(others) + len(idle), f"{idle} and {others} beside {report.notes}"
     return rows | dict.fromkeys(others + idle, "peft")
+
+
+def input_of(dtype=torch.float32, rows=6):
+    """Rows of 64 numbers, the same in every call."""
+    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def passes(model, x):
+    """The output and all gradients of a model, by name."""
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **grads}

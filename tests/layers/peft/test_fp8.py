@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from fp8 import dense_of, fp8_linear
-from peft_checks import fused_calls, swap_quietly
+from peft_checks import fused_calls, input_of, passes, swap_quietly
 from tolerance import relative_error
 from torch import nn
 
@@ -49,20 +49,6 @@ def adapted(base, **options):
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["first", "second"]} | options
     torch.manual_seed(1)
     return peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=False, **config))
-
-
-def input_of(dtype=F32, rows=6):
-    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-def passes(model, x):
-    """The output and all gradients of a model, by name."""
-    x = x.detach().requires_grad_()
-    model.zero_grad()
-    y = model(x)
-    y.float().square().sum().backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": x.grad, **grads}
 
 
 def assert_same(found, expected, limit=2e-6):
